@@ -1,0 +1,10 @@
+// The concepts that the native module exposes, one function each.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+void register_context(pybind11::module_& m);
+void register_error(pybind11::module_& m);
+void register_generation(pybind11::module_& m);
+void register_gguf(pybind11::module_& m);
+void register_model(pybind11::module_& m);

@@ -1,0 +1,24 @@
+#include <exception>
+
+#include "interrupt.hpp"
+#include "moeshard/error.hpp"
+#include "register.hpp"
+
+namespace py = pybind11;
+
+bool python_signal_pending() {
+    const py::gil_scoped_acquire gil;
+    return PyErr_CheckSignals() != 0;
+}
+
+void register_error(py::module_& m) {
+    static const py::exception<moeshard::Error> error(m, "MoeshardError");
+    py::register_exception_translator([](std::exception_ptr thrown) {
+        try {
+            if (thrown) std::rethrow_exception(thrown);
+        } catch (const moeshard::Error& e) {
+            // A signal handler or a callback that raised is why the core gave up: its exception is the better one.
+            if (!PyErr_Occurred()) py::set_error(error, e.what());
+        }
+    });
+}

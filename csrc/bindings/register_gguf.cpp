@@ -1,0 +1,295 @@
+// GGUFMap: the metadata, the tensors and the expert layout of a GGUF file.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
+
+#include <filesystem>
+#include <memory>
+
+#include "ggml.h"
+#include "moeshard/gguf.hpp"
+#include "moeshard/moe_layout.hpp"
+
+namespace py = pybind11;
+
+namespace {
+
+using moeshard::ExpertTensor;
+using moeshard::MoeLayout;
+using moeshard::gguf::ByteRange;
+using moeshard::gguf::Bytes;
+using moeshard::gguf::Entry;
+using moeshard::gguf::GGUFMap;
+using moeshard::gguf::Mapping;
+using moeshard::gguf::Part;
+using moeshard::gguf::Tensor;
+using moeshard::gguf::ValueType;
+
+// The two mappings of a GGUFMap; each reads when it is asked, and keeps the map alive.
+struct Metadata {
+    std::shared_ptr<GGUFMap> map;
+};
+struct Tensors {
+    std::shared_ptr<GGUFMap> map;
+};
+
+// Vocabularies may hold tokens that are pieces of characters; these survive as Python's own surrogate escapes.
+py::str to_str(std::string_view text) {
+    PyObject* str = PyUnicode_DecodeUTF8(text.data(), static_cast<py::ssize_t>(text.size()), "surrogateescape");
+    if (str == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::str>(str);
+}
+
+py::dtype dtype_of(ValueType type) {
+    switch (type) {
+        case ValueType::kUint8:
+            return py::dtype::of<uint8_t>();
+        case ValueType::kInt8:
+            return py::dtype::of<int8_t>();
+        case ValueType::kUint16:
+            return py::dtype::of<uint16_t>();
+        case ValueType::kInt16:
+            return py::dtype::of<int16_t>();
+        case ValueType::kUint32:
+            return py::dtype::of<uint32_t>();
+        case ValueType::kInt32:
+            return py::dtype::of<int32_t>();
+        case ValueType::kFloat32:
+            return py::dtype::of<float>();
+        case ValueType::kBool:
+            return py::dtype::of<bool>();
+        case ValueType::kUint64:
+            return py::dtype::of<uint64_t>();
+        case ValueType::kInt64:
+            return py::dtype::of<int64_t>();
+        default:
+            return py::dtype::of<double>();
+    }
+}
+
+py::object to_python(const Entry& entry) {
+    if (entry.type == ValueType::kString) {
+        if (!entry.is_array) return to_str(entry.as_string());
+        py::list strings;
+        for (const std::string_view text : entry.as_strings()) strings.append(to_str(text));
+        return strings;
+    }
+    // Copied: values lie unaligned in the file. A bool is any byte there.
+    if (entry.is_array) {
+        py::array array(dtype_of(entry.type), {static_cast<py::ssize_t>(entry.count)});
+        auto* out = static_cast<uint8_t*>(array.mutable_data());
+        std::copy_n(entry.value.data, entry.value.size, out);
+        if (entry.type == ValueType::kBool) {
+            for (size_t i = 0; i < entry.value.size; ++i) out[i] = out[i] != 0 ? 1 : 0;
+        }
+        return std::move(array);
+    }
+    switch (entry.type) {
+        case ValueType::kBool:
+            return py::bool_(entry.as_bool());
+        case ValueType::kFloat32:
+        case ValueType::kFloat64:
+            return py::float_(entry.as_float());
+        case ValueType::kUint64:
+            return py::int_(entry.as_uint());
+        default:
+            return py::int_(entry.as_int());
+    }
+}
+
+// What numpy can compute with keeps its type; all else (quantised blocks, bf16) is bytes.
+py::dtype dtype_of(const Tensor& tensor) {
+    switch (static_cast<ggml_type>(tensor.type)) {
+        case GGML_TYPE_F32:
+            return py::dtype::of<float>();
+        case GGML_TYPE_F16:
+            return py::dtype("float16");
+        case GGML_TYPE_F64:
+            return py::dtype::of<double>();
+        case GGML_TYPE_I8:
+            return py::dtype::of<int8_t>();
+        case GGML_TYPE_I16:
+            return py::dtype::of<int16_t>();
+        case GGML_TYPE_I32:
+            return py::dtype::of<int32_t>();
+        case GGML_TYPE_I64:
+            return py::dtype::of<int64_t>();
+        default:
+            return py::dtype::of<uint8_t>();
+    }
+}
+
+// Python's order: outermost axis first.
+std::vector<uint64_t> shape_of(const Tensor& tensor) {
+    return std::vector<uint64_t>(tensor.ne.rend() - tensor.n_dims, tensor.ne.rend());
+}
+
+py::array view(const GGUFMap& map, const Tensor& tensor) {
+    const py::dtype dtype = dtype_of(tensor);
+    std::vector<uint64_t> shape = shape_of(tensor);
+    const auto item = static_cast<uint64_t>(dtype.itemsize());
+    if (shape.empty() && tensor.row_bytes != item) shape.push_back(tensor.row_bytes);
+    if (!shape.empty()) shape.back() = tensor.row_bytes / item;
+
+    auto* owner = new std::shared_ptr<const Mapping>(map.owner(tensor));
+    const py::capsule keeps(owner, [](void* held) { delete static_cast<std::shared_ptr<const Mapping>*>(held); });
+    py::array array(dtype, shape, map.data(tensor).data, keeps);
+    array.attr("setflags")(py::arg("write") = false);
+    return array;
+}
+
+py::tuple range_of(const ByteRange& range) { return py::make_tuple(range.offset, range.size); }
+
+const char* base_name(const ExpertTensor& tensor) { return moeshard::name(tensor.role); }
+
+// Python's protocol for a read-only mapping, from its keys and a lookup that returns nullptr for what is not there.
+template <typename Class, typename Keys, typename Find, typename Convert>
+void bind_mapping(py::module_& m, const char* name, Keys keys, Find find, Convert convert) {
+    const auto get = [find, convert](const Class& self, const std::string& key, py::object fallback) {
+        const auto* found = find(self, key);
+        return found == nullptr ? fallback : py::object(convert(self, *found));
+    };
+    const auto cls =
+        py::class_<Class>(m, name)
+            .def("__len__", [keys](const Class& self) { return py::len(keys(self)); })
+            .def("__iter__", [keys](const Class& self) { return py::iter(keys(self)); })
+            .def("__contains__",
+                 [find](const Class& self, const std::string& key) { return find(self, key) != nullptr; })
+            .def("__contains__", [](const Class&, const py::object&) { return false; })
+            .def("__getitem__",
+                 [find, convert](const Class& self, const std::string& key) {
+                     const auto* found = find(self, key);
+                     if (found == nullptr) throw py::key_error(key);
+                     return convert(self, *found);
+                 })
+            .def("get", get, py::arg("key"), py::arg("default") = py::none())
+            .def("keys", keys)
+            .def("values",
+                 [keys, find, convert](const Class& self) {
+                     py::list values;
+                     for (const py::handle key : keys(self))
+                         values.append(convert(self, *find(self, py::cast<std::string>(key))));
+                     return values;
+                 })
+            .def("items", [keys, find, convert](const Class& self) {
+                py::list items;
+                for (const py::handle key : keys(self)) {
+                    items.append(py::make_tuple(key, convert(self, *find(self, py::cast<std::string>(key)))));
+                }
+                return items;
+            });
+    py::module_::import("collections.abc").attr("Mapping").attr("register")(cls);
+}
+
+void register_mappings(py::module_& m) {
+    bind_mapping<Metadata>(
+        m, "GGUFMetadata",
+        [](const Metadata& self) {
+            py::list keys;
+            for (const Entry& entry : self.map->metadata().entries) keys.append(to_str(entry.key));
+            return keys;
+        },
+        [](const Metadata& self, const std::string& key) { return self.map->metadata().find(key); },
+        [](const Metadata&, const Entry& entry) { return to_python(entry); });
+    bind_mapping<Tensors>(
+        m, "GGUFTensors",
+        [](const Tensors& self) {
+            py::list keys;
+            for (const Tensor& tensor : self.map->tensors()) keys.append(to_str(tensor.name));
+            return keys;
+        },
+        [](const Tensors& self, const std::string& name) { return self.map->find(name); },
+        [](const Tensors& self, const Tensor& tensor) { return view(*self.map, tensor); });
+}
+
+void register_layout(py::module_& m) {
+    py::class_<ExpertTensor>(m, "ExpertTensor", "A tensor that depends on the experts; see MoeLayout.tensors.")
+        .def_readonly("index", &ExpertTensor::tensor, "its place in GGUFMap.tensor_infos")
+        .def_readonly("layer", &ExpertTensor::layer)
+        .def_property_readonly("role", &base_name)
+        .def_readonly("axis", &ExpertTensor::axis, "the axis of experts in ggml's order, -1 if the values are ids")
+        .def_readonly("count", &ExpertTensor::count, "length of that axis")
+        .def_readonly("slice_bytes", &ExpertTensor::slice_bytes, "bytes of one index on that axis");
+    py::class_<MoeLayout>(m, "MoeLayout",
+                          "How the tensors of a model depend on its experts; made by GGUFMap.moe_layout().")
+        .def_readonly("arch", &MoeLayout::arch)
+        .def_readonly("n_layer", &MoeLayout::n_layer)
+        .def_readonly("n_layer_nextn", &MoeLayout::n_layer_nextn)
+        .def_readonly("n_expert", &MoeLayout::n_expert, "0 for a dense model")
+        .def_readonly("n_expert_used", &MoeLayout::n_expert_used, "per layer, 0 where nothing is routed")
+        .def_readonly("n_expert_groups", &MoeLayout::n_expert_groups)
+        .def_readonly("n_expert_groups_used", &MoeLayout::n_expert_groups_used)
+        .def_readonly("experts_per_chunk", &MoeLayout::experts_per_chunk)
+        .def_property_readonly("gating", [](const MoeLayout& layout) { return moeshard::name(layout.gating); })
+        .def_property_readonly("selection", [](const MoeLayout& layout) { return moeshard::name(layout.selection); })
+        .def_readonly("renormalized", &MoeLayout::renormalized)
+        .def_readonly("moe_layers", &MoeLayout::moe_layers)
+        .def_readonly("hash_layers", &MoeLayout::hash_layers)
+        .def_readonly("tensors", &MoeLayout::tensors)
+        .def_readonly("trunk_bytes", &MoeLayout::trunk_bytes)
+        .def_readonly("expert_bytes", &MoeLayout::expert_bytes)
+        .def_readonly("per_expert_bytes", &MoeLayout::per_expert_bytes, "per layer: of one expert");
+}
+
+void register_infos(py::module_& m) {
+    py::class_<Tensor>(m, "TensorInfo", "What the directory of a GGUF says about a tensor.")
+        .def_readonly("name", &Tensor::name)
+        .def_property_readonly("type", &Tensor::type_name, "as ggml calls it, e.g. 'q8_0'")
+        .def_property_readonly(
+            "shape", [](const Tensor& tensor) { return py::tuple(py::cast(shape_of(tensor))); },
+            "in elements, outermost axis first")
+        .def_readonly("nbytes", &Tensor::nbytes)
+        .def_readonly("row_bytes", &Tensor::row_bytes)
+        .def_readonly("offset", &Tensor::offset, "in its file")
+        .def_readonly("part", &Tensor::part)
+        .def("__repr__", [](const Tensor& tensor) {
+            return "<TensorInfo " + tensor.name + " " + tensor.shape() + " " + tensor.type_name() + ">";
+        });
+    py::class_<Part>(m, "GGUFPart", "One file of a model.")
+        .def_readonly("path", &Part::path)
+        .def_property_readonly("size", [](const Part& part) { return part.mapping->bytes().size; })
+        .def_property_readonly("version", [](const Part& part) { return part.directory.version; })
+        .def_property_readonly("alignment", [](const Part& part) { return part.directory.alignment; })
+        .def_property_readonly("data_offset", [](const Part& part) { return part.directory.data_offset; })
+        .def_property_readonly(
+            "metadata_range", [](const Part& part) { return range_of(part.directory.metadata); },
+            "(offset, size) of all metadata entries")
+        .def_property_readonly(
+            "entry_ranges",
+            [](const Part& part) {
+                py::dict ranges;
+                for (const Entry& entry : part.directory.entries) ranges[to_str(entry.key)] = range_of(entry.range);
+                return ranges;
+            },
+            "key -> (offset, size) of its entry");
+}
+
+}  // namespace
+
+void register_gguf(py::module_& m) {
+    register_infos(m);
+    register_layout(m);
+    register_mappings(m);
+    py::class_<GGUFMap, std::shared_ptr<GGUFMap>>(m, "GGUFMap", R"(A GGUF file, or all parts of one, mapped for reading.
+
+Nothing is read but the header until a tensor is looked at. Views stay valid without the map.)")
+        .def(py::init([](const std::filesystem::path& path) {
+                 const py::gil_scoped_release release;
+                 return std::make_shared<GGUFMap>(path.string());
+             }),
+             py::arg("path"))
+        .def_property_readonly("path", &GGUFMap::path)
+        .def_property_readonly("parts", &GGUFMap::parts, py::return_value_policy::reference_internal)
+        .def_property_readonly(
+            "metadata", [](std::shared_ptr<GGUFMap> self) { return Metadata{std::move(self)}; },
+            "mapping: key -> value; arrays of numbers are numpy arrays, arrays of strings are lists")
+        .def_property_readonly(
+            "tensors", [](std::shared_ptr<GGUFMap> self) { return Tensors{std::move(self)}; },
+            "mapping: name -> read-only array on the file, outermost axis first; float and integer "
+            "types as such, all others as uint8 of shape (..., row_bytes)")
+        .def_property_readonly("tensor_infos", &GGUFMap::tensors, py::return_value_policy::reference_internal)
+        .def(
+            "moe_layout", [](const GGUFMap& self) { return moeshard::moe_layout(self); },
+            "Which tensors depend on the experts, and how; MoeshardError where that cannot be decided.");
+}

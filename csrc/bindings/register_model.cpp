@@ -1,0 +1,86 @@
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "arrays.hpp"
+#include "moeshard/model.hpp"
+#include "register.hpp"
+
+using moeshard::Model;
+using moeshard::ModelParams;
+using moeshard::Routing;
+
+namespace {
+
+std::shared_ptr<Model> load(const std::string& path, int32_t n_gpu_layers, bool mmap, bool check_tensors,
+                            const std::optional<py::function>& progress) {
+    ModelParams params;
+    params.n_gpu_layers = n_gpu_layers;
+    params.mmap = mmap;
+    params.check_tensors = check_tensors;
+    params.progress = [&progress](float fraction) {
+        const py::gil_scoped_acquire gil;
+        if (PyErr_CheckSignals() != 0) return false;
+        if (!progress) return true;
+        try {
+            return py::cast<bool>((*progress)(fraction));
+        } catch (py::error_already_set& error) {
+            error.restore();  // llama.cpp would swallow it
+            return false;
+        }
+    };
+    const py::gil_scoped_release nogil;
+    return Model::load(path, params);
+}
+
+}  // namespace
+
+void register_model(py::module_& m) {
+    py::class_<Routing>(m, "Routing", "What of a model decides which keeps fit it.")
+        .def_readonly("n_layer", &Routing::n_layer)
+        .def_readonly("n_expert", &Routing::n_expert)
+        .def_readonly("n_expert_used", &Routing::n_expert_used)
+        .def_readonly("n_group", &Routing::n_group)
+        .def_readonly("n_group_used", &Routing::n_group_used)
+        .def_property_readonly("moe_layers", &Routing::moe_layers);
+
+    py::class_<Model, std::shared_ptr<Model>>(m, "Model", "A loaded model.")
+        .def(py::init(&load), py::arg("path"), py::kw_only(), py::arg("n_gpu_layers") = -1, py::arg("mmap") = true,
+             py::arg("check_tensors") = false, py::arg("progress") = py::none())
+        .def_property_readonly("path", &Model::path)
+        .def_property_readonly("routing", &Model::routing, py::return_value_policy::reference_internal)
+        .def_property_readonly("description", &Model::description)
+        .def_property_readonly("n_vocab", &Model::n_vocab)
+        .def_property_readonly("n_ctx_train", &Model::n_ctx_train)
+        .def_property_readonly("n_params", &Model::n_params)
+        .def_property_readonly("n_bytes", &Model::n_bytes)
+        .def_property_readonly("is_diffusion", &Model::is_diffusion)
+        .def_property_readonly("has_chat_template", &Model::has_chat_template)
+        .def("is_end_of_generation", &Model::is_end_of_generation, py::arg("token"))
+        .def(
+            "tokenize",
+            [](const Model& model, const std::string& text, bool special, bool parse) {
+                std::vector<int32_t> tokens;
+                {
+                    const py::gil_scoped_release nogil;
+                    tokens = model.tokenize(text, special, parse);
+                }
+                const auto n = static_cast<py::ssize_t>(tokens.size());
+                return take(std::move(tokens), {n});
+            },
+            py::arg("text"), py::arg("special") = true, py::arg("parse") = false)
+        .def(
+            "detokenize",
+            [](const Model& model, const TokenArray& tokens, bool special) {
+                return py::bytes(model.detokenize(to_tokens(tokens), special));
+            },
+            py::arg("tokens"), py::arg("special") = false)
+        .def("apply_chat_template", &Model::apply_chat_template, py::arg("messages"), py::arg("add_assistant") = true,
+             py::arg("source") = "");
+    m.def(
+        "check_keep",
+        [](const KeepArray& keep, const Routing& routing) { to_keep(keep)->check(routing); }, py::arg("keep"),
+        py::arg("routing"), "Raise MoeshardError where the model could not route every token to kept experts only.");
+}

@@ -1,0 +1,41 @@
+#include "control.hpp"
+
+#include <memory>
+#include <utility>
+
+#include "hook_state.hpp"
+
+namespace moeshard::hook {
+
+void set_mask(llama_context* ctx, int32_t seq, const Keep* keep) {
+    State& state = attach(ctx);
+    std::shared_ptr<const MaskRows> mask;
+    if (keep) {
+        keep->check(state.routing);
+        mask = std::make_shared<const MaskRows>(*keep, state.routing);
+    }
+    if (seq < 0) {
+        state.mask_of_all = std::move(mask);
+    } else if (mask) {
+        state.mask_of_seq[seq] = std::move(mask);
+    } else {
+        state.mask_of_seq.erase(seq);
+    }
+}
+
+void start_trace(llama_context* ctx, const TraceOptions& options, TraceSink sink) {
+    State& state = attach(ctx);
+    state.tracing = true;
+    state.trace = options;
+    state.sink = std::move(sink);
+}
+
+void stop_trace(llama_context* ctx) {
+    State& state = attach(ctx);
+    state.tracing = false;
+    state.sink = nullptr;
+}
+
+void enable_masks(llama_context* ctx) { attach(ctx); }
+
+}  // namespace moeshard::hook

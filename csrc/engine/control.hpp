@@ -1,0 +1,27 @@
+// What the runtime asks of the engine room without seeing llama.cpp's private headers.
+#pragma once
+
+#include <cstdint>
+
+#include "moeshard/keep.hpp"
+#include "moeshard/trace.hpp"
+
+struct llama_context;
+struct llama_model;
+
+namespace moeshard::hook {
+
+Routing routing_of(const llama_model& model);
+
+// Masks sequence `seq` of `ctx` (all sequences without a mask of their own: seq < 0) from the next decode on; null
+// clears. Throws Error where the keep does not fit the model.
+void set_mask(llama_context* ctx, int32_t seq, const Keep* keep);
+
+// Hands the routing of every micro-batch to `sink` until stop_trace. An Error thrown by the sink ends the decode.
+void start_trace(llama_context* ctx, const TraceOptions& options, TraceSink sink);
+void stop_trace(llama_context* ctx);
+
+// Prepares `ctx` for masks, so that its first one rebuilds nothing.
+void enable_masks(llama_context* ctx);
+
+}  // namespace moeshard::hook

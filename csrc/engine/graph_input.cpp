@@ -1,0 +1,110 @@
+#include "graph_input.hpp"
+
+#include <cstring>
+#include <string>
+
+#include "ggml-backend.h"
+#include "moeshard/error.hpp"
+
+namespace moeshard::hook {
+
+GraphInput::GraphInput(State& state, const llm_graph_context& graph)
+    : state(state),
+      n_tokens(graph.n_tokens),
+      n_outputs(graph.n_outputs),
+      tracing(state.tracing),
+      options(state.trace) {}
+
+bool GraphInput::built_for(const State& now) const {
+    return tracing == now.tracing && (!tracing || (options.probs == now.trace.probs && options.norms == now.trace.norms));
+}
+
+ggml_tensor* GraphInput::mask(const llm_graph_context& graph, int64_t n_rows, int il) {
+    if (n_rows != n_tokens && n_rows != n_outputs) {
+        throw Error("layer " + std::to_string(il) + " routes " + std::to_string(n_rows) +
+                    " rows, which are neither the tokens nor the outputs of the micro-batch");
+    }
+    Mask& mask = n_rows == n_tokens ? of_tokens : of_outputs;
+    if (!mask.input) {
+        mask.input = ggml_new_tensor_3d(graph.ctx0, GGML_TYPE_F32, state.routing.n_expert, n_rows, state.n_slots);
+        ggml_set_input(mask.input);
+        ggml_set_name(mask.input, "moeshard_mask");
+        // Without this copy a device would receive every layer's view as an input of its own, and the scheduler takes
+        // only so many per split.
+        mask.on_device = state.offloaded ? ggml_cont(graph.ctx0, mask.input) : mask.input;
+    }
+    const int32_t slot = state.slot_of_layer[static_cast<size_t>(il)];
+    mask.slots.push_back(slot);
+    return ggml_view_2d(graph.ctx0, mask.on_device, mask.on_device->ne[0], n_rows, mask.on_device->nb[1],
+                        static_cast<size_t>(slot) * mask.on_device->nb[2]);
+}
+
+ggml_tensor* GraphInput::hash_ids(const llm_graph_context& graph, ggml_tensor* selected, int il) {
+    // selected = get_rows(tid2eid, tokens)
+    const ggml_tensor* table = selected->src[0];
+    auto& rows = state.hash_tables[il];
+    if (rows.empty()) {
+        rows.resize(static_cast<size_t>(ggml_nelements(table)));
+        ggml_backend_tensor_get(table, rows.data(), 0, ggml_nbytes(table));
+    }
+    ggml_tensor* input = ggml_new_tensor_2d(graph.ctx0, GGML_TYPE_I32, selected->ne[0], selected->ne[1]);
+    ggml_set_input(input);
+    ggml_set_name(input, "moeshard_hash_ids");
+    hashed.push_back({input, il});
+    return input;
+}
+
+void GraphInput::set_input(const llama_ubatch* ubatch) {
+    set_mask(of_tokens, *ubatch);
+    set_mask(of_outputs, *ubatch);
+    for (const HashIds& ids : hashed) set_hash_ids(ids, *ubatch);
+}
+
+// The tokens behind the rows of an input.
+std::vector<int32_t> GraphInput::rows(const llama_ubatch& ubatch, int64_t n_rows) const {
+    std::vector<int32_t> tokens;
+    tokens.reserve(static_cast<size_t>(n_rows));
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        if (n_rows == ubatch.n_tokens || ubatch.output[i]) tokens.push_back(static_cast<int32_t>(i));
+    }
+    return tokens;
+}
+
+void GraphInput::set_mask(const Mask& mask, const llama_ubatch& ubatch) const {
+    if (!mask.input) return;
+    const auto n_expert = static_cast<size_t>(mask.input->ne[0]);
+    const auto n_rows = static_cast<size_t>(mask.input->ne[1]);
+    const std::vector<int32_t> tokens = rows(ubatch, mask.input->ne[1]);
+    auto* data = static_cast<float*>(mask.input->data);
+    for (const int32_t slot : mask.slots) {
+        float* layer = data + static_cast<size_t>(slot) * n_rows * n_expert;
+        for (size_t row = 0; row < n_rows; ++row) {
+            // A token that belongs to several sequences is computed once; Context refuses that their masks differ.
+            const MaskRows* rows = state.mask(ubatch.seq_id[tokens[row]][0]);
+            if (rows) {
+                std::memcpy(layer + row * n_expert, rows->rows.data() + static_cast<size_t>(slot) * n_expert,
+                            n_expert * sizeof(float));
+            } else {
+                std::memset(layer + row * n_expert, 0, n_expert * sizeof(float));
+            }
+        }
+    }
+}
+
+void GraphInput::set_hash_ids(const HashIds& ids, const llama_ubatch& ubatch) const {
+    const auto n_used = static_cast<int32_t>(ids.input->ne[0]);
+    const std::vector<int32_t>& table = state.hash_tables.at(ids.il);
+    auto* out = static_cast<int32_t*>(ids.input->data);
+    for (const int32_t token : rows(ubatch, ids.input->ne[1])) {
+        const int32_t* row = table.data() + static_cast<size_t>(ubatch.token[token]) * n_used;
+        const MaskRows* mask = state.mask(ubatch.seq_id[token][0]);
+        if (mask) {
+            replace_dropped(row, n_used, mask->keep.row(ids.il), state.routing.n_expert, out);
+        } else {
+            std::memcpy(out, row, static_cast<size_t>(n_used) * sizeof(int32_t));
+        }
+        out += n_used;
+    }
+}
+
+}  // namespace moeshard::hook

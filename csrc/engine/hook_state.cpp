@@ -1,0 +1,103 @@
+#include "hook_state.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <mutex>
+#include <unordered_map>
+
+#include "llama-context.h"
+#include "llama-model.h"
+#include "moeshard-hook.h"
+#include "moeshard/error.hpp"
+
+namespace moeshard::hook {
+
+namespace {
+
+std::mutex registry_mutex;
+std::unordered_map<const llama_context*, std::unique_ptr<State>>& registry() {
+    // Never destroyed: contexts may be freed while the process exits.
+    static auto* states = new std::unordered_map<const llama_context*, std::unique_ptr<State>>;
+    return *states;
+}
+
+thread_local State* current = nullptr;
+
+}  // namespace
+
+State* current_state() { return current; }
+
+UbatchScope::UbatchScope(const llama_context* ctx) : outer(current) {
+    const std::lock_guard lock(registry_mutex);
+    const auto found = registry().find(ctx);
+    current = found == registry().end() ? nullptr : found->second.get();
+    if (current) current->building = nullptr;
+}
+
+UbatchScope::~UbatchScope() { current = outer; }
+
+void context_freed(const llama_context* ctx) {
+    const std::lock_guard lock(registry_mutex);
+    registry().erase(ctx);
+}
+
+State& attach(llama_context* ctx) {
+    const std::lock_guard lock(registry_mutex);
+    auto& state = registry()[ctx];
+    if (!state) {
+        const llama_model& model = ctx->get_model();
+        state = std::make_unique<State>(model, routing_of(model));
+    }
+    return *state;
+}
+
+Routing routing_of(const llama_model& model) {
+    const llama_hparams& hparams = model.hparams;
+    Routing routing;
+    routing.n_layer = static_cast<int32_t>(hparams.n_layer_all);
+    routing.n_expert = static_cast<int32_t>(hparams.n_expert);
+    for (int32_t layer = 0; layer < routing.n_layer; ++layer) {
+        const bool routes = routing.n_expert > 0 && model.layers[static_cast<size_t>(layer)].ffn_gate_inp != nullptr;
+        routing.n_expert_used.push_back(routes ? static_cast<int32_t>(hparams.n_expert_used(layer)) : 0);
+    }
+    if (hparams.n_expert_groups > 1) {
+        routing.n_group = static_cast<int32_t>(hparams.n_expert_groups);
+        routing.n_group_used = static_cast<int32_t>(hparams.n_group_used);
+    }
+    return routing;
+}
+
+MaskRows::MaskRows(const Keep& keep, const Routing& routing) : keep(keep) {
+    for (const int32_t layer : routing.moe_layers()) {
+        for (int32_t expert = 0; expert < keep.n_expert(); ++expert) {
+            rows.push_back(keep(layer, expert) ? 0.0f : -INFINITY);
+        }
+    }
+}
+
+State::State(const llama_model& model, Routing facts) : routing(std::move(facts)) {
+    for (int32_t layer = 0; layer < routing.n_layer; ++layer) {
+        slot_of_layer.push_back(routing.routes(layer) ? n_slots++ : -1);
+    }
+    offloaded = !model.devices.empty();
+}
+
+const MaskRows* State::mask(int32_t seq) const {
+    const auto found = mask_of_seq.find(seq);
+    return found != mask_of_seq.end() ? found->second.get() : mask_of_all.get();
+}
+
+void replace_dropped(const int32_t* row, int32_t n_used, const uint8_t* keep, int32_t n_expert, int32_t* out) {
+    std::copy(row, row + n_used, out);
+    for (int32_t i = 0; i < n_used; ++i) {
+        int32_t id = row[i];
+        if (keep[id]) continue;
+        // Ends: check() has seen to it that at least n_used experts are kept.
+        do {
+            id = (id + 1) % n_expert;
+        } while (!keep[id] || std::find(out, out + n_used, id) != out + n_used);
+        out[i] = id;
+    }
+}
+
+}  // namespace moeshard::hook

@@ -1,0 +1,57 @@
+// What moeshard remembers about a llama_context: the masks of its sequences and whether its routing is traced.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "control.hpp"
+#include "moeshard/keep.hpp"
+#include "moeshard/trace.hpp"
+
+struct llama_context;
+struct llama_model;
+
+namespace moeshard::hook {
+
+class GraphInput;
+
+// A keep as the graph adds it: 0 or -INF per expert, one row per MoE layer (not per layer).
+struct MaskRows {
+    explicit MaskRows(const Keep& keep, const Routing& routing);
+
+    Keep keep;
+    std::vector<float> rows;
+};
+
+struct State {
+    State(const llama_model& model, Routing routing);
+
+    Routing routing;
+    std::vector<int32_t> slot_of_layer;  // index among the MoE layers, -1 for the others
+    int32_t n_slots = 0;
+    bool offloaded = false;  // some layers run on another device than the CPU
+
+    std::shared_ptr<const MaskRows> mask_of_all;
+    std::map<int32_t, std::shared_ptr<const MaskRows>> mask_of_seq;
+    const MaskRows* mask(int32_t seq) const;
+
+    bool tracing = false;
+    TraceOptions trace;
+    TraceSink sink;
+
+    // The rows of tid2eid tables (n_vocab, n_used) of hash-routed layers, fetched when first needed.
+    std::map<int32_t, std::vector<int32_t>> hash_tables;
+
+    GraphInput* building = nullptr;  // of the graph that is being built, once it routes something
+};
+
+// The state of `ctx`, made on first use; it goes away with the context. From then on its graphs carry a mask.
+State& attach(llama_context* ctx);
+
+// The ids that a hash-routed layer uses under `mask` instead of the `n_used` ids of its table row: every dropped id is
+// replaced, in list order, by the next kept id (upward, cyclically) that the token does not use yet.
+void replace_dropped(const int32_t* row, int32_t n_used, const uint8_t* keep, int32_t n_expert, int32_t* out);
+
+}  // namespace moeshard::hook

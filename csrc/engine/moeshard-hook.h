@@ -1,0 +1,54 @@
+// What the patched call sites of llama.cpp call. Implemented in hook.cpp.
+//
+// A context that nobody attached to (see attach() in hook_state.hpp) builds the graphs that stock llama.cpp builds.
+#pragma once
+
+#include <cstdint>
+
+#include "ggml-backend.h"
+
+struct llama_context;
+struct llama_ubatch;
+struct llm_graph_context;
+class llm_graph_result;
+
+namespace moeshard::hook {
+
+struct State;
+
+// Names the context whose graph is built and computed on this thread while this object lives.
+class UbatchScope {
+public:
+    explicit UbatchScope(const llama_context* ctx);
+    ~UbatchScope();
+    UbatchScope(const UbatchScope&) = delete;
+    UbatchScope& operator=(const UbatchScope&) = delete;
+
+    // May `res`, built earlier, serve the masks and the trace that are wanted now?
+    bool can_reuse(const llm_graph_result* res) const;
+    // Hands the routing trace of a computed graph to whoever asked for it.
+    void computed(const llm_graph_result* res, const llama_ubatch& ubatch, ggml_backend_sched_t sched) const;
+
+private:
+    State* outer;
+};
+
+void context_freed(const llama_context* ctx);
+
+// Additive mask on the router's scores, F32 of the shape of `scores`: 0 keeps, -INF drops. Null without a hook.
+ggml_tensor* expert_mask(const llm_graph_context& graph, const ggml_tensor* scores, int il);
+
+// Replaces the expert ids that a hash-routed layer looked up (null elsewhere) by kept ones.
+ggml_tensor* hash_experts(const llm_graph_context& graph, ggml_tensor* selected, int il);
+
+// Mark what a trace reads: router [n_expert, n_tokens] scores, ids and final weights of the chosen experts, and the
+// chosen experts' outputs [n_embd, n_used, n_tokens] before they are weighted.
+void trace_router(const llm_graph_context& graph, ggml_tensor* probs, ggml_tensor* ids, ggml_tensor* weights, int il);
+void trace_experts(const llm_graph_context& graph, ggml_tensor* experts, int il);
+
+// While tracing, rows without output stay in the last layer, so that its routing is seen for every token; they are
+// dropped before the final norm instead.
+bool defer_output_rows(const llm_graph_context& graph, ggml_tensor* out_ids);
+ggml_tensor* drop_deferred_rows(const llm_graph_context& graph, ggml_tensor* cur, int il);
+
+}  // namespace moeshard::hook

@@ -1,0 +1,92 @@
+// What computes: sequences of tokens, a keep for each, logits and routing traces.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "moeshard/keep.hpp"
+#include "moeshard/model.hpp"
+#include "moeshard/trace.hpp"
+
+struct llama_context;
+struct ggml_threadpool;
+
+namespace moeshard {
+
+struct ContextParams {
+    int32_t n_ctx = 0;        // tokens that each sequence can hold; 0: what the model was trained on
+    int32_t n_batch = 2048;   // tokens handed to the engine at once
+    int32_t n_ubatch = 512;   // tokens computed at once
+    int32_t n_seq_max = 1;    // sequences 0 .. n_seq_max-1
+    int32_t n_threads = 0;    // 0: as many as the processors this process may use
+};
+
+// For which tokens of an input the logits are computed.
+enum class Outputs { none, last, all };
+
+// Tokens appended to one sequence.
+struct Input {
+    int32_t seq = 0;
+    const int32_t* tokens = nullptr;
+    size_t n_tokens = 0;
+    Outputs outputs = Outputs::last;
+};
+
+// Receives the logits (n_vocab floats, valid during the call) after token `token` of input `input`.
+using LogitsSink = std::function<void(size_t input, size_t token, const float* logits)>;
+
+// Not for use by two threads at once, except abort(). A failed call leaves every sequence as it was before, or empty
+// where the model's memory cannot be rolled back.
+class Context {
+public:
+    Context(std::shared_ptr<const Model> model, const ContextParams& params = {});
+    ~Context();
+    Context(const Context&) = delete;
+    Context& operator=(const Context&) = delete;
+
+    const Model& model() const { return *model_; }
+    int32_t n_ctx() const;      // per sequence
+    int32_t n_seq_max() const;
+    int32_t n_past(int32_t seq) const;  // tokens that the sequence holds
+
+    // From the next decode on, routes the tokens of `seq` to kept experts only; null clears. seq < 0: all sequences
+    // that have no keep of their own. Rebuilds no graph. Throws Error as Keep::check does.
+    void set_keep(const Keep* keep, int32_t seq = -1);
+
+    // Appends and computes all inputs, at most one per sequence, several of them in one batch where they fit. Throws
+    // Error on an unknown token or sequence, when a sequence is full, and when aborted.
+    void decode(const std::vector<Input>& inputs, const LogitsSink& sink = {});
+    // The same, without logits, handing the routing of every token to `sink`, micro-batch by micro-batch.
+    void trace(const std::vector<Input>& inputs, const TraceOptions& options, TraceSink sink);
+
+    // Empties a sequence (seq < 0: all of them); masks stay.
+    void reset(int32_t seq = -1);
+
+    // Makes a decode that another thread is in throw Error; the next one runs again.
+    void abort() { aborted = true; }
+    // Asked every few milliseconds while computing, on the computing thread; true aborts.
+    void set_interrupt(std::function<bool()> check) { interrupt = std::move(check); }
+
+private:
+    std::shared_ptr<const Model> model_;
+    ContextParams params;
+    llama_context* ctx = nullptr;
+    ggml_threadpool* pool = nullptr;
+    std::vector<int32_t> past;
+    std::atomic<bool> aborted{false};
+    std::function<bool()> interrupt;
+    int64_t next_interrupt_us = 0;
+    bool broken = false;  // the engine aborted inside; nothing of it may be touched again
+
+    void check(const std::vector<Input>& inputs) const;
+    void compute(const std::vector<Input>& inputs, const LogitsSink& sink);
+    size_t outputs_per_batch() const;
+    void roll_back(const std::vector<int32_t>& to);
+    static bool should_abort(void* self);
+};
+
+}  // namespace moeshard

@@ -1,0 +1,48 @@
+// Which experts a node holds: one boolean per layer and expert.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace moeshard {
+
+// What of a model decides whether a keep is usable.
+struct Routing {
+    int32_t n_layer = 0;   // rows of a keep, next-token-prediction blocks included
+    int32_t n_expert = 0;  // columns of a keep; 0 for a dense model
+    // Experts chosen per token in each layer; 0 where the layer routes nothing.
+    std::vector<int32_t> n_expert_used;
+    // Grouped selection (DeepSeek-V3): the best n_group_used of n_group groups are searched for experts.
+    int32_t n_group = 1;
+    int32_t n_group_used = 1;
+
+    bool routes(int32_t layer) const { return n_expert_used.at(static_cast<size_t>(layer)) > 0; }
+    // The layers that route, ascending.
+    std::vector<int32_t> moe_layers() const;
+};
+
+// A boolean array (n_layer, n_expert), row-major: true where the expert may be chosen. Rows of layers without a router
+// carry no meaning.
+class Keep {
+public:
+    // Copies `keep` (n_layer * n_expert bytes, zero drops). Throws Error where a side is not positive.
+    Keep(int32_t n_layer, int32_t n_expert, const uint8_t* keep);
+
+    int32_t n_layer() const { return n_layer_; }
+    int32_t n_expert() const { return n_expert_; }
+    const uint8_t* row(int32_t layer) const { return keep_.data() + static_cast<size_t>(layer) * n_expert_; }
+    bool operator()(int32_t layer, int32_t expert) const { return row(layer)[expert] != 0; }
+
+    // Throws Error, naming the layer, where the model could not route every token to kept experts only: the shape
+    // differs, fewer experts are kept than a token uses, or a choice of expert groups would hold too few of them.
+    void check(const Routing& routing) const;
+
+private:
+    int32_t n_layer_;
+    int32_t n_expert_;
+    std::vector<uint8_t> keep_;
+};
+
+}  // namespace moeshard

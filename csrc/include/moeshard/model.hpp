@@ -1,0 +1,67 @@
+// A loaded model: its weights, tokenizer and routing facts. Contexts compute with it.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "moeshard/keep.hpp"
+
+struct llama_model;
+
+namespace moeshard {
+
+struct ModelParams {
+    int32_t n_gpu_layers = -1;  // layers on the GPU where there is one; negative: all
+    bool mmap = true;           // map the file instead of reading it into memory
+    bool check_tensors = false;  // look for NaN and infinite values while loading
+    // Called with the fraction loaded; returning false stops the load, which then throws Error.
+    std::function<bool(float)> progress;
+};
+
+// Immutable, so it may be shared between threads; destroyed with the last Context that uses it.
+class Model : public std::enable_shared_from_this<Model> {
+public:
+    // `path` names a GGUF file or the first part (-00001-of-0000N.gguf) of one. Throws Error.
+    static std::shared_ptr<Model> load(const std::string& path, const ModelParams& params = {});
+    ~Model();
+    Model(const Model&) = delete;
+    Model& operator=(const Model&) = delete;
+
+    const std::string& path() const { return path_; }
+    const Routing& routing() const { return routing_; }
+    std::string description() const;  // e.g. "qwen3moe 30B.A3B Q4_K - Medium"
+    int32_t n_vocab() const;
+    int32_t n_ctx_train() const;
+    uint64_t n_params() const;
+    uint64_t n_bytes() const;  // of all tensors
+    bool is_diffusion() const;  // its attention is not causal: a sequence must be computed in one piece
+    bool is_end_of_generation(int32_t token) const;
+
+    // `special` adds the model's own begin/end tokens; `parse` reads "<|...|>" in the text as control tokens.
+    std::vector<int32_t> tokenize(std::string_view text, bool special = true, bool parse = false) const;
+    // Bytes of the tokens; not necessarily valid UTF-8 where a character is cut. Throws Error on an unknown id.
+    std::string detokenize(const std::vector<int32_t>& tokens, bool special = false) const;
+    std::string piece(int32_t token, bool special = false) const;
+
+    bool has_chat_template() const;
+    // Messages are (role, content). `source` replaces the model's own template. Throws Error where there is none or the
+    // engine does not know it (it recognises the common ones and does not interpret Jinja).
+    std::string apply_chat_template(const std::vector<std::pair<std::string, std::string>>& messages,
+                                    bool add_assistant = true, const std::string& source = "") const;
+
+    llama_model* handle() const { return model; }
+
+private:
+    Model(const std::string& path, const ModelParams& params);
+
+    std::string path_;
+    llama_model* model = nullptr;
+    Routing routing_;
+};
+
+}  // namespace moeshard

@@ -1,0 +1,221 @@
+#include "moeshard/context.hpp"
+
+#include <algorithm>
+#include <set>
+#include <string>
+#include <thread>
+
+#include "control.hpp"
+#include "ggml-cpu.h"
+#include "guard.hpp"
+#include "llama.h"
+
+namespace moeshard {
+
+namespace {
+
+constexpr int64_t interrupt_period_us = 20'000;
+// Logits of one batch are held in memory by the engine; with a vocabulary of 150,000 this is 400 rows.
+constexpr size_t max_logits_bytes = size_t{256} << 20;
+
+struct Batch {
+    explicit Batch(int32_t capacity) : native(llama_batch_init(capacity, 0, 1)) {}
+    ~Batch() { llama_batch_free(native); }
+    Batch(const Batch&) = delete;
+    Batch& operator=(const Batch&) = delete;
+
+    void add(int32_t token, int32_t pos, int32_t seq, bool output) {
+        const int32_t i = native.n_tokens++;
+        native.token[i] = token;
+        native.pos[i] = pos;
+        native.n_seq_id[i] = 1;
+        native.seq_id[i][0] = seq;
+        native.logits[i] = output;
+    }
+
+    llama_batch native;
+};
+
+std::string named(int32_t seq) { return "sequence " + std::to_string(seq); }
+
+}  // namespace
+
+Context::Context(std::shared_ptr<const Model> model, const ContextParams& wanted)
+    : model_(std::move(model)), params(wanted) {
+    if (params.n_ctx < 0 || params.n_batch < 1 || params.n_ubatch < 1 || params.n_seq_max < 1 || params.n_threads < 0) {
+        throw Error("context parameters must be positive (n_ctx and n_threads may be 0)");
+    }
+    if (params.n_ctx == 0) params.n_ctx = std::max(model_->n_ctx_train(), 1);
+    const auto most = static_cast<int32_t>(llama_max_parallel_sequences());
+    if (params.n_seq_max > most) throw Error("at most " + std::to_string(most) + " sequences fit in one context");
+    if (model_->is_diffusion()) params.n_batch = params.n_ubatch = params.n_ctx;
+    if (params.n_threads == 0) params.n_threads = std::max(1U, std::thread::hardware_concurrency());
+
+    const Guard guard;
+    llama_context_params native = llama_context_default_params();
+    native.n_ctx = static_cast<uint32_t>(params.n_ctx) * static_cast<uint32_t>(params.n_seq_max);
+    native.n_batch = static_cast<uint32_t>(params.n_batch);
+    native.n_ubatch = static_cast<uint32_t>(params.n_ubatch);
+    native.n_seq_max = static_cast<uint32_t>(params.n_seq_max);
+    native.n_threads = params.n_threads;
+    native.n_threads_batch = params.n_threads;
+    native.abort_callback = should_abort;
+    native.abort_callback_data = this;
+    ctx = llama_init_from_model(model_->handle(), native);
+    if (!ctx) throw guard.error(model_->path() + ": no context of " + std::to_string(params.n_ctx) + " tokens could be made");
+
+    const ggml_threadpool_params threads = ggml_threadpool_params_default(params.n_threads);
+    pool = ggml_threadpool_new(const_cast<ggml_threadpool_params*>(&threads));
+    if (pool) llama_attach_threadpool(ctx, pool, pool);
+    hook::enable_masks(ctx);
+    past.assign(static_cast<size_t>(params.n_seq_max), 0);
+}
+
+Context::~Context() {
+    // After an abort the engine's threads may still wait for one that will not come; leaking is all that is safe.
+    if (broken) return;
+    llama_free(ctx);
+    if (pool) ggml_threadpool_free(pool);
+}
+
+int32_t Context::n_ctx() const { return static_cast<int32_t>(llama_n_ctx_seq(ctx)); }
+int32_t Context::n_seq_max() const { return params.n_seq_max; }
+
+int32_t Context::n_past(int32_t seq) const {
+    if (seq < 0 || seq >= params.n_seq_max) {
+        throw Error(named(seq) + " does not exist: this context has " + std::to_string(params.n_seq_max));
+    }
+    return past[static_cast<size_t>(seq)];
+}
+
+void Context::set_keep(const Keep* keep, int32_t seq) {
+    if (seq >= 0) n_past(seq);  // exists
+    hook::set_mask(ctx, seq, keep);
+}
+
+void Context::check(const std::vector<Input>& inputs) const {
+    if (broken) throw Error("this context failed inside the engine and cannot be used any more; make a new one");
+    std::set<int32_t> seen;
+    for (const Input& input : inputs) {
+        const int32_t held = n_past(input.seq);
+        if (!seen.insert(input.seq).second) throw Error(named(input.seq) + " is given twice in one call");
+        const size_t room = static_cast<size_t>(std::max(n_ctx() - held, 0));
+        if (input.n_tokens > room) {
+            throw Error(named(input.seq) + " holds " + std::to_string(held) + " of " + std::to_string(n_ctx()) +
+                        " tokens; " + std::to_string(input.n_tokens) + " more do not fit (use a larger n_ctx)");
+        }
+        for (size_t i = 0; i < input.n_tokens; ++i) {
+            if (input.tokens[i] < 0 || input.tokens[i] >= model_->n_vocab()) {
+                throw Error("token id " + std::to_string(input.tokens[i]) + " at position " + std::to_string(i) +
+                            " is outside the vocabulary of " + std::to_string(model_->n_vocab()));
+            }
+        }
+    }
+}
+
+void Context::decode(const std::vector<Input>& inputs, const LogitsSink& sink) {
+    check(inputs);
+    const std::vector<int32_t> before = past;
+    aborted = false;
+    try {
+        compute(inputs, sink);
+    } catch (const EngineAbort&) {
+        broken = true;
+        throw;
+    } catch (...) {
+        roll_back(before);
+        throw;
+    }
+}
+
+size_t Context::outputs_per_batch() const {
+    const size_t row = static_cast<size_t>(std::max(model_->n_vocab(), 1)) * sizeof(float);
+    return std::max<size_t>(max_logits_bytes / row, 16);
+}
+
+void Context::compute(const std::vector<Input>& inputs, const LogitsSink& sink) {
+    const Guard guard;
+    std::vector<size_t> done(inputs.size(), 0);
+    struct Output {
+        size_t input;
+        size_t token;
+        int32_t row;
+    };
+    Batch batch(params.n_batch);
+    for (;;) {
+        size_t unfinished = 0;
+        for (size_t i = 0; i < inputs.size(); ++i) unfinished += done[i] < inputs[i].n_tokens;
+        if (unfinished == 0) return;
+
+        batch.native.n_tokens = 0;
+        std::vector<Output> outputs;
+        const size_t share = std::max<size_t>(static_cast<size_t>(params.n_batch) / unfinished, 1);
+        const size_t most_outputs = std::max<size_t>(outputs_per_batch() / unfinished, 1);
+        for (size_t i = 0; i < inputs.size(); ++i) {
+            const Input& input = inputs[i];
+            const bool all = input.outputs == Outputs::all && sink;
+            size_t n = std::min({input.n_tokens - done[i], share,
+                                 static_cast<size_t>(params.n_batch - batch.native.n_tokens)});
+            // Where attention is not causal a sequence cannot be cut.
+            if (all && !model_->is_diffusion()) n = std::min(n, most_outputs);
+            auto& held = past[static_cast<size_t>(input.seq)];
+            for (size_t k = 0; k < n; ++k) {
+                const size_t token = done[i]++;
+                const bool last = input.outputs != Outputs::none && token + 1 == input.n_tokens;
+                const bool output = sink && (all || last);
+                if (output) outputs.push_back({i, token, batch.native.n_tokens});
+                batch.add(input.tokens[token], held++, input.seq, output);
+            }
+        }
+        // The engine wants an output; the last token's is the cheapest to ignore.
+        if (outputs.empty()) batch.native.logits[batch.native.n_tokens - 1] = true;
+
+        const int32_t status = llama_decode(ctx, batch.native);
+        if (status == 2) throw Error("the computation was aborted");
+        if (status != 0) throw guard.error("the engine could not decode (status " + std::to_string(status) + ")");
+        llama_synchronize(ctx);
+        for (const Output& output : outputs) sink(output.input, output.token, llama_get_logits_ith(ctx, output.row));
+    }
+}
+
+void Context::trace(const std::vector<Input>& inputs, const TraceOptions& options, TraceSink sink) {
+    if (model_->routing().moe_layers().empty()) throw Error(model_->path() + ": a dense model has no routing to trace");
+    struct Tracing {
+        llama_context* ctx;
+        ~Tracing() { hook::stop_trace(ctx); }
+    };
+    hook::start_trace(ctx, options, std::move(sink));
+    const Tracing tracing{ctx};
+    decode(inputs);
+}
+
+void Context::roll_back(const std::vector<int32_t>& to) {
+    llama_memory_t memory = llama_get_memory(ctx);
+    for (int32_t seq = 0; seq < params.n_seq_max; ++seq) {
+        auto& held = past[static_cast<size_t>(seq)];
+        const int32_t before = to[static_cast<size_t>(seq)];
+        if (held == before) continue;
+        held = before;
+        if (memory && !llama_memory_seq_rm(memory, seq, before, -1)) reset(seq);
+    }
+}
+
+void Context::reset(int32_t seq) {
+    if (seq >= 0) n_past(seq);  // exists
+    if (llama_memory_t memory = llama_get_memory(ctx)) llama_memory_seq_rm(memory, seq, -1, -1);
+    for (int32_t i = 0; i < params.n_seq_max; ++i) {
+        if (seq < 0 || i == seq) past[static_cast<size_t>(i)] = 0;
+    }
+}
+
+bool Context::should_abort(void* self) {
+    auto& context = *static_cast<Context*>(self);
+    if (context.aborted) return true;
+    if (!context.interrupt) return false;
+    const int64_t now = llama_time_us();
+    if (now < context.next_interrupt_us) return false;
+    context.next_interrupt_us = now + interrupt_period_us;
+    return context.interrupt();
+}
+
+}  // namespace moeshard

@@ -1,0 +1,132 @@
+#include "moeshard/model.hpp"
+
+#include <algorithm>
+#include <filesystem>
+
+#include "control.hpp"
+#include "guard.hpp"
+#include "llama.h"
+#include "moeshard/gguf.hpp"
+
+namespace moeshard {
+
+namespace {
+
+bool report_progress(float fraction, void* progress) {
+    const auto& callback = *static_cast<const std::function<bool(float)>*>(progress);
+    return !callback || callback(fraction);
+}
+
+// Refuses, with a message of its own, a file that would make the engine abort or read past the end.
+void check_file(const std::string& path) {
+    std::error_code failed;
+    const auto status = std::filesystem::status(path, failed);
+    if (!std::filesystem::exists(status)) throw Error(path + ": no such file");
+    if (std::filesystem::is_directory(status)) throw Error(path + ": is a directory, not a GGUF file");
+    const gguf::GGUFMap checked(path);
+}
+
+}  // namespace
+
+std::shared_ptr<Model> Model::load(const std::string& path, const ModelParams& params) {
+    return std::shared_ptr<Model>(new Model(path, params));
+}
+
+Model::Model(const std::string& path, const ModelParams& params) : path_(path) {
+    check_file(path);
+    const Guard guard;
+    llama_model_params native = llama_model_default_params();
+    native.n_gpu_layers = params.n_gpu_layers;
+    native.load_mode = params.mmap ? LLAMA_LOAD_MODE_MMAP : LLAMA_LOAD_MODE_NONE;
+    native.check_tensors = params.check_tensors;
+    native.progress_callback = report_progress;
+    native.progress_callback_user_data = const_cast<std::function<bool(float)>*>(&params.progress);
+    model = llama_model_load_from_file(path.c_str(), native);
+    if (!model) throw guard.error(path + ": could not be loaded");
+    routing_ = hook::routing_of(*model);
+}
+
+Model::~Model() { llama_model_free(model); }
+
+std::string Model::description() const {
+    char text[256];
+    llama_model_desc(model, text, sizeof(text));
+    return text;
+}
+
+int32_t Model::n_vocab() const { return llama_vocab_n_tokens(llama_model_get_vocab(model)); }
+int32_t Model::n_ctx_train() const { return llama_model_n_ctx_train(model); }
+uint64_t Model::n_params() const { return llama_model_n_params(model); }
+uint64_t Model::n_bytes() const { return llama_model_size(model); }
+bool Model::is_diffusion() const { return llama_model_is_diffusion(model); }
+bool Model::is_end_of_generation(int32_t token) const {
+    return llama_vocab_is_eog(llama_model_get_vocab(model), token);
+}
+
+std::vector<int32_t> Model::tokenize(std::string_view text, bool special, bool parse) const {
+    const Guard guard;
+    const llama_vocab* vocab = llama_model_get_vocab(model);
+    const auto length = static_cast<int32_t>(text.size());
+    if (text.size() != static_cast<size_t>(length)) throw Error("text is too long to tokenize in one piece: over 2 GiB");
+    std::vector<int32_t> tokens(text.size() + 2);
+    int32_t n = llama_tokenize(vocab, text.data(), length, tokens.data(), static_cast<int32_t>(tokens.size()), special,
+                               parse);
+    if (n < 0) {
+        tokens.resize(static_cast<size_t>(-n));
+        n = llama_tokenize(vocab, text.data(), length, tokens.data(), -n, special, parse);
+    }
+    if (n < 0) throw guard.error(path_ + ": the text could not be tokenized");
+    tokens.resize(static_cast<size_t>(n));
+    return tokens;
+}
+
+std::string Model::piece(int32_t token, bool special) const {
+    if (token < 0 || token >= n_vocab()) {
+        throw Error("token id " + std::to_string(token) + " is outside the vocabulary of " + std::to_string(n_vocab()));
+    }
+    std::string text(32, '\0');
+    const llama_vocab* vocab = llama_model_get_vocab(model);
+    int32_t n = llama_token_to_piece(vocab, token, text.data(), static_cast<int32_t>(text.size()), 0, special);
+    if (n < 0) {
+        text.resize(static_cast<size_t>(-n));
+        n = llama_token_to_piece(vocab, token, text.data(), -n, 0, special);
+    }
+    text.resize(static_cast<size_t>(std::max(n, 0)));
+    return text;
+}
+
+std::string Model::detokenize(const std::vector<int32_t>& tokens, bool special) const {
+    std::string text;
+    for (const int32_t token : tokens) text += piece(token, special);
+    return text;
+}
+
+bool Model::has_chat_template() const { return llama_model_chat_template(model, nullptr) != nullptr; }
+
+std::string Model::apply_chat_template(const std::vector<std::pair<std::string, std::string>>& messages,
+                                       bool add_assistant, const std::string& source) const {
+    const char* chat_template = source.empty() ? llama_model_chat_template(model, nullptr) : source.c_str();
+    if (!chat_template) throw Error(path_ + ": the model has no chat template; pass one, or prompt it with plain text");
+    std::vector<llama_chat_message> chat;
+    size_t size = 256;
+    for (const auto& [role, content] : messages) {
+        chat.push_back({role.c_str(), content.c_str()});
+        size += 2 * (role.size() + content.size());
+    }
+    std::string text(size, '\0');
+    for (;;) {
+        const int32_t n = llama_chat_apply_template(chat_template, chat.data(), chat.size(), add_assistant, text.data(),
+                                                    static_cast<int32_t>(text.size()));
+        if (n < 0) {
+            throw Error(path_ + ": llama.cpp does not know this chat template; pass the name of a known one "
+                                "(\"chatml\", \"llama3\", ...) or format the prompt yourself");
+        }
+        if (static_cast<size_t>(n) <= text.size()) {
+            text.resize(static_cast<size_t>(n));
+            return text;
+        }
+        text.resize(static_cast<size_t>(n));
+    }
+}
+
+}  // namespace moeshard
