@@ -77,7 +77,7 @@ py::object to_python(const Entry& entry) {
     }
     // Copied: values lie unaligned in the file. A bool is any byte there.
     if (entry.is_array) {
-        py::array array(dtype_of(entry.type), {static_cast<py::ssize_t>(entry.count)});
+        py::array array(dtype_of(entry.type), std::vector<uint64_t>{entry.count});
         auto* out = static_cast<uint8_t*>(array.mutable_data());
         std::copy_n(entry.value.data, entry.value.size, out);
         if (entry.type == ValueType::kBool) {
@@ -141,7 +141,7 @@ py::array view(const GGUFMap& map, const Tensor& tensor) {
 
 py::tuple range_of(const ByteRange& range) { return py::make_tuple(range.offset, range.size); }
 
-const char* base_name(const ExpertTensor& tensor) { return moeshard::name(tensor.role); }
+const char* role_name(const ExpertTensor& tensor) { return moeshard::name(tensor.role); }
 
 // Python's protocol for a read-only mapping, from its keys and a lookup that returns nullptr for what is not there.
 template <typename Class, typename Keys, typename Find, typename Convert>
@@ -207,7 +207,7 @@ void register_layout(py::module_& m) {
     py::class_<ExpertTensor>(m, "ExpertTensor", "A tensor that depends on the experts; see MoeLayout.tensors.")
         .def_readonly("index", &ExpertTensor::tensor, "its place in GGUFMap.tensor_infos")
         .def_readonly("layer", &ExpertTensor::layer)
-        .def_property_readonly("role", &base_name)
+        .def_property_readonly("role", &role_name)
         .def_readonly("axis", &ExpertTensor::axis, "the axis of experts in ggml's order, -1 if the values are ids")
         .def_readonly("count", &ExpertTensor::count, "length of that axis")
         .def_readonly("slice_bytes", &ExpertTensor::slice_bytes, "bytes of one index on that axis");

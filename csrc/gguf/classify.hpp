@@ -1,0 +1,36 @@
+// The rules that tell trunk from what depends on experts.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "moeshard/moe_layout.hpp"
+
+namespace moeshard {
+
+class Classifier {
+public:
+    // The counts of `layout` must be set; it and `name`, which stands for the file, must outlive the classifier.
+    Classifier(const MoeLayout& layout, uint64_t n_embd, const std::string& name)
+        : layout_(layout), n_embd_(n_embd), name_(name) {}
+
+    // Nothing for the trunk. The index of the tensor is left to the caller.
+    std::optional<ExpertTensor> operator()(const gguf::Tensor& tensor) const;
+
+private:
+    struct Name;
+
+    ExpertTensor on_axis(const gguf::Tensor& tensor, const Name& name, Role role, int axis, uint64_t count) const;
+    std::optional<ExpertTensor> named_expert(const gguf::Tensor& tensor, const Name& name) const;
+    std::optional<ExpertTensor> router(const gguf::Tensor& tensor, const Name& name) const;
+    ExpertTensor slab(const gguf::Tensor& tensor, const Name& name) const;
+    ExpertTensor chunk(const gguf::Tensor& tensor, const Name& name) const;
+    ExpertTensor ids(const gguf::Tensor& tensor, const Name& name) const;
+    [[noreturn]] void fail(const gguf::Tensor& tensor, const std::string& why) const;
+
+    const MoeLayout& layout_;
+    const uint64_t n_embd_;
+    const std::string& name_;
+};
+
+}  // namespace moeshard
