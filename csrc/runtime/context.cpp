@@ -18,6 +18,8 @@ constexpr int64_t interrupt_period_us = 20'000;
 // Logits of one batch are held in memory by the engine; with a vocabulary of 150,000 this is 400 rows.
 constexpr size_t max_logits_bytes = size_t{256} << 20;
 
+constexpr const char* broken_message = "this context failed inside the engine and cannot be used any more; make a new one";
+
 struct Batch {
     explicit Batch(int32_t capacity) : native(llama_batch_init(capacity, 0, 1)) {}
     ~Batch() { llama_batch_free(native); }
@@ -94,7 +96,7 @@ void Context::set_keep(const Keep* keep, int32_t seq) {
 }
 
 void Context::check(const std::vector<Input>& inputs) const {
-    if (broken) throw Error("this context failed inside the engine and cannot be used any more; make a new one");
+    if (broken) throw Error(broken_message);
     std::set<int32_t> seen;
     for (const Input& input : inputs) {
         const int32_t held = n_past(input.seq);
@@ -201,6 +203,7 @@ void Context::roll_back(const std::vector<int32_t>& to) {
 }
 
 void Context::reset(int32_t seq) {
+    if (broken) throw Error(broken_message);
     if (seq >= 0) n_past(seq);  // exists
     if (llama_memory_t memory = llama_get_memory(ctx)) llama_memory_seq_rm(memory, seq, -1, -1);
     for (int32_t i = 0; i < params.n_seq_max; ++i) {

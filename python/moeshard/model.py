@@ -1,0 +1,348 @@
+"""A loaded model: tokenizer, logits, generation and routing traces, each under a keep."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from moeshard import _core
+from moeshard._core import MoeshardError
+from moeshard.generation import Generation
+from moeshard.session import Session, Tokens, as_tokens
+from moeshard.trace import ChunkSink, Trace, TraceBuilder, chunk_sink
+
+if TYPE_CHECKING:
+    from moeshard.keep import KeepSpec
+
+Message = dict[str, str]
+
+# Of the models that run here most were trained on far more than fits; a longer text gets a longer context by itself.
+DEFAULT_CTX = 4096
+CTX_STEP = 256
+IDLE_CONTEXTS = 2
+
+
+class Model:
+    """A GGUF model in llama.cpp. Safe to use from several threads; computing releases the GIL."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        n_ctx: int | None = None,
+        n_batch: int = 2048,
+        n_ubatch: int = 512,
+        n_threads: int = 0,
+        n_gpu_layers: int = -1,
+        mmap: bool = True,
+        progress: Callable[[float], bool] | None = None,
+    ):
+        """Load a model.
+
+        Args:
+            path: a GGUF file, or the first part (``-00001-of-0000N.gguf``) of one.
+            n_ctx: tokens that a sequence can hold; by default what the model was trained on, at most 4096. A longer
+                text given at once gets a context that holds it.
+            n_batch: tokens handed to the engine at once.
+            n_ubatch: tokens computed at once.
+            n_threads: 0 for as many as the processors this process may use.
+            n_gpu_layers: layers on the GPU, where there is one; negative for all.
+            mmap: map the file instead of reading it into memory.
+            progress: called with the fraction loaded; False stops the load.
+
+        Raises:
+            MoeshardError: the file is missing, damaged, or no model that llama.cpp can run.
+        """
+        self._native = _core.Model(
+            os.fspath(path), n_gpu_layers=n_gpu_layers, mmap=mmap, progress=progress
+        )
+        if n_ctx is not None and n_ctx < 1:
+            raise MoeshardError(f"n_ctx must be positive, got {n_ctx}")
+        self._n_ctx = n_ctx or min(self._native.n_ctx_train or DEFAULT_CTX, DEFAULT_CTX)
+        self._context_options = {"n_batch": n_batch, "n_ubatch": n_ubatch, "n_threads": n_threads}
+        self._idle: list[_core.Context] = []
+        self._lock = threading.Lock()
+        self._masks = threading.local()
+
+    # What the model is.
+
+    @property
+    def path(self) -> str:
+        return self._native.path
+
+    @property
+    def routing(self) -> _core.Routing:
+        """Layers, experts, experts per token and expert groups, as the engine uses them."""
+        return self._native.routing
+
+    @cached_property
+    def layout(self) -> _core.MoeLayout:
+        """What of the file depends on experts, and its bytes."""
+        return _core.GGUFMap(self.path).moe_layout()
+
+    @property
+    def arch(self) -> str:
+        """The architecture's name in llama.cpp, e.g. ``qwen3moe``."""
+        return self.layout.arch
+
+    @property
+    def description(self) -> str:
+        """Architecture, size and file type in one line."""
+        return self._native.description
+
+    @property
+    def n_layer(self) -> int:
+        """Blocks of the model: the rows of a keep."""
+        return self.routing.n_layer
+
+    @property
+    def n_expert(self) -> int:
+        """Experts per MoE layer: the columns of a keep. 0 for a dense model."""
+        return self.routing.n_expert
+
+    @property
+    def n_expert_used(self) -> int:
+        """Experts that each token uses (of the widest layer where layers differ: see ``routing``)."""
+        return max(self.routing.n_expert_used, default=0)
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """The layers that route, ascending."""
+        return self.routing.moe_layers
+
+    @property
+    def n_vocab(self) -> int:
+        return self._native.n_vocab
+
+    @property
+    def n_ctx_train(self) -> int:
+        """Tokens of context that the model was trained on."""
+        return self._native.n_ctx_train
+
+    @property
+    def trunk_bytes(self) -> int:
+        """Bytes of all tensors that are not routed experts."""
+        return self.layout.trunk_bytes
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all routed experts."""
+        return self.layout.expert_bytes
+
+    # Text and tokens.
+
+    def tokenize(self, text: str, *, special: bool = True, parse: bool = False) -> npt.NDArray[np.int32]:
+        """Return int32 (n,) token ids.
+
+        `special` adds the tokens that the model wants around a text; `parse` reads control tokens written in it.
+        """
+        return self._native.tokenize(text, special, parse)
+
+    def detokenize(self, tokens: Tokens, *, special: bool = False) -> str:
+        """Return the text of the tokens; bytes that are no UTF-8 become U+FFFD. `special` shows control tokens."""
+        return self._native.detokenize(as_tokens(tokens), special).decode("utf-8", errors="replace")
+
+    def chat_prompt(self, messages: Sequence[Message], *, template: str = "") -> str:
+        """Format messages ``{"role": …, "content": …}`` as the model's chat template does, ready for its answer.
+
+        Raises MoeshardError where the model has no template, or none that llama.cpp knows.
+        """
+        return self._native.apply_chat_template([(m["role"], m["content"]) for m in messages], True, template)
+
+    # Keeps.
+
+    def keep(self, spec: KeepSpec) -> npt.NDArray[np.bool_]:
+        """Return bool (n_layer, n_expert) from an array, ``"0-63,70"`` or a file with a line per layer."""
+        from moeshard.keep import parse_keep
+
+        return parse_keep(spec, self.n_layer, self.n_expert, moe_layers=self.moe_layers)
+
+    @contextmanager
+    def masked(self, keep: KeepSpec | None) -> Iterator[Model]:
+        """Within the block, calls of this thread that name no keep of their own use this one.
+
+        Raises MoeshardError where the keep does not fit the model, naming the layer.
+        """
+        mask = None if keep is None else self.keep(keep)
+        if mask is not None:
+            _core.check_keep(mask, self.routing)
+        outer = getattr(self._masks, "current", None)
+        self._masks.current = mask
+        try:
+            yield self
+        finally:
+            self._masks.current = outer
+
+    def _mask(self, keep: KeepSpec | None) -> npt.NDArray[np.bool_] | None:
+        if keep is None:
+            mask: npt.NDArray[np.bool_] | None = getattr(self._masks, "current", None)
+            return mask
+        return self.keep(keep)
+
+    # Computing.
+
+    def logits(self, tokens: Tokens, keep: KeepSpec | None = None) -> npt.NDArray[np.float32]:
+        """Return float32 (n_tokens, n_vocab): after every token, the scores of the next one.
+
+        With `keep`, tokens are routed to kept experts only. Raises MoeshardError where the keep does not fit.
+        """
+        return self.logits_batch([tokens], [keep])[0]
+
+    def logits_batch(
+        self, sequences: Sequence[Tokens], keeps: Sequence[KeepSpec | None] | None = None
+    ) -> list[npt.NDArray[np.float32]]:
+        """Return the logits of several sequences computed in shared batches, each under its own keep.
+
+        `keeps` has one entry per sequence, None for all experts. Each result is float32 (n_tokens, n_vocab).
+        """
+        arrays = [as_tokens(tokens) for tokens in sequences]
+        if keeps is not None and len(keeps) != len(arrays):
+            raise MoeshardError(f"{len(arrays)} sequences need as many keeps, got {len(keeps)}")
+        if not arrays:
+            return []
+        with self.session(n_seq=len(arrays), n_ctx=max(len(array) for array in arrays)) as session:
+            for seq, keep in enumerate(keeps or []):
+                if keep is not None:
+                    session.set_keep(keep, seq)
+            result = session.decode(dict(enumerate(arrays)), "all")
+        return [result[seq] for seq in range(len(arrays))]
+
+    def generate(
+        self,
+        prompt: str | Tokens,
+        keep: KeepSpec | None = None,
+        *,
+        max_tokens: int = 128,
+        temperature: float = 0.8,
+        top_k: int = 40,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        repeat_penalty: float = 1.0,
+        repeat_last_n: int = 64,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        ignore_end: bool = False,
+    ) -> Generation:
+        """Return an iterator over the pieces of the text that follows `prompt`.
+
+        Args:
+            prompt: text, or token ids.
+            keep: the experts that may be used, for the prompt too.
+            max_tokens: negative for as many as the context holds.
+            temperature: 0 for the likeliest token each time.
+            top_k: sample from so many likeliest tokens; 0 for all.
+            top_p: sample from the likeliest tokens that together have this probability; 1 for all.
+            min_p: drop tokens less likely than this fraction of the likeliest; 0 for none.
+            repeat_penalty: divides the scores of recent tokens; 1 for none.
+            repeat_last_n: how many tokens are recent.
+            seed: None for a random one.
+            stop: texts that end the generation; not part of it.
+            ignore_end: go on where the model would end.
+
+        Raises MoeshardError for an empty prompt, a parameter out of range or a keep that does not fit.
+        """
+        tokens = self.tokenize(prompt, parse=True) if isinstance(prompt, str) else as_tokens(prompt)
+        context, release = self._acquire(1, len(tokens) + max(max_tokens, 0))
+        try:
+            context.set_keep(self._mask(keep))
+            native = _core.Generation(
+                context,
+                tokens,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repeat_penalty=repeat_penalty,
+                repeat_last_n=repeat_last_n,
+                seed=seed,
+                stop=list(stop),
+                ignore_end=ignore_end,
+            )
+        except BaseException:
+            release()
+            raise
+        return Generation(native, release)
+
+    def trace(
+        self, tokens: Tokens, keep: KeepSpec | None = None, *, probs: bool = False, norms: bool = False
+    ) -> Trace:
+        """Return which experts each token of a sequence was sent to.
+
+        `probs` adds the router's scores of all experts, `norms` the L2 norms of the chosen experts' outputs; see
+        :class:`Trace` for shapes. For texts that should not be held in memory whole, see :meth:`trace_stream`.
+        """
+        array = as_tokens(tokens)
+        builder = TraceBuilder(
+            self.moe_layers, len(array), self.n_expert_used, self.n_expert, probs=probs, norms=norms
+        )
+        self.trace_stream(array, builder.add, keep, probs=probs, norms=norms)
+        return builder.build()
+
+    def trace_stream(
+        self,
+        tokens: Tokens,
+        sink: ChunkSink,
+        keep: KeepSpec | None = None,
+        *,
+        probs: bool = False,
+        norms: bool = False,
+    ) -> None:
+        """Hand the routing of a sequence to `sink`, one :class:`TraceChunk` per micro-batch (``n_ubatch`` tokens).
+
+        What `sink` raises ends the computation and is raised here.
+        """
+        array = as_tokens(tokens)
+        context, release = self._acquire(1, len(array))
+        try:
+            context.set_keep(self._mask(keep))
+            context.trace([(0, array)], chunk_sink(sink), probs, norms)
+        finally:
+            release()
+
+    def session(self, n_seq: int = 1, n_ctx: int | None = None) -> Session:
+        """Return `n_seq` sequences of `n_ctx` tokens each, to be decoded in shared batches under a keep each."""
+        if n_seq < 1:
+            raise MoeshardError(f"n_seq must be positive, got {n_seq}")
+        context, release = self._acquire(n_seq, n_ctx or self._n_ctx)
+        try:
+            context.set_keep(self._mask(None))
+        except BaseException:
+            release()
+            raise
+        return Session(context, lambda keep: None if keep is None else self.keep(keep), release)
+
+    # Contexts are costly to make, so idle ones are kept.
+
+    def _acquire(self, n_seq: int, n_ctx: int) -> tuple[_core.Context, Callable[[], None]]:
+        with self._lock:
+            fitting = (c for c in self._idle if c.n_seq_max == n_seq and c.n_ctx >= n_ctx)
+            context = min(fitting, key=lambda c: c.n_ctx, default=None)
+            if context is not None:
+                self._idle.remove(context)
+        if context is None:
+            # Several sequences are given their length; a single one may grow, so it gets the model's default.
+            wanted = n_ctx if n_seq > 1 else max(n_ctx, self._n_ctx)
+            steps = -(-wanted // CTX_STEP)
+            context = _core.Context(self._native, n_ctx=steps * CTX_STEP, n_seq_max=n_seq, **self._context_options)
+        taken = context
+
+        def release() -> None:
+            try:
+                taken.reset()
+            except MoeshardError:
+                return  # it failed inside the engine and is of no further use
+            for seq in range(-1, n_seq):
+                taken.set_keep(None, seq)
+            with self._lock:
+                self._idle.append(taken)
+                del self._idle[:-IDLE_CONTEXTS]
+
+        return taken, release

@@ -1,0 +1,106 @@
+"""Several sequences in one context, each with its own keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moeshard.trace import ChunkSink, chunk_sink
+
+if TYPE_CHECKING:
+    from moeshard import _core
+    from moeshard.keep import KeepSpec
+
+Tokens = npt.ArrayLike
+
+
+class Session:
+    """Sequences ``0 … n_seq-1`` that are computed in shared batches and may hold different keeps.
+
+    Made by :meth:`moeshard.Model.session`. Not for use by two threads at once, except :meth:`abort`.
+    """
+
+    def __init__(
+        self,
+        context: _core.Context,
+        parse: Callable[[KeepSpec | None], npt.NDArray[np.bool_] | None],
+        release: Callable[[], None],
+    ):
+        self._context = context
+        self._parse = parse
+        self._release: Callable[[], None] | None = release
+
+    @property
+    def n_seq(self) -> int:
+        return self._context.n_seq_max
+
+    @property
+    def n_ctx(self) -> int:
+        """Tokens that each sequence can hold."""
+        return self._context.n_ctx
+
+    def n_past(self, seq: int = 0) -> int:
+        """Tokens that the sequence holds."""
+        return self._context.n_past(seq)
+
+    def set_keep(self, keep: KeepSpec | None, seq: int | None = None) -> None:
+        """Route the tokens of `seq` (None: of every sequence without a keep of its own) to kept experts only, from the
+        next decode on; None clears. No graph is rebuilt.
+
+        Raises MoeshardError where the keep does not fit the model, naming the layer.
+        """
+        self._context.set_keep(self._parse(keep), -1 if seq is None else seq)
+
+    def decode(self, tokens: Mapping[int, Tokens], outputs: str = "last") -> dict[int, npt.NDArray[np.float32]]:
+        """Append tokens to sequences, all in one batch where they fit, and return logits per sequence.
+
+        `outputs` is ``"last"``: (1, n_vocab) after the last token; ``"all"``: (n_tokens, n_vocab); ``"none"``:
+        (0, n_vocab). A call that fails (a full sequence, an abort) leaves the sequences as they were.
+        """
+        inputs = [(seq, as_tokens(ids)) for seq, ids in tokens.items()]
+        return dict(zip(tokens, self._context.decode(inputs, outputs), strict=True))
+
+    def trace(self, tokens: Mapping[int, Tokens], sink: ChunkSink, *, probs: bool = False, norms: bool = False) -> None:
+        """Append tokens and hand the routing of each micro-batch to `sink`; memory stays flat."""
+        inputs = [(seq, as_tokens(ids)) for seq, ids in tokens.items()]
+        self._context.trace(inputs, chunk_sink(sink), probs, norms)
+
+    def reset(self, seq: int | None = None) -> None:
+        """Empty a sequence, or all of them; keeps stay."""
+        self._context.reset(-1 if seq is None else seq)
+
+    def abort(self) -> None:
+        """Make a computation that another thread is in raise MoeshardError."""
+        self._context.abort()
+
+    def close(self) -> None:
+        """Give the context back to the model."""
+        if self._release is not None:
+            release, self._release = self._release, None
+            release()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def as_tokens(tokens: Tokens) -> npt.NDArray[np.int32]:
+    """Return token ids as int32 (n,); refuse what would be cut to fit."""
+    from moeshard._core import MoeshardError
+
+    array = np.asarray(tokens)
+    if array.size == 0:
+        return np.zeros(0, dtype=np.int32)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise MoeshardError(f"tokens must be a one-dimensional array of integers, got {array.dtype} {array.shape}")
+    if int(array.min()) < 0 or int(array.max()) > np.iinfo(np.int32).max:
+        raise MoeshardError("token ids must be between 0 and the size of the vocabulary")
+    return array.astype(np.int32, copy=False)
