@@ -10,6 +10,7 @@
 #include "ggml.h"
 #include "moeshard/gguf.hpp"
 #include "moeshard/moe_layout.hpp"
+#include "register.hpp"
 
 namespace py = pybind11;
 
@@ -37,6 +38,13 @@ struct Tensors {
 // Vocabularies may hold tokens that are pieces of characters; these survive as Python's own surrogate escapes.
 py::str to_str(std::string_view text) {
     PyObject* str = PyUnicode_DecodeUTF8(text.data(), static_cast<py::ssize_t>(text.size()), "surrogateescape");
+    if (str == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::str>(str);
+}
+
+// File names need not be UTF-8 either.
+py::str path_to_str(const std::string& path) {
+    PyObject* str = PyUnicode_DecodeFSDefault(path.c_str());
     if (str == nullptr) throw py::error_already_set();
     return py::reinterpret_steal<py::str>(str);
 }
@@ -132,9 +140,11 @@ py::array view(const GGUFMap& map, const Tensor& tensor) {
     if (shape.empty() && tensor.row_bytes != item) shape.push_back(tensor.row_bytes);
     if (!shape.empty()) shape.back() = tensor.row_bytes / item;
 
-    auto* owner = new std::shared_ptr<const Mapping>(map.owner(tensor));
-    const py::capsule keeps(owner, [](void* held) { delete static_cast<std::shared_ptr<const Mapping>*>(held); });
-    py::array array(dtype, shape, map.data(tensor).data, keeps);
+    using Owner = std::shared_ptr<const Mapping>;
+    auto owner = std::make_unique<Owner>(map.owner(tensor));
+    const py::capsule keep_alive(owner.get(), [](void* held) { delete static_cast<Owner*>(held); });
+    owner.release();
+    py::array array(dtype, shape, map.data(tensor).data, keep_alive);
     array.attr("setflags")(py::arg("write") = false);
     return array;
 }
@@ -247,7 +257,7 @@ void register_infos(py::module_& m) {
             return "<TensorInfo " + tensor.name + " " + tensor.shape() + " " + tensor.type_name() + ">";
         });
     py::class_<Part>(m, "GGUFPart", "One file of a model.")
-        .def_readonly("path", &Part::path)
+        .def_property_readonly("path", [](const Part& part) { return path_to_str(part.path); })
         .def_property_readonly("size", [](const Part& part) { return part.mapping->bytes().size; })
         .def_property_readonly("version", [](const Part& part) { return part.directory.version; })
         .def_property_readonly("alignment", [](const Part& part) { return part.directory.alignment; })
@@ -279,7 +289,7 @@ Nothing is read but the header until a tensor is looked at. Views stay valid wit
                  return std::make_shared<GGUFMap>(path.string());
              }),
              py::arg("path"))
-        .def_property_readonly("path", &GGUFMap::path)
+        .def_property_readonly("path", [](const GGUFMap& self) { return path_to_str(self.path()); })
         .def_property_readonly("parts", &GGUFMap::parts, py::return_value_policy::reference_internal)
         .def_property_readonly(
             "metadata", [](std::shared_ptr<GGUFMap> self) { return Metadata{std::move(self)}; },
