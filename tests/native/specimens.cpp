@@ -1,0 +1,109 @@
+#include "specimens.h"
+
+#include "llama-hparams.h"
+
+#include <regex>
+
+namespace {
+
+using adjust_fn = std::function<void(gguf_context *, const LLM_KV &)>;
+
+void set(gguf_context * ctx, const LLM_KV & key, llm_kv kv, uint32_t value) {
+    gguf_set_val_u32(ctx, key(kv).c_str(), value);
+}
+
+adjust_fn gating(llama_expert_gating_func_type func, bool norm, float scale) {
+    return [=](gguf_context * ctx, const LLM_KV & key) {
+        set(ctx, key, LLM_KV_EXPERT_GATING_FUNC, func);
+        gguf_set_val_bool(ctx, key(LLM_KV_EXPERT_WEIGHTS_NORM).c_str(), norm);
+        gguf_set_val_f32(ctx, key(LLM_KV_EXPERT_WEIGHTS_SCALE).c_str(), scale);
+    };
+}
+
+adjust_fn grouped(llama_expert_gating_func_type func) {
+    return [=](gguf_context * ctx, const LLM_KV & key) {
+        gating(func, true, 2.5f)(ctx, key);
+        set(ctx, key, LLM_KV_EXPERT_GROUP_COUNT, 4);
+        set(ctx, key, LLM_KV_EXPERT_GROUP_USED_COUNT, 2);
+    };
+}
+
+void hash_routed(gguf_context * ctx, const LLM_KV & key) {
+    constexpr uint32_t n_hash = 2;
+    set(ctx, key, LLM_KV_HASH_LAYER_COUNT, n_hash);
+    for (uint32_t il = 0; il < n_hash; il++) {
+        // llama_model_init_from_user takes types, and nothing else, from the tensors listed here.
+        ggml_tensor info = {};
+        info.type        = GGML_TYPE_I32;
+        ggml_format_name(&info, "blk.%u.ffn_gate_tid2eid.weight", il);
+        gguf_add_tensor(ctx, &info);
+    }
+}
+
+void grove_chunks(gguf_context * ctx, const LLM_KV & key) {
+    set(ctx, key, LLM_KV_EXPERTS_PER_GROUP, 2);
+    set(ctx, key, LLM_KV_EXPERT_CHUNK_FEED_FORWARD_LENGTH, 32);
+    gguf_set_val_f32(ctx, key(LLM_KV_EXPERT_GROUP_SCALE).c_str(), 0.05f);
+}
+
+// Routing statistics need more distinct tokens than the 128 of the fixture.
+void many_tokens(gguf_context * ctx, const LLM_KV & key) {
+    constexpr uint32_t n_vocab = 4096;
+    std::vector<std::string>  names(n_vocab);
+    std::vector<const char *> list(n_vocab);
+    std::vector<float>        scores(n_vocab, 0.0f);
+    for (uint32_t i = 0; i < n_vocab; i++) {
+        names[i] = "tok_" + std::to_string(i);
+        list[i]  = names[i].c_str();
+    }
+    set(ctx, key, LLM_KV_VOCAB_SIZE, n_vocab);
+    gguf_set_arr_str(ctx, key(LLM_KV_TOKENIZER_LIST).c_str(), list.data(), n_vocab);
+    gguf_set_arr_data(ctx, key(LLM_KV_TOKENIZER_SCORES).c_str(), GGUF_TYPE_FLOAT32, scores.data(), n_vocab);
+}
+
+// Architectures whose fixture lacks something, or that need more to be routed at all.
+adjust_fn basics(llm_arch arch) {
+    if (arch == LLM_ARCH_GEMMA4) {
+        return [](gguf_context * ctx, const LLM_KV & key) {
+            const uint32_t windowed[] = {1, 1, 1, 1, 0};
+            gguf_set_arr_data(ctx, key(LLM_KV_ATTENTION_SLIDING_WINDOW_PATTERN).c_str(), GGUF_TYPE_UINT32, windowed, 5);
+        };
+    }
+    return nullptr;
+}
+
+}  // namespace
+
+bool is_expert_tensor(const std::string & name) {
+    static const std::regex pattern("ffn_(gate|up|down|gate_up)_(ch)?exps\\.weight$");
+    return std::regex_search(name, pattern);
+}
+
+std::vector<specimen> all_specimens() {
+    constexpr auto SOFTMAX = LLAMA_EXPERT_GATING_FUNC_TYPE_SOFTMAX;
+    constexpr auto SIGMOID = LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID;
+
+    std::vector<specimen> out;
+    for (llm_arch arch : llm_arch_all()) {
+        if (arch != LLM_ARCH_UNKNOWN) {
+            out.push_back({llm_arch_name(arch), arch, basics(arch)});
+        }
+    }
+    const std::string bias = "exp_probs_b";
+    out.push_back({"deepseek2+grouped", LLM_ARCH_DEEPSEEK2, grouped(SIGMOID)});
+    out.push_back({"deepseek2+grouped-nobias", LLM_ARCH_DEEPSEEK2, grouped(SIGMOID), bias});
+    out.push_back({"deepseek2+grouped-softmax", LLM_ARCH_DEEPSEEK2, grouped(SOFTMAX), bias});
+    out.push_back({"deepseek2+nobias", LLM_ARCH_DEEPSEEK2, gating(SIGMOID, true, 2.5f), bias});
+    out.push_back({"deepseek2+softmax", LLM_ARCH_DEEPSEEK2, gating(SOFTMAX, false, 1.0f), bias});
+    out.push_back({"deepseek2+softmax-norm", LLM_ARCH_DEEPSEEK2, gating(SOFTMAX, true, 1.0f), bias});
+    out.push_back({"deepseek2+fused", LLM_ARCH_DEEPSEEK2, nullptr, "", true});
+    out.push_back({"deepseek4+hash", LLM_ARCH_DEEPSEEK4, hash_routed});
+    out.push_back({"bailingmoe2+grouped", LLM_ARCH_BAILINGMOE2, grouped(SIGMOID)});
+    out.push_back({"grovemoe+chunks", LLM_ARCH_GROVEMOE, grove_chunks});
+    out.push_back({"qwen3moe+fused", LLM_ARCH_QWEN3MOE, nullptr, "", true});
+    out.push_back({"qwen3moe+f32", LLM_ARCH_QWEN3MOE, nullptr, "", false, GGML_TYPE_F32});
+    out.push_back({"qwen3moe+q8_0", LLM_ARCH_QWEN3MOE, nullptr, "", false, GGML_TYPE_Q8_0});
+    out.push_back({"qwen3moe+q4_0", LLM_ARCH_QWEN3MOE, nullptr, "", false, GGML_TYPE_Q4_0});
+    out.push_back({"qwen3moe+4096-tokens", LLM_ARCH_QWEN3MOE, many_tokens});
+    return out;
+}

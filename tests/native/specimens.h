@@ -1,0 +1,35 @@
+// The models that zoo can make: one per MoE architecture, and variants of some.
+#pragma once
+
+#include "gguf.h"
+#include "ggml.h"
+#include "llama-arch.h"
+
+#include <functional>
+#include <string>
+#include <vector>
+
+constexpr uint32_t N_EXPERT      = 16;  // as extract_fixture.py sets it
+constexpr uint32_t N_EXPERT_USED = 4;
+
+struct specimen {
+    std::string name;
+    llm_arch    arch;
+
+    // Changes the metadata that llama.cpp's fixture has for this architecture.
+    std::function<void(gguf_context *, const LLM_KV &)> adjust = nullptr;
+
+    // Optional tensors whose names contain this are left out. (Models made in memory get every optional tensor.)
+    std::string drop = {};
+
+    // Keep ffn_gate_up_exps in one tensor, as it is made, instead of splitting it as most files have it.
+    bool fused = false;
+
+    // Type of the expert tensors in the file. Rows of ffn_down_exps have 32 elements in most architectures.
+    ggml_type experts = GGML_TYPE_F16;
+};
+
+std::vector<specimen> all_specimens();
+
+// The weights of routed experts, or of GroveMoE's chunk experts.
+bool is_expert_tensor(const std::string & name);

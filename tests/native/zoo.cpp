@@ -1,0 +1,95 @@
+// Makes a tiny random model of an MoE architecture.
+//
+//     zoo --list                       names, one a line
+//     zoo NAME OUT.gguf [--seed N]     exit code 3: the architecture routes to no experts
+
+#include "specimens.h"
+#include "write_model.h"
+
+#include "ggml-backend.h"
+#include "ggml-cpp.h"
+#include "llama-cpp.h"
+#include "llama-model-saver.h"
+
+#include <algorithm>
+#include <cinttypes>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+namespace {
+
+// The fixture's 0.1 for everything leaves all experts nearly tied, and what they add to the residual stream too small
+// to be seen in the logits of some architectures. This spreads the router's scores by about 1.5.
+constexpr float ROUTER_STDEV = 1.0f;
+constexpr float EXPERT_STDEV = 0.3f;
+
+float tensor_stdev(const char * name, float stdev) {
+    if (strstr(name, "ffn_gate_inp.weight")) {
+        return ROUTER_STDEV;
+    }
+    return is_expert_tensor(name) ? EXPERT_STDEV : stdev;
+}
+
+// The one integer tensor: the experts of each token in a hash-routed layer, distinct within a token.
+void fill_integers(ggml_tensor * tensor, std::mt19937 & gen) {
+    GGML_ASSERT(tensor->type == GGML_TYPE_I32 && strstr(tensor->name, "tid2eid") != nullptr);
+    std::vector<int32_t> ids(N_EXPERT);
+    std::iota(ids.begin(), ids.end(), 0);
+    for (int64_t token = 0; token < tensor->ne[1]; token++) {
+        std::shuffle(ids.begin(), ids.end(), gen);
+        ggml_backend_tensor_set(tensor, ids.data(), token * tensor->nb[1], tensor->ne[0] * sizeof(int32_t));
+    }
+}
+
+}  // namespace
+
+#include "stock-fixture.h"
+
+static int make(const specimen & what, const char * path, size_t seed) {
+    gguf_context_ptr meta = get_gguf_ctx(what.arch, /*moe=*/true);
+    if (what.adjust) {
+        what.adjust(meta.get(), LLM_KV(what.arch));
+    }
+    tensor_data_params data   = {seed, 0.1f};
+    llama_model_params params = llama_model_default_params();
+    ggml_backend_dev_t none[] = {nullptr};
+    params.devices            = none;
+    llama_model_ptr model(llama_model_init_from_user(meta.get(), set_tensor_data, &data, params));
+    if (!model) {
+        fprintf(stderr, "zoo: llama.cpp refuses the metadata of %s\n", what.name.c_str());
+        return 1;
+    }
+    return write_model(what, meta.get(), model.get(), path) ? 0 : 3;
+}
+
+int main(int argc, char ** argv) {
+    const std::vector<specimen> specimens = all_specimens();
+    if (argc == 2 && strcmp(argv[1], "--list") == 0) {
+        for (const specimen & one : specimens) {
+            puts(one.name.c_str());
+        }
+        return 0;
+    }
+    if (argc != 3 && !(argc == 5 && strcmp(argv[3], "--seed") == 0)) {
+        fprintf(stderr, "usage: zoo --list | zoo NAME OUT.gguf [--seed N]\n");
+        return 2;
+    }
+    const size_t seed = argc == 5 ? std::stoull(argv[4]) : 1;
+    for (const specimen & one : specimens) {
+        if (one.name == argv[1]) {
+            try {
+                return make(one, argv[2], seed);
+            } catch (const std::exception & err) {
+                fprintf(stderr, "zoo: %s: %s\n", argv[1], err.what());
+                return 1;
+            }
+        }
+    }
+    fprintf(stderr, "zoo: no specimen is called %s\n", argv[1]);
+    return 2;
+}
