@@ -116,6 +116,7 @@ void register_context(py::module_& m) {
              py::arg("n_ubatch") = 512, py::arg("n_seq_max") = 1, py::arg("n_threads") = 0)
         .def_property_readonly("n_ctx", &Context::n_ctx)
         .def_property_readonly("n_seq_max", &Context::n_seq_max)
+        .def_property_readonly("n_graph_reuses", &Context::n_graph_reuses)
         .def("n_past", &Context::n_past, py::arg("seq") = 0)
         .def(
             "set_keep",

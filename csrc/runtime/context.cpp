@@ -83,6 +83,8 @@ Context::~Context() {
 int32_t Context::n_ctx() const { return static_cast<int32_t>(llama_n_ctx_seq(ctx)); }
 int32_t Context::n_seq_max() const { return params.n_seq_max; }
 
+int32_t Context::n_graph_reuses() const { return llama_perf_context(ctx).n_reused; }
+
 int32_t Context::n_past(int32_t seq) const {
     if (seq < 0 || seq >= params.n_seq_max) {
         throw Error(named(seq) + " does not exist: this context has " + std::to_string(params.n_seq_max));

@@ -1,12 +1,11 @@
 #include "moeshard/model.hpp"
 
 #include <algorithm>
-#include <filesystem>
 
 #include "control.hpp"
 #include "guard.hpp"
 #include "llama.h"
-#include "moeshard/gguf.hpp"
+#include "precheck.hpp"
 
 namespace moeshard {
 
@@ -15,15 +14,6 @@ namespace {
 bool report_progress(float fraction, void* progress) {
     const auto& callback = *static_cast<const std::function<bool(float)>*>(progress);
     return !callback || callback(fraction);
-}
-
-// Refuses, with a message of its own, a file that would make the engine abort or read past the end.
-void check_file(const std::string& path) {
-    std::error_code failed;
-    const auto status = std::filesystem::status(path, failed);
-    if (!std::filesystem::exists(status)) throw Error(path + ": no such file");
-    if (std::filesystem::is_directory(status)) throw Error(path + ": is a directory, not a GGUF file");
-    const gguf::GGUFMap checked(path);
 }
 
 }  // namespace

@@ -42,6 +42,11 @@ class Session:
         """Tokens that each sequence can hold."""
         return self._context.n_ctx
 
+    @property
+    def n_graph_reuses(self) -> int:
+        """How many micro-batches ran on the graph of the one before; changing keeps does not end the reuse."""
+        return self._context.n_graph_reuses
+
     def n_past(self, seq: int = 0) -> int:
         """Tokens that the sequence holds."""
         return self._context.n_past(seq)

@@ -63,6 +63,9 @@ public:
     // The same, without logits, handing the routing of every token to `sink`, micro-batch by micro-batch.
     void trace(const std::vector<Input>& inputs, const TraceOptions& options, TraceSink sink);
 
+    // How many micro-batches ran on the graph of the one before. Changing keeps does not end the reuse.
+    int32_t n_graph_reuses() const;
+
     // Empties a sequence (seq < 0: all of them); masks stay.
     void reset(int32_t seq = -1);
 
