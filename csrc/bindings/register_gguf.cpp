@@ -217,7 +217,10 @@ void register_layout(py::module_& m) {
     py::class_<ExpertTensor>(m, "ExpertTensor", "A tensor that depends on the experts; see MoeLayout.tensors.")
         .def_readonly("index", &ExpertTensor::tensor, "its place in GGUFMap.tensor_infos")
         .def_readonly("layer", &ExpertTensor::layer)
-        .def_property_readonly("role", &role_name)
+        .def_property_readonly("role", &role_name,
+                               "what the axis of experts means: 'slab' (an expert's weights), 'per_expert' (its bias, "
+                               "scale or input scale), 'router' (its row), 'router_value' (its bias in the selection), "
+                               "'chunk_slab' (shared by neighbours); 'expert_ids': no axis, the values are experts")
         .def_readonly("axis", &ExpertTensor::axis, "the axis of experts in ggml's order, -1 if the values are ids")
         .def_readonly("count", &ExpertTensor::count, "length of that axis")
         .def_readonly("slice_bytes", &ExpertTensor::slice_bytes, "bytes of one index on that axis");

@@ -68,7 +68,8 @@ std::string part_name(const std::string& path, uint64_t index, uint64_t count) {
 }
 
 Mapping::Mapping(const std::string& path) {
-    fd_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    // Without O_NONBLOCK a pipe would be waited for before it can be refused.
+    fd_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (fd_ < 0) throw Error(path + ": cannot open: " + std::strerror(errno));
     struct stat status {};
     std::string problem;

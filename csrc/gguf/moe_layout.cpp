@@ -89,11 +89,11 @@ void read_used(const Metadata& metadata, MoeLayout& layout) {
     layout.n_expert_used.assign(layout.n_layer, 0);
     const Entry* entry = metadata.find("expert_used_count");
     if (layout.n_expert == 0 || entry == nullptr) return;
-    const auto values = metadata.get(*entry, [](const Entry& e) { return e.as_uints(); });
-    if (entry->is_array && values.size() != layout.n_layer) {
-        metadata.fail(entry->key + " has " + std::to_string(values.size()) + " values for " +
+    if (entry->is_array && entry->count != layout.n_layer) {
+        metadata.fail(entry->key + " has " + std::to_string(entry->count) + " values for " +
                       std::to_string(layout.n_layer) + " layers");
     }
+    const auto values = metadata.get(*entry, [](const Entry& e) { return e.as_uints(); });
     for (uint32_t layer = 0; layer < layout.n_layer; ++layer) {
         const uint64_t used = values[entry->is_array ? layer : 0];
         if (used > layout.n_expert) {
@@ -141,11 +141,11 @@ void read_gating(const Metadata& metadata, MoeLayout& layout) {
 
     constexpr char kKey[] = "expert_gating_func";
     const uint64_t value = metadata.uint(kKey, 0);
-    layout.gating = value == 0 ? fallback_gating(metadata, layout, *rule) : static_cast<Gating>(value);
     if (value > static_cast<uint64_t>(Gating::kSqrtSoftplus)) {
         metadata.fail(metadata.key(kKey) + " is " + std::to_string(value) +
                       ", which the llama.cpp of this build does not know; update moeshard");
     }
+    layout.gating = value == 0 ? fallback_gating(metadata, layout, *rule) : static_cast<Gating>(value);
     if (layout.gating == Gating::kNone) {
         metadata.fail("has no " + metadata.key(kKey) + ", without which " + layout.arch +
                       " cannot run; convert the model again");

@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
 FORMATS = {U8: "B", I8: "b", U16: "H", I16: "h", U32: "I", I32: "i", F32: "f", BOOL: "?", U64: "Q", I64: "q", F64: "d"}
 # ggml types: number, elements of a block, bytes of a block
-TYPES = {"f32": (0, 1, 4), "f16": (1, 1, 2), "q8_0": (8, 32, 34), "i32": (26, 1, 4), "i64": (27, 1, 8), "bf16": (30, 1, 2)}
+TYPES = {
+    "f32": (0, 1, 4),
+    "f16": (1, 1, 2),
+    "q8_0": (8, 32, 34),
+    "i32": (26, 1, 4),
+    "i64": (27, 1, 8),
+    "bf16": (30, 1, 2),
+}
 
 
 @dataclass

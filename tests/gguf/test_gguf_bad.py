@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -178,3 +179,6 @@ def test_what_is_no_file(tmp_path):
         moeshard.GGUFMap(tmp_path / "missing.gguf")
     with pytest.raises(moeshard.MoeshardError, match="is not a regular file"):
         moeshard.GGUFMap(tmp_path)
+    os.mkfifo(tmp_path / "pipe.gguf")
+    with pytest.raises(moeshard.MoeshardError, match="is not a regular file"):
+        moeshard.GGUFMap(tmp_path / "pipe.gguf")

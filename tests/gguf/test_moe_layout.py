@@ -27,9 +27,7 @@ def layout(tmp_path):
 
 
 def described(layout, g: Gguf) -> dict[str, tuple]:
-    return {
-        g.tensors[t.index].name.decode(): (t.layer, t.role, t.axis, t.count, t.slice_bytes) for t in layout.tensors
-    }
+    return {g.tensors[t.index].name.decode(): (t.layer, t.role, t.axis, t.count, t.slice_bytes) for t in layout.tensors}
 
 
 def test_embedded_model():
@@ -226,7 +224,10 @@ def test_an_unknown_part_without_room_for_experts_is_trunk(layout):
 
 METADATA = {
     "no architecture": (lambda: Gguf().kv("a", gb.U8, 1), "has no general.architecture"),
-    "architecture is a number": (lambda: Gguf().kv("general.architecture", gb.U8, 1), "should be of type string, but is of type uint8"),
+    "architecture is a number": (
+        lambda: Gguf().kv("general.architecture", gb.U8, 1),
+        "should be of type string, but is of type uint8",
+    ),
     "no blocks": (lambda: changed(block_count=None), "has no qwen3moe.block_count"),
     "too many blocks": (lambda: changed(block_count=513), "block_count is 513, at most 512"),
     "too many experts": (lambda: changed(expert_count=1025), "expert_count is 1025, at most 1024"),
