@@ -1,7 +1,7 @@
 """Unpack the pinned llama.cpp and apply our patches.
 
     python prepare.py                  # third_party/llama.cpp/tree: pin + patches
-    python prepare.py --stock DIR      # the untouched pin, with what its tests need
+    python prepare.py --stock DIR      # of the untouched pin, what our tests compare with
     python prepare.py --check          # is the tree in use exactly pin + patches?
 
 The archive comes from pip, which also verifies its sha256. Without a network, set
@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+import unified_diff
+
 HERE = Path(__file__).resolve().parent
 PIN = HERE / "pin.txt"
 PATCHES = HERE / "patches"
@@ -31,10 +33,23 @@ TREE = HERE / "tree"
 STAMP = ".moeshard-stamp"
 SDIST_ENV = "MOESHARD_LLAMA_SDIST"
 
-# What the build reads, relative to vendor/llama.cpp. GPU backends stay: they are switched on by a CMake option.
-BUILD_PATHS = ("CMakeLists.txt", "LICENSE", "cmake", "ggml", "include", "src")
-# What building llama.cpp's own architecture test needs on top.
-TEST_PATHS = (*BUILD_PATHS, "common", "vendor", "licenses", "tests/test-llama-archs.cpp")
+# Backends whose sources are unpacked: what is built by default, and the GPUs that a CMake option switches on.
+BACKENDS = ("blas", "cpu", "cuda", "hip", "metal", "musa", "rpc", "vulkan")
+# What the build reads, relative to vendor/llama.cpp: files, folders, and "*" for the files of a folder.
+BUILD_PATHS = (
+    "CMakeLists.txt",
+    "LICENSE",
+    "cmake",
+    "ggml/CMakeLists.txt",
+    "ggml/cmake",
+    "ggml/include",
+    "ggml/src/*",
+    *(f"ggml/src/ggml-{backend}" for backend in BACKENDS),
+    "include",
+    "src",
+)
+# What the tests compile of the untouched pin.
+TEST_PATHS = ("LICENSE", "include", "src", "tests/test-llama-archs.cpp")
 
 
 class PrepareError(Exception):
@@ -98,9 +113,15 @@ def archive() -> Iterator[Path]:
         yield check_archive(found[0])
 
 
+def covers(path: str, inner: PurePosixPath) -> bool:
+    """Does this entry of an allow list cover the file `inner`?"""
+    if path.endswith("/*"):
+        return inner.parent == PurePosixPath(path[:-2])
+    return inner.is_relative_to(path)
+
+
 def unpack(source: Path, paths: tuple[str, ...], dest: Path) -> None:
     """Extract the allow-listed files of vendor/llama.cpp from the archive to `dest`."""
-    wanted = tuple(PurePosixPath(path) for path in paths)
     with tarfile.open(source) as tar:
         for member in tar:
             # NAME-VERSION/vendor/llama.cpp/...
@@ -108,7 +129,7 @@ def unpack(source: Path, paths: tuple[str, ...], dest: Path) -> None:
             if parts[1:3] != ("vendor", "llama.cpp") or not member.isfile():
                 continue
             inner = PurePosixPath(*parts[3:])
-            if ".." in parts or not any(inner.is_relative_to(path) for path in wanted):
+            if ".." in parts or not any(covers(path, inner) for path in paths):
                 continue
             content = tar.extractfile(member)
             assert content is not None  # isfile() above
@@ -117,24 +138,21 @@ def unpack(source: Path, paths: tuple[str, ...], dest: Path) -> None:
             with content, target.open("wb") as out:
                 shutil.copyfileobj(content, out)
             target.chmod(member.mode & 0o777)
-    missing = [path for path in paths if not (dest / path).exists()]
+    missing = [path for path in paths if not any(dest.glob(path))]
     if missing:
         raise PrepareError(f"{source}: lacks vendor/llama.cpp/{', '.join(missing)}; is this the pinned archive?")
 
 
 def apply_patches(tree: Path) -> None:
     """Apply patches/*.patch in order; any hunk that does not fit exactly is an error."""
-    try:
-        import patch_ng
-    except ImportError as err:
-        raise PrepareError("applying the patches needs the patch-ng package: pip install patch-ng") from err
     for path in sorted(PATCHES.glob("*.patch")):
-        patches = patch_ng.fromfile(str(path))
-        if not patches or not patches.apply(strip=1, root=str(tree)):
+        try:
+            unified_diff.apply(path.read_bytes().decode(), tree)
+        except unified_diff.DiffError as err:
             raise PrepareError(
-                f"{path.name} does not apply to {pin()[0]}.\n"
-                f"Re-make it for this pin: the recipe is in {HERE / 'README.md'}."
-            )
+                f"{path.name} does not apply to {pin()[0]}.\n{err}\n"
+                f"Make the patch again for this pin: the recipe is in {HERE / 'README.md'}."
+            ) from err
 
 
 def make_tree(dest: Path, paths: tuple[str, ...], *, patched: bool) -> bool:
@@ -190,7 +208,7 @@ def differences(tree: Path, paths: tuple[str, ...] = BUILD_PATHS) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stock", type=Path, metavar="DIR", help="write the untouched pin here instead")
+    parser.add_argument("--stock", type=Path, metavar="DIR", help="write what the tests need of the untouched pin here")
     parser.add_argument("--check", action="store_true", help="compare the tree in use with pin + patches")
     args = parser.parse_args(argv)
     try:
