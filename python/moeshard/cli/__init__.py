@@ -1,0 +1,13 @@
+"""The command line: ``moeshard inspect``, ``generate`` and ``demo``."""
+
+from __future__ import annotations
+
+
+def main() -> None:
+    """Run the command line of this process and exit: 0 done, 1 a MoeshardError, 2 wrong usage, 130 interrupted."""
+    try:
+        from moeshard.cli.app import app
+
+        app(prog_name="moeshard")
+    except KeyboardInterrupt:  # before or after what the application itself guards
+        raise SystemExit(130) from None

@@ -1,0 +1,160 @@
+"""`moeshard generate`: text from a model, with all experts or some."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moeshard.cli.options import JsonOption, ModelArgument
+
+if TYPE_CHECKING:
+    from moeshard.generation import Generation
+    from moeshard.keep import Keep
+    from moeshard.model import Model
+
+MAX_SEED = 2**32 - 2  # the engine takes the one above for "a random one"
+
+
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="The text to continue, or with --chat to answer.")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--file",
+            "-f",
+            help="Read the prompt from a file, '-' for stdin; one line break at its end is dropped.",
+        ),
+    ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            help="The experts to use: a list for every layer such as '0-63,70', or a file with a line per layer."
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-n", help="Stop after so many tokens; -1: when the context is full.")
+    ] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from so many likeliest tokens; 0: all.")] = 40,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens with this probability; 1: all.")
+    ] = 0.95,
+    min_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Drop tokens less likely than this part of the likeliest; 0: none.")
+    ] = 0.05,
+    repeat_penalty: Annotated[
+        float, typer.Option(min=0.01, help="Divide the scores of recent tokens by this; 1: off.")
+    ] = 1.0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=MAX_SEED, show_default="random", help="For the same text again.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; may be given several times.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Format the prompt with the model's chat template.")] = False,
+    system: Annotated[str | None, typer.Option(help="The system message, with --chat.")] = None,
+    threads: Annotated[int, typer.Option(min=0, help="Threads that compute; 0: one per processor.")] = 0,
+    ctx: Annotated[
+        int | None, typer.Option(min=1, show_default="the model's, at most 4096", help="Tokens of context.")
+    ] = None,
+    gpu_layers: Annotated[int, typer.Option(help="Layers on the GPU, where there is one; -1: all.")] = -1,
+    as_json: JsonOption = False,
+) -> None:
+    """Generate text, as it comes, with all experts or only those of --keep.
+
+    The text goes to stdout, speed and seed to stderr.
+    """
+    if (prompt is None) == (file is None):
+        raise typer.BadParameter("give the prompt with either --prompt or --file")
+    if system is not None and not chat:
+        raise typer.BadParameter("--system needs --chat")
+
+    from random import SystemRandom
+
+    from moeshard.cli.loading import load_model
+
+    text = prompt if file is None else _read_prompt(file)
+    assert text is not None
+    seed = SystemRandom().randrange(MAX_SEED) if seed is None else seed
+    loaded = load_model(model, n_ctx=ctx, n_threads=threads, n_gpu_layers=gpu_layers)
+    mask = None if keep is None else loaded.keep(keep)
+    if chat:
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        text = loaded.chat_prompt([*messages, {"role": "user", "content": text}])
+    answer = loaded.generate(
+        text,
+        mask,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repeat_penalty=repeat_penalty,
+        seed=seed,
+        stop=stop or (),
+    )
+    if as_json:
+        from moeshard.cli.output import print_json
+
+        answer_text = "".join(answer)
+        print_json({"model": loaded.path, "prompt": text, "text": answer_text, **_facts(answer, loaded, mask, seed)})
+    else:
+        _stream(answer)
+        _report(answer, loaded, mask, seed)
+
+
+def _read_prompt(file: Path) -> str:
+    try:
+        data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+        text = data.decode("utf-8")
+    except OSError as error:
+        raise typer.BadParameter(f"cannot read the prompt from '{file}': {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"the prompt in '{file}' is not UTF-8 text: {error}") from error
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _stream(answer: Generation) -> None:
+    piece = ""
+    for piece in answer:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    if not piece.endswith("\n"):
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+
+
+def _facts(answer: Generation, model: Model, mask: Keep | None, seed: int) -> dict[str, Any]:
+    """What is worth knowing about a finished answer."""
+    held = None if mask is None else [int(mask[layer].sum()) for layer in model.moe_layers]
+    return {
+        "prompt_tokens": len(answer.prompt_tokens),
+        "tokens": answer.tokens.tolist(),
+        "stop_reason": answer.stop_reason,
+        "prompt_tokens_per_second": answer.prompt_tokens_per_second,
+        "tokens_per_second": answer.tokens_per_second,
+        "seed": seed,
+        "n_expert": model.n_expert,
+        "experts_held": held,
+    }
+
+
+def _report(answer: Generation, model: Model, mask: Keep | None, seed: int) -> None:
+    """Write the statistics in one line on stderr."""
+    facts = _facts(answer, model, mask, seed)
+    parts = [
+        f"prompt {facts['prompt_tokens']} tokens, {facts['prompt_tokens_per_second']:.0f} tokens/s",
+        f"answer {len(facts['tokens'])} tokens, {facts['tokens_per_second']:.1f} tokens/s ({facts['stop_reason']})",
+        f"seed {seed}",
+    ]
+    held = facts["experts_held"]
+    if held:
+        span = f"{min(held)}" if min(held) == max(held) else f"{min(held)}-{max(held)}"
+        parts.append(f"{span} of {model.n_expert} experts per layer")
+    typer.secho("[" + " · ".join(parts) + "]", dim=True, err=True)

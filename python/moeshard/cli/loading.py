@@ -1,0 +1,25 @@
+"""Loading the model that a command works with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moeshard.model import Model
+
+
+def load_model(name: str, *, n_ctx: int | None = None, n_threads: int = 0, n_gpu_layers: int = -1) -> Model:
+    """Load a MODEL argument, with a progress bar where it takes long; see `moeshard.Model` for the rest."""
+    from moeshard.cli.output import progress
+    from moeshard.embedded import resolve_model
+    from moeshard.model import Model
+
+    with progress() as update:
+
+        def loaded(fraction: float) -> bool:
+            update(f"loading {name}", fraction)
+            return True
+
+        return Model(
+            resolve_model(name), n_ctx=n_ctx, n_threads=n_threads, n_gpu_layers=n_gpu_layers, progress=loaded
+        )

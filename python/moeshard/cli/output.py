@@ -1,0 +1,74 @@
+"""How commands speak: results on stdout, everything about the way there on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# What takes no longer than this shows no progress bar.
+PATIENCE_SECONDS = 0.5
+
+Update = Callable[[str, float], None]
+"""Takes what is being done, and the fraction of the whole that is behind it."""
+
+
+def console() -> Console:
+    """Return stdout for tables; colours only on a terminal."""
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON value. What JSON has no word for (an infinite perplexity) is null."""
+    print(json.dumps(_finite(value), indent=2, ensure_ascii=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and value - value != 0:
+        return None
+    return value
+
+
+def size(n_bytes: float) -> str:
+    """Write bytes in the largest unit that leaves a number of at least one: ``17.3 GiB``."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if n_bytes >= factor:
+            return f"{n_bytes / factor:.{1 if n_bytes < 100 * factor else 0}f} {unit}"
+    return f"{n_bytes:.0f} B"
+
+
+@contextmanager
+def progress() -> Iterator[Update]:
+    """Show a bar on stderr while the block runs, if that is a terminal and the block is not done soon."""
+    if not sys.stderr.isatty():
+        yield lambda what, fraction: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task("", total=1.0)
+    start = time.monotonic()
+
+    def update(what: str, fraction: float) -> None:
+        bar.update(task, description=what, completed=fraction)
+        if not bar.live.is_started and time.monotonic() - start > PATIENCE_SECONDS:
+            bar.start()
+
+    try:
+        yield update
+    finally:
+        bar.stop()
