@@ -1,0 +1,1 @@
+"""tinymoe: trains the small Mixture-of-Experts models that ship with moeshard."""
