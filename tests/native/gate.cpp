@@ -1,14 +1,13 @@
-#include "eval.h"
-
-#include "ggml-backend.h"
-
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
 
-std::optional<layer_tensor> parse_name(const ggml_tensor * tensor) {
+#include "eval.h"
+#include "ggml-backend.h"
+
+std::optional<layer_tensor> parse_name(const ggml_tensor* tensor) {
     const std::string name = tensor->name;
-    const size_t      dash = name.rfind('-');
+    const size_t dash = name.rfind('-');
     if (name.compare(0, 8, "ffn_moe_") != 0 || dash == std::string::npos || dash + 1 == name.size() ||
         name.find_first_not_of("0123456789", dash + 1) != std::string::npos) {
         return std::nullopt;
@@ -16,20 +15,20 @@ std::optional<layer_tensor> parse_name(const ggml_tensor * tensor) {
     return layer_tensor{name.substr(0, dash), std::atoi(name.c_str() + dash + 1)};
 }
 
-static uint32_t metadata(const llama_model * model, const std::string & key) {
-    char arch[64]  = "";
+static uint32_t metadata(const llama_model* model, const std::string& key) {
+    char arch[64] = "";
     char value[64] = "0";
     llama_model_meta_val_str(model, "general.architecture", arch, sizeof(arch));
     llama_model_meta_val_str(model, (arch + ("." + key)).c_str(), value, sizeof(value));
     return std::strtoul(value, nullptr, 10);
 }
 
-gate::gate(const llama_model * model, const std::vector<sequence> & sequences) :
-    sequences(sequences),
-    n_expert(metadata(model, "expert_count")),
-    n_groups(metadata(model, "expert_group_count")),
-    n_hash_layers(metadata(model, "hash_layer_count")) {
-    for (const sequence & one : sequences) {
+gate::gate(const llama_model* model, const std::vector<sequence>& sequences)
+    : sequences(sequences),
+      n_expert(metadata(model, "expert_count")),
+      n_groups(metadata(model, "expert_group_count")),
+      n_hash_layers(metadata(model, "hash_layer_count")) {
+    for (const sequence& one : sequences) {
         any_keep = any_keep || !one.keep.empty();
     }
 }
@@ -37,7 +36,7 @@ gate::gate(const llama_model * model, const std::vector<sequence> & sequences) :
 // Scores are changed before gating. Where experts are selected by other numbers than the gated scores, those are
 // changed too: a selection bias would lift a dropped expert, whose score is 0 after a sigmoid, above kept ones; and
 // in grouped selection that 0 would count for its group.
-bool gate::wants(const layer_tensor & id, const ggml_tensor * tensor) const {
+bool gate::wants(const layer_tensor& id, const ggml_tensor* tensor) const {
     if (!any_keep) {
         return false;
     }
@@ -50,7 +49,7 @@ bool gate::wants(const layer_tensor & id, const ggml_tensor * tensor) const {
            (id.name == "ffn_moe_probs" && (ungated || n_groups > 1));
 }
 
-void gate::change(const layer_tensor & id, ggml_tensor * tensor) const {
+void gate::change(const layer_tensor& id, ggml_tensor* tensor) const {
     if (id.name == "ffn_moe_topk") {
         replace_ids(id.layer, tensor);
     } else {
@@ -59,17 +58,17 @@ void gate::change(const layer_tensor & id, ggml_tensor * tensor) const {
 }
 
 // Rows are tokens. Several sequences are equally long and in one micro-batch, one after the other (see oracle.cpp).
-const uint8_t * gate::keep_of(int32_t layer, int64_t row) const {
-    const size_t     which = sequences.size() == 1 ? 0 : row / sequences[0].tokens.size();
-    const sequence & owner = sequences.at(which);
+const uint8_t* gate::keep_of(int32_t layer, int64_t row) const {
+    const size_t which = sequences.size() == 1 ? 0 : row / sequences[0].tokens.size();
+    const sequence& owner = sequences.at(which);
     return owner.keep.empty() ? nullptr : owner.keep.data() + size_t(layer) * n_expert;
 }
 
-void gate::drop_scores(int32_t layer, ggml_tensor * scores) const {
+void gate::drop_scores(int32_t layer, ggml_tensor* scores) const {
     GGML_ASSERT(scores->type == GGML_TYPE_F32 && scores->ne[0] == n_expert && ggml_nrows(scores) == scores->ne[1]);
     std::vector<float> row(n_expert);
     for (int64_t i = 0; i < scores->ne[1]; i++) {
-        const uint8_t * keep = keep_of(layer, i);
+        const uint8_t* keep = keep_of(layer, i);
         if (keep == nullptr) {
             continue;
         }
@@ -85,18 +84,18 @@ void gate::drop_scores(int32_t layer, ggml_tensor * scores) const {
 
 // Every dropped id of a token becomes the next kept id, upward and cyclically, that the token does not use: neither
 // among the ids it keeps, nor among those that replaced others.
-void gate::replace_ids(int32_t layer, ggml_tensor * ids) const {
+void gate::replace_ids(int32_t layer, ggml_tensor* ids) const {
     GGML_ASSERT(ids->type == GGML_TYPE_I32 && ids->nb[0] == sizeof(int32_t));
     std::vector<int32_t> row(ids->ne[0]);
     for (int64_t i = 0; i < ids->ne[1]; i++) {
-        const uint8_t * keep = keep_of(layer, i);
+        const uint8_t* keep = keep_of(layer, i);
         if (keep == nullptr) {
             continue;
         }
         ggml_backend_tensor_get(ids, row.data(), i * ids->nb[1], row.size() * sizeof(int32_t));
         std::set<int32_t> used;
         std::copy_if(row.begin(), row.end(), std::inserter(used, used.end()), [&](int32_t id) { return keep[id]; });
-        for (int32_t & id : row) {
+        for (int32_t& id : row) {
             while (!keep[id]) {
                 int32_t next = id;
                 do {

@@ -7,16 +7,15 @@
 // DIR/logits.f32, one sequence after the other. --trace writes layers.i32, ids.i32, weights.f32 and probs.f32 beside
 // them, with the MoE layers outermost, and --norms norms.f32. --watch makes the callback look at all it could change.
 
-#include "eval.h"
-
-#include "ggml-backend.h"
-#include "llama-cpp.h"
-
 #include <cstdio>
 #include <cstring>
 #include <fstream>
 #include <iterator>
 #include <stdexcept>
+
+#include "eval.h"
+#include "ggml-backend.h"
+#include "llama-cpp.h"
 
 namespace {
 
@@ -24,16 +23,16 @@ struct options {
     std::string model;
     std::string out;
     std::vector<sequence> sequences;
-    bool     trace   = false;
-    bool     norms   = false;
-    bool     watch   = false;
-    uint32_t ubatch  = 512;
-    uint32_t ctx     = 0;
-    int32_t  threads = 2;
+    bool trace = false;
+    bool norms = false;
+    bool watch = false;
+    uint32_t ubatch = 512;
+    uint32_t ctx = 0;
+    int32_t threads = 2;
 };
 
 template <typename T>
-std::vector<T> read_file(const std::string & path) {
+std::vector<T> read_file(const std::string &path) {
     std::ifstream file(path, std::ios::binary);
     std::vector<char> bytes((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
     if (!file || bytes.empty()) {
@@ -44,7 +43,7 @@ std::vector<T> read_file(const std::string & path) {
     return out;
 }
 
-sequence read_sequence(const std::string & spec) {
+sequence read_sequence(const std::string &spec) {
     const size_t colon = spec.find(':');
     sequence one;
     one.tokens = read_file<llama_token>(spec.substr(0, colon));
@@ -54,7 +53,7 @@ sequence read_sequence(const std::string & spec) {
     return one;
 }
 
-options parse(int argc, char ** argv) {
+options parse(int argc, char **argv) {
     options out;
     for (int i = 1; i < argc; i++) {
         const std::string arg = argv[i];
@@ -93,16 +92,16 @@ options parse(int argc, char ** argv) {
 }
 
 struct watcher {
-    const gate & dropping;
-    recorder   & recording;
+    const gate &dropping;
+    recorder &recording;
     bool trace;
     bool watch;
 
-    static bool callback(ggml_tensor * tensor, bool ask, void * self) {
+    static bool callback(ggml_tensor *tensor, bool ask, void *self) {
         return static_cast<watcher *>(self)->on(tensor, ask);
     }
 
-    bool on(ggml_tensor * tensor, bool ask) {
+    bool on(ggml_tensor *tensor, bool ask) {
         // Each micro-batch begins with the look-up of its tokens' embeddings.
         if (ask && tensor->op == GGML_OP_GET_ROWS && strcmp(tensor->src[0]->name, "token_embd.weight") == 0) {
             recording.begin_ubatch();
@@ -128,17 +127,16 @@ struct watcher {
 
 // Which row belongs to which sequence is not to be seen in the callback. With one micro-batch of equally long
 // sequences every way in which llama.cpp may split a batch leaves them in order.
-void check_order(const options & opt) {
+void check_order(const options &opt) {
     const size_t length = opt.sequences[0].tokens.size();
-    for (const sequence & one : opt.sequences) {
-        if (opt.sequences.size() > 1 &&
-            (one.tokens.size() != length || length * opt.sequences.size() > opt.ubatch)) {
+    for (const sequence &one : opt.sequences) {
+        if (opt.sequences.size() > 1 && (one.tokens.size() != length || length * opt.sequences.size() > opt.ubatch)) {
             throw std::runtime_error("several sequences must be equally long and fit one micro-batch");
         }
     }
 }
 
-llama_model_ptr load(const options & opt) {
+llama_model_ptr load(const options &opt) {
     llama_model_params params = llama_model_default_params();
     params.n_gpu_layers = 0;
     llama_model_ptr model(llama_model_load_from_file(opt.model.c_str(), params));
@@ -148,16 +146,16 @@ llama_model_ptr load(const options & opt) {
     return model;
 }
 
-std::vector<float> decode(llama_context * ctx, const llama_model * model, const options & opt, int32_t n_tokens) {
+std::vector<float> decode(llama_context *ctx, const llama_model *model, const options &opt, int32_t n_tokens) {
     llama_batch batch = llama_batch_init(n_tokens, 0, 1);
     for (size_t seq = 0; seq < opt.sequences.size(); seq++) {
         for (size_t pos = 0; pos < opt.sequences[seq].tokens.size(); pos++) {
-            const int32_t i   = batch.n_tokens++;
-            batch.token[i]    = opt.sequences[seq].tokens[pos];
-            batch.pos[i]      = pos;
+            const int32_t i = batch.n_tokens++;
+            batch.token[i] = opt.sequences[seq].tokens[pos];
+            batch.pos[i] = pos;
             batch.n_seq_id[i] = 1;
             batch.seq_id[i][0] = seq;
-            batch.logits[i]   = true;
+            batch.logits[i] = true;
         }
     }
     const int32_t failed = llama_decode(ctx, batch);
@@ -168,7 +166,7 @@ std::vector<float> decode(llama_context * ctx, const llama_model * model, const 
     const int32_t n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(model));
     std::vector<float> logits;
     for (int32_t i = 0; i < n_tokens; i++) {
-        const float * row = llama_get_logits_ith(ctx, i);
+        const float *row = llama_get_logits_ith(ctx, i);
         if (row == nullptr) {
             throw std::runtime_error("no logits: this is not a language model");
         }
@@ -177,26 +175,26 @@ std::vector<float> decode(llama_context * ctx, const llama_model * model, const 
     return logits;
 }
 
-void run(const options & opt) {
+void run(const options &opt) {
     check_order(opt);
     int32_t n_tokens = 0;
-    for (const sequence & one : opt.sequences) {
+    for (const sequence &one : opt.sequences) {
         n_tokens += one.tokens.size();
     }
     const llama_model_ptr model = load(opt);
     const gate dropping(model.get(), opt.sequences);
     recorder recording(opt.norms);
-    watcher  watch = {dropping, recording, opt.trace, opt.watch};
+    watcher watch = {dropping, recording, opt.trace, opt.watch};
 
     llama_context_params params = llama_context_default_params();
-    params.n_ctx           = opt.ctx;
-    params.n_batch         = n_tokens;
-    params.n_ubatch        = opt.ubatch;
-    params.n_seq_max       = opt.sequences.size();
-    params.n_threads       = opt.threads;
+    params.n_ctx = opt.ctx;
+    params.n_batch = n_tokens;
+    params.n_ubatch = opt.ubatch;
+    params.n_seq_max = opt.sequences.size();
+    params.n_threads = opt.threads;
     params.n_threads_batch = opt.threads;
     if (dropping.active() || opt.trace || opt.watch) {
-        params.cb_eval           = watcher::callback;
+        params.cb_eval = watcher::callback;
         params.cb_eval_user_data = &watch;
     }
     const llama_context_ptr ctx(llama_init_from_model(model.get(), params));
@@ -211,17 +209,19 @@ void run(const options & opt) {
 
 }  // namespace
 
-int main(int argc, char ** argv) {
+int main(int argc, char **argv) {
     // Its log would drown the message of a failing test; errors still reach stderr.
-    llama_log_set([](ggml_log_level level, const char * text, void *) {
-        if (level == GGML_LOG_LEVEL_ERROR) {
-            fputs(text, stderr);
-        }
-    }, nullptr);
+    llama_log_set(
+        [](ggml_log_level level, const char *text, void *) {
+            if (level == GGML_LOG_LEVEL_ERROR) {
+                fputs(text, stderr);
+            }
+        },
+        nullptr);
     try {
         run(parse(argc, argv));
         return 0;
-    } catch (const std::exception & err) {
+    } catch (const std::exception &err) {
         fprintf(stderr, "oracle: %s\n", err.what());
         return 1;
     }

@@ -1,19 +1,19 @@
 #include "specimens.h"
 
-#include "llama-hparams.h"
-
 #include <regex>
+
+#include "llama-hparams.h"
 
 namespace {
 
 using adjust_fn = std::function<void(gguf_context *, const LLM_KV &)>;
 
-void set(gguf_context * ctx, const LLM_KV & key, llm_kv kv, uint32_t value) {
+void set(gguf_context *ctx, const LLM_KV &key, llm_kv kv, uint32_t value) {
     gguf_set_val_u32(ctx, key(kv).c_str(), value);
 }
 
 adjust_fn gating(llama_expert_gating_func_type func, bool norm, float scale) {
-    return [=](gguf_context * ctx, const LLM_KV & key) {
+    return [=](gguf_context *ctx, const LLM_KV &key) {
         set(ctx, key, LLM_KV_EXPERT_GATING_FUNC, func);
         gguf_set_val_bool(ctx, key(LLM_KV_EXPERT_WEIGHTS_NORM).c_str(), norm);
         gguf_set_val_f32(ctx, key(LLM_KV_EXPERT_WEIGHTS_SCALE).c_str(), scale);
@@ -21,40 +21,40 @@ adjust_fn gating(llama_expert_gating_func_type func, bool norm, float scale) {
 }
 
 adjust_fn grouped(llama_expert_gating_func_type func) {
-    return [=](gguf_context * ctx, const LLM_KV & key) {
+    return [=](gguf_context *ctx, const LLM_KV &key) {
         gating(func, true, 2.5f)(ctx, key);
         set(ctx, key, LLM_KV_EXPERT_GROUP_COUNT, 4);
         set(ctx, key, LLM_KV_EXPERT_GROUP_USED_COUNT, 2);
     };
 }
 
-void hash_routed(gguf_context * ctx, const LLM_KV & key) {
+void hash_routed(gguf_context *ctx, const LLM_KV &key) {
     constexpr uint32_t n_hash = 2;
     set(ctx, key, LLM_KV_HASH_LAYER_COUNT, n_hash);
     for (uint32_t il = 0; il < n_hash; il++) {
         // llama_model_init_from_user takes types, and nothing else, from the tensors listed here.
         ggml_tensor info = {};
-        info.type        = GGML_TYPE_I32;
+        info.type = GGML_TYPE_I32;
         ggml_format_name(&info, "blk.%u.ffn_gate_tid2eid.weight", il);
         gguf_add_tensor(ctx, &info);
     }
 }
 
-void grove_chunks(gguf_context * ctx, const LLM_KV & key) {
+void grove_chunks(gguf_context *ctx, const LLM_KV &key) {
     set(ctx, key, LLM_KV_EXPERTS_PER_GROUP, 2);
     set(ctx, key, LLM_KV_EXPERT_CHUNK_FEED_FORWARD_LENGTH, 32);
     gguf_set_val_f32(ctx, key(LLM_KV_EXPERT_GROUP_SCALE).c_str(), 0.05f);
 }
 
 // Routing statistics need more distinct tokens than the 128 of the fixture.
-void many_tokens(gguf_context * ctx, const LLM_KV & key) {
+void many_tokens(gguf_context *ctx, const LLM_KV &key) {
     constexpr uint32_t n_vocab = 4096;
-    std::vector<std::string>  names(n_vocab);
+    std::vector<std::string> names(n_vocab);
     std::vector<const char *> list(n_vocab);
-    std::vector<float>        scores(n_vocab, 0.0f);
+    std::vector<float> scores(n_vocab, 0.0f);
     for (uint32_t i = 0; i < n_vocab; i++) {
         names[i] = "tok_" + std::to_string(i);
-        list[i]  = names[i].c_str();
+        list[i] = names[i].c_str();
     }
     set(ctx, key, LLM_KV_VOCAB_SIZE, n_vocab);
     gguf_set_arr_str(ctx, key(LLM_KV_TOKENIZER_LIST).c_str(), list.data(), n_vocab);
@@ -64,7 +64,7 @@ void many_tokens(gguf_context * ctx, const LLM_KV & key) {
 // Architectures whose fixture lacks something, or that need more to be routed at all.
 adjust_fn basics(llm_arch arch) {
     if (arch == LLM_ARCH_GEMMA4) {
-        return [](gguf_context * ctx, const LLM_KV & key) {
+        return [](gguf_context *ctx, const LLM_KV &key) {
             const uint32_t windowed[] = {1, 1, 1, 1, 0};
             gguf_set_arr_data(ctx, key(LLM_KV_ATTENTION_SLIDING_WINDOW_PATTERN).c_str(), GGUF_TYPE_UINT32, windowed, 5);
         };
@@ -74,7 +74,7 @@ adjust_fn basics(llm_arch arch) {
 
 }  // namespace
 
-bool is_expert_tensor(const std::string & name) {
+bool is_expert_tensor(const std::string &name) {
     static const std::regex pattern("ffn_(gate|up|down|gate_up)_(ch)?exps\\.weight$");
     return std::regex_search(name, pattern);
 }
@@ -104,6 +104,6 @@ std::vector<specimen> all_specimens() {
     out.push_back({"qwen3moe+f32", LLM_ARCH_QWEN3MOE, nullptr, "", false, GGML_TYPE_F32});
     out.push_back({"qwen3moe+q8_0", LLM_ARCH_QWEN3MOE, nullptr, "", false, GGML_TYPE_Q8_0});
     out.push_back({"qwen3moe+q4_0", LLM_ARCH_QWEN3MOE, nullptr, "", false, GGML_TYPE_Q4_0});
-    out.push_back({"qwen3moe+4096-tokens", LLM_ARCH_QWEN3MOE, many_tokens});
+    out.push_back({"qwen3moe+4096-tokens", LLM_ARCH_QWEN3MOE, many_tokens, "", false, GGML_TYPE_F16, 1.0f});
     return out;
 }

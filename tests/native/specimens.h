@@ -1,20 +1,20 @@
 // The models that zoo can make: one per MoE architecture, and variants of some.
 #pragma once
 
-#include "gguf.h"
-#include "ggml.h"
-#include "llama-arch.h"
-
 #include <functional>
 #include <string>
 #include <vector>
 
-constexpr uint32_t N_EXPERT      = 16;  // as extract_fixture.py sets it
+#include "ggml.h"
+#include "gguf.h"
+#include "llama-arch.h"
+
+constexpr uint32_t N_EXPERT = 16;  // as extract_fixture.py sets it
 constexpr uint32_t N_EXPERT_USED = 4;
 
 struct specimen {
     std::string name;
-    llm_arch    arch;
+    llm_arch arch;
 
     // Changes the metadata that llama.cpp's fixture has for this architecture.
     std::function<void(gguf_context *, const LLM_KV &)> adjust = nullptr;
@@ -27,9 +27,12 @@ struct specimen {
 
     // Type of the expert tensors in the file. Rows of ffn_down_exps have 32 elements in most architectures.
     ggml_type experts = GGML_TYPE_F16;
+
+    // Large ones drown what the layers add, so that each token's routing is independent of the others.
+    float embedding_stdev = 0.1f;
 };
 
 std::vector<specimen> all_specimens();
 
 // The weights of routed experts, or of GroveMoE's chunk experts.
-bool is_expert_tensor(const std::string & name);
+bool is_expert_tensor(const std::string &name);

@@ -1,30 +1,30 @@
 #include "write_model.h"
 
-#include "ggml-cpp.h"
-#include "llama-model.h"
-
 #include <cstring>
 #include <set>
 #include <stdexcept>
+
+#include "ggml-cpp.h"
+#include "llama-model.h"
 
 namespace {
 
 class writer {
 public:
-    writer(const specimen & what, const gguf_context * meta) : what(what), out(gguf_init_empty()) {
+    writer(const specimen &what, const gguf_context *meta) : what(what), out(gguf_init_empty()) {
         // Room for the tensors that are not written as they are in memory.
         tensors.reset(ggml_init({1u << 26, nullptr, false}));
         gguf_set_kv(out.get(), meta);
     }
 
-    void add(const ggml_tensor * tensor) {
+    void add(const ggml_tensor *tensor) {
         const std::string name = tensor->name;
         // Tied embeddings and rope factors are in the map more than once.
         if (!seen.insert(name).second || (!what.drop.empty() && name.find(what.drop) != std::string::npos)) {
             return;
         }
         const std::string merged = "ffn_gate_up_exps.weight";
-        const size_t      at     = name.find(merged);
+        const size_t at = name.find(merged);
         if (at != std::string::npos && !what.fused) {
             const std::string prefix = name.substr(0, at);
             add_expert(half(tensor, 0), prefix + "ffn_gate_exps.weight");
@@ -36,33 +36,34 @@ public:
         }
     }
 
-    bool save(const char * path) const { return gguf_write_to_file(out.get(), path, /*only_meta=*/false); }
+    bool save(const char *path) const { return gguf_write_to_file(out.get(), path, /*only_meta=*/false); }
 
     size_t n_expert_tensors = 0;
 
 private:
-    const specimen & what;
+    const specimen &what;
     gguf_context_ptr out;
     ggml_context_ptr tensors;
     std::set<std::string> seen;
 
     // The rows of gate (0) or of up (1), expert by expert.
-    const ggml_tensor * half(const ggml_tensor * both, int which) {
+    const ggml_tensor *half(const ggml_tensor *both, int which) {
         const int64_t n_row = both->ne[1] / 2;
-        ggml_tensor * one   = ggml_new_tensor_3d(tensors.get(), both->type, both->ne[0], n_row, both->ne[2]);
+        ggml_tensor *one = ggml_new_tensor_3d(tensors.get(), both->type, both->ne[0], n_row, both->ne[2]);
         for (int64_t expert = 0; expert < both->ne[2]; expert++) {
-            const char * from = static_cast<const char *>(both->data) + expert*both->nb[2] + which*n_row*both->nb[1];
-            memcpy(static_cast<char *>(one->data) + expert*one->nb[2], from, one->nb[2]);
+            const char *from =
+                static_cast<const char *>(both->data) + expert * both->nb[2] + which * n_row * both->nb[1];
+            memcpy(static_cast<char *>(one->data) + expert * one->nb[2], from, one->nb[2]);
         }
         return one;
     }
 
-    void add_expert(const ggml_tensor * tensor, const std::string & name) {
-        ggml_tensor * one = ggml_new_tensor(tensors.get(), what.experts, GGML_MAX_DIMS, tensor->ne);
+    void add_expert(const ggml_tensor *tensor, const std::string &name) {
+        ggml_tensor *one = ggml_new_tensor(tensors.get(), what.experts, GGML_MAX_DIMS, tensor->ne);
         ggml_set_name(one, name.c_str());
         GGML_ASSERT(tensor->type == GGML_TYPE_F32 && ggml_is_contiguous(tensor));
-        ggml_quantize_chunk(what.experts, static_cast<const float *>(tensor->data), one->data, 0,
-                            ggml_nrows(tensor), tensor->ne[0], nullptr);
+        ggml_quantize_chunk(what.experts, static_cast<const float *>(tensor->data), one->data, 0, ggml_nrows(tensor),
+                            tensor->ne[0], nullptr);
         gguf_add_tensor(out.get(), one);
         n_expert_tensors++;
     }
@@ -70,9 +71,9 @@ private:
 
 }  // namespace
 
-bool write_model(const specimen & what, const gguf_context * meta, const llama_model * model, const char * path) {
+bool write_model(const specimen &what, const gguf_context *meta, const llama_model *model, const char *path) {
     writer file(what, meta);
-    for (const auto & [name, tensor] : llama_internal_get_tensor_map(model)) {
+    for (const auto &[name, tensor] : llama_internal_get_tensor_map(model)) {
         file.add(tensor);
     }
     if (file.n_expert_tensors == 0) {

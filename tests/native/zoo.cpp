@@ -3,14 +3,6 @@
 //     zoo --list                       names, one a line
 //     zoo NAME OUT.gguf [--seed N]     exit code 3: the architecture routes to no experts
 
-#include "specimens.h"
-#include "write_model.h"
-
-#include "ggml-backend.h"
-#include "ggml-cpp.h"
-#include "llama-cpp.h"
-#include "llama-model-saver.h"
-
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
@@ -21,6 +13,13 @@
 #include <string>
 #include <vector>
 
+#include "ggml-backend.h"
+#include "ggml-cpp.h"
+#include "llama-cpp.h"
+#include "llama-model-saver.h"
+#include "specimens.h"
+#include "write_model.h"
+
 namespace {
 
 // The fixture's 0.1 for everything leaves all experts nearly tied, and what they add to the residual stream too small
@@ -28,7 +27,12 @@ namespace {
 constexpr float ROUTER_STDEV = 1.0f;
 constexpr float EXPERT_STDEV = 0.3f;
 
-float tensor_stdev(const char * name, float stdev) {
+float embedding_stdev;  // of the specimen that is made
+
+float tensor_stdev(const char* name, float stdev) {
+    if (strcmp(name, "token_embd.weight") == 0) {
+        return embedding_stdev;
+    }
     if (strstr(name, "ffn_gate_inp.weight")) {
         return ROUTER_STDEV;
     }
@@ -36,7 +40,7 @@ float tensor_stdev(const char * name, float stdev) {
 }
 
 // The one integer tensor: the experts of each token in a hash-routed layer, distinct within a token.
-void fill_integers(ggml_tensor * tensor, std::mt19937 & gen) {
+void fill_integers(ggml_tensor* tensor, std::mt19937& gen) {
     GGML_ASSERT(tensor->type == GGML_TYPE_I32 && strstr(tensor->name, "tid2eid") != nullptr);
     std::vector<int32_t> ids(N_EXPERT);
     std::iota(ids.begin(), ids.end(), 0);
@@ -50,15 +54,16 @@ void fill_integers(ggml_tensor * tensor, std::mt19937 & gen) {
 
 #include "stock-fixture.h"
 
-static int make(const specimen & what, const char * path, size_t seed) {
+static int make(const specimen& what, const char* path, size_t seed) {
     gguf_context_ptr meta = get_gguf_ctx(what.arch, /*moe=*/true);
     if (what.adjust) {
         what.adjust(meta.get(), LLM_KV(what.arch));
     }
-    tensor_data_params data   = {seed, 0.1f};
+    embedding_stdev = what.embedding_stdev;
+    tensor_data_params data = {seed, 0.1f};
     llama_model_params params = llama_model_default_params();
     ggml_backend_dev_t none[] = {nullptr};
-    params.devices            = none;
+    params.devices = none;
     llama_model_ptr model(llama_model_init_from_user(meta.get(), set_tensor_data, &data, params));
     if (!model) {
         fprintf(stderr, "zoo: llama.cpp refuses the metadata of %s\n", what.name.c_str());
@@ -67,10 +72,10 @@ static int make(const specimen & what, const char * path, size_t seed) {
     return write_model(what, meta.get(), model.get(), path) ? 0 : 3;
 }
 
-int main(int argc, char ** argv) {
+int main(int argc, char** argv) {
     const std::vector<specimen> specimens = all_specimens();
     if (argc == 2 && strcmp(argv[1], "--list") == 0) {
-        for (const specimen & one : specimens) {
+        for (const specimen& one : specimens) {
             puts(one.name.c_str());
         }
         return 0;
@@ -80,11 +85,11 @@ int main(int argc, char ** argv) {
         return 2;
     }
     const size_t seed = argc == 5 ? std::stoull(argv[4]) : 1;
-    for (const specimen & one : specimens) {
+    for (const specimen& one : specimens) {
         if (one.name == argv[1]) {
             try {
                 return make(one, argv[2], seed);
-            } catch (const std::exception & err) {
+            } catch (const std::exception& err) {
                 fprintf(stderr, "zoo: %s: %s\n", argv[1], err.what());
                 return 1;
             }

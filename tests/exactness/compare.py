@@ -1,0 +1,41 @@
+"""Random keeps and bit-exact comparison."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Keep = npt.NDArray[np.bool_]
+
+
+def random_keep(rng: np.random.Generator, n_layer: int, n_expert: int, n_used: int, n_group: int = 1) -> Keep:
+    """Return a keep whose rows differ, with between `n_used` and all but one of the experts, at least 2 per group."""
+    keep = np.zeros((n_layer, n_expert), dtype=bool)
+    groups = np.arange(n_expert).reshape(max(n_group, 1), -1)
+    for row in keep:
+        n_keep = int(rng.integers(n_used, n_expert))
+        if n_group > 1:
+            for group in groups:
+                row[rng.choice(group, 2, replace=False)] = True
+        missing = max(n_keep - int(row.sum()), 0)
+        row[rng.choice(np.flatnonzero(~row), missing, replace=False)] = True
+    return keep
+
+
+def same_bits(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and bool((a.view(np.int32) == b.view(np.int32)).all())
+
+
+def assert_same_bits(ours: npt.NDArray[np.float32], stock: npt.NDArray[np.float32], what: str) -> None:
+    """Say by how much and from which token on two arrays (n_tokens, …) differ."""
+    assert ours.shape == stock.shape, f"{what}: shape {ours.shape}, stock {stock.shape}"
+    if same_bits(ours, stock):
+        return
+    rows = np.flatnonzero((ours.view(np.int32) != stock.view(np.int32)).reshape(len(ours), -1).any(axis=1))
+    largest = np.nanmax(np.abs(ours - stock))
+    raise AssertionError(f"{what}: {len(rows)} of {len(ours)} rows differ, first {rows[0]}, by up to {largest:.3g}")
+
+
+def largest_difference(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> float:
+    """Return max |a - b| relative to the largest value."""
+    return float(np.abs(a - b).max() / np.abs(b).max())
