@@ -13,7 +13,14 @@ GraphInput::GraphInput(State& state, const llm_graph_context& graph)
       n_tokens(graph.n_tokens),
       n_outputs(graph.n_outputs),
       tracing(state.tracing),
-      options(state.trace) {}
+      options(state.trace) {
+    // ggml keeps an earlier graph's memory plan for a new one that has as many nodes and leafs, although other tensors
+    // must outlive it now. Leafs that count what is traced make such graphs differ.
+    const int n_leafs = tracing ? 16 * (1 + (options.probs ? 1 : 0) + (options.norms ? 2 : 0)) : 0;
+    for (int i = 0; i < n_leafs; ++i) {
+        ggml_build_forward_expand(graph.gf, ggml_new_tensor_1d(graph.ctx0, GGML_TYPE_F32, 1));
+    }
+}
 
 bool GraphInput::built_for(const State& now) const {
     return tracing == now.tracing && (!tracing || (options.probs == now.trace.probs && options.norms == now.trace.norms));

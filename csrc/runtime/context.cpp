@@ -207,7 +207,13 @@ void Context::roll_back(const std::vector<int32_t>& to) {
 void Context::reset(int32_t seq) {
     if (broken) throw Error(broken_message);
     if (seq >= 0) n_past(seq);  // exists
-    if (llama_memory_t memory = llama_get_memory(ctx)) llama_memory_seq_rm(memory, seq, -1, -1);
+    if (llama_memory_t memory = llama_get_memory(ctx)) {
+        if (seq < 0) {
+            llama_memory_clear(memory, true);  // recurrent memory refuses to remove "all sequences"
+        } else {
+            llama_memory_seq_rm(memory, seq, -1, -1);
+        }
+    }
     for (int32_t i = 0; i < params.n_seq_max; ++i) {
         if (seq < 0 || i == seq) past[static_cast<size_t>(i)] = 0;
     }
