@@ -80,7 +80,7 @@ void register_model(py::module_& m) {
         .def("apply_chat_template", &Model::apply_chat_template, py::arg("messages"), py::arg("add_assistant") = true,
              py::arg("source") = "");
     m.def(
-        "check_keep",
-        [](const KeepArray& keep, const Routing& routing) { to_keep(keep)->check(routing); }, py::arg("keep"),
-        py::arg("routing"), "Raise MoeshardError where the model could not route every token to kept experts only.");
+        "check_keep", [](const KeepArray& keep, const Routing& routing) { to_keep(keep)->check(routing); },
+        py::arg("keep"), py::arg("routing"),
+        "Raise MoeshardError where the model could not route every token to kept experts only.");
 }

@@ -9,11 +9,7 @@
 namespace moeshard::hook {
 
 GraphInput::GraphInput(State& state, const llm_graph_context& graph)
-    : state(state),
-      n_tokens(graph.n_tokens),
-      n_outputs(graph.n_outputs),
-      tracing(state.tracing),
-      options(state.trace) {
+    : state(state), n_tokens(graph.n_tokens), n_outputs(graph.n_outputs), tracing(state.tracing), options(state.trace) {
     // ggml keeps an earlier graph's memory plan for a new one that has as many nodes and leafs, although other tensors
     // must outlive it now. Leafs that count what is traced make such graphs differ.
     const int n_leafs = tracing ? 16 * (1 + (options.probs ? 1 : 0) + (options.norms ? 2 : 0)) : 0;
@@ -23,7 +19,8 @@ GraphInput::GraphInput(State& state, const llm_graph_context& graph)
 }
 
 bool GraphInput::built_for(const State& now) const {
-    return tracing == now.tracing && (!tracing || (options.probs == now.trace.probs && options.norms == now.trace.norms));
+    return tracing == now.tracing &&
+           (!tracing || (options.probs == now.trace.probs && options.norms == now.trace.norms));
 }
 
 ggml_tensor* GraphInput::mask(const llm_graph_context& graph, int64_t n_rows, int il) {

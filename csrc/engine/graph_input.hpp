@@ -35,9 +35,9 @@ public:
 private:
     // Rows of a layer are the tokens of the micro-batch, or only those with output.
     struct Mask {
-        ggml_tensor* input = nullptr;   // [n_expert, n_rows, n_slots]
+        ggml_tensor* input = nullptr;  // [n_expert, n_rows, n_slots]
         ggml_tensor* on_device = nullptr;
-        std::vector<int32_t> slots;     // that the graph reads
+        std::vector<int32_t> slots;  // that the graph reads
     };
     struct HashIds {
         ggml_tensor* input = nullptr;

@@ -1,5 +1,3 @@
-#include "moeshard-hook.h"
-
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -7,6 +5,7 @@
 
 #include "ggml-backend.h"
 #include "graph_input.hpp"
+#include "moeshard-hook.h"
 #include "moeshard/error.hpp"
 
 namespace moeshard::hook {

@@ -18,7 +18,8 @@ constexpr int64_t interrupt_period_us = 20'000;
 // Logits of one batch are held in memory by the engine; with a vocabulary of 150,000 this is 400 rows.
 constexpr size_t max_logits_bytes = size_t{256} << 20;
 
-constexpr const char* broken_message = "this context failed inside the engine and cannot be used any more; make a new one";
+constexpr const char* broken_message =
+    "this context failed inside the engine and cannot be used any more; make a new one";
 
 struct Batch {
     explicit Batch(int32_t capacity) : native(llama_batch_init(capacity, 0, 1)) {}
@@ -64,7 +65,8 @@ Context::Context(std::shared_ptr<const Model> model, const ContextParams& wanted
     native.abort_callback = should_abort;
     native.abort_callback_data = this;
     ctx = llama_init_from_model(model_->handle(), native);
-    if (!ctx) throw guard.error(model_->path() + ": no context of " + std::to_string(params.n_ctx) + " tokens could be made");
+    if (!ctx)
+        throw guard.error(model_->path() + ": no context of " + std::to_string(params.n_ctx) + " tokens could be made");
 
     const ggml_threadpool_params threads = ggml_threadpool_params_default(params.n_threads);
     pool = ggml_threadpool_new(const_cast<ggml_threadpool_params*>(&threads));
@@ -158,8 +160,8 @@ void Context::compute(const std::vector<Input>& inputs, const LogitsSink& sink) 
         for (size_t i = 0; i < inputs.size(); ++i) {
             const Input& input = inputs[i];
             const bool all = input.outputs == Outputs::all && sink;
-            size_t n = std::min({input.n_tokens - done[i], share,
-                                 static_cast<size_t>(params.n_batch - batch.native.n_tokens)});
+            size_t n = std::min(
+                {input.n_tokens - done[i], share, static_cast<size_t>(params.n_batch - batch.native.n_tokens)});
             // Where attention is not causal a sequence cannot be cut.
             if (all && !model_->is_diffusion()) n = std::min(n, most_outputs);
             auto& held = past[static_cast<size_t>(input.seq)];

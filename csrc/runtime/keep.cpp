@@ -50,8 +50,8 @@ Keep::Keep(int32_t n_layer, int32_t n_expert, const uint8_t* keep) : n_layer_(n_
 void Keep::check(const Routing& routing) const {
     if (routing.n_expert == 0) throw Error("this model is dense: it has no experts that a keep could select");
     if (n_layer_ != routing.n_layer || n_expert_ != routing.n_expert) {
-        throw Error("keep has shape " + shape(n_layer_, n_expert_) + ", but the model needs (n_layer, n_expert) = " +
-                    shape(routing.n_layer, routing.n_expert));
+        throw Error("keep has shape " + shape(n_layer_, n_expert_) +
+                    ", but the model needs (n_layer, n_expert) = " + shape(routing.n_layer, routing.n_expert));
     }
     for (int32_t layer = 0; layer < n_layer_; ++layer) {
         const int32_t used = routing.n_expert_used[static_cast<size_t>(layer)];
@@ -68,8 +68,9 @@ void Keep::check(const Routing& routing) const {
         const int32_t reachable = fewest_reachable(begin, routing);
         if (reachable < used) {
             const std::string groups = std::to_string(routing.n_group_used) + " of " + std::to_string(routing.n_group);
-            throw Error("layer " + std::to_string(layer) + " keeps too few experts in some groups: the model searches " +
-                        groups + " expert groups for " + std::to_string(used) + " experts per token, and " +
+            throw Error("layer " + std::to_string(layer) +
+                        " keeps too few experts in some groups: the model searches " + groups + " expert groups for " +
+                        std::to_string(used) + " experts per token, and " +
                         (reachable < 0 ? "fewer than that many groups keep two experts"
                                        : "a choice of groups holds only " + std::to_string(reachable)) +
                         "; keep more experts per group");

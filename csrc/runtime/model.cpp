@@ -57,10 +57,11 @@ std::vector<int32_t> Model::tokenize(std::string_view text, bool special, bool p
     const Guard guard;
     const llama_vocab* vocab = llama_model_get_vocab(model);
     const auto length = static_cast<int32_t>(text.size());
-    if (text.size() != static_cast<size_t>(length)) throw Error("text is too long to tokenize in one piece: over 2 GiB");
+    if (text.size() != static_cast<size_t>(length))
+        throw Error("text is too long to tokenize in one piece: over 2 GiB");
     std::vector<int32_t> tokens(text.size() + 2);
-    int32_t n = llama_tokenize(vocab, text.data(), length, tokens.data(), static_cast<int32_t>(tokens.size()), special,
-                               parse);
+    int32_t n =
+        llama_tokenize(vocab, text.data(), length, tokens.data(), static_cast<int32_t>(tokens.size()), special, parse);
     if (n < 0) {
         tokens.resize(static_cast<size_t>(-n));
         n = llama_tokenize(vocab, text.data(), length, tokens.data(), -n, special, parse);
@@ -108,8 +109,9 @@ std::string Model::apply_chat_template(const std::vector<std::pair<std::string, 
         const int32_t n = llama_chat_apply_template(chat_template, chat.data(), chat.size(), add_assistant, text.data(),
                                                     static_cast<int32_t>(text.size()));
         if (n < 0) {
-            throw Error(path_ + ": llama.cpp does not know this chat template; pass the name of a known one "
-                                "(\"chatml\", \"llama3\", ...) or format the prompt yourself");
+            throw Error(path_ +
+                        ": llama.cpp does not know this chat template; pass the name of a known one "
+                        "(\"chatml\", \"llama3\", ...) or format the prompt yourself");
         }
         if (static_cast<size_t>(n) <= text.size()) {
             text.resize(static_cast<size_t>(n));

@@ -16,7 +16,8 @@ Sampler::Sampler(const Model& model, const SamplingParams& params) : n_vocab(mod
     chain = llama_sampler_chain_init(llama_sampler_chain_default_params());
     if (params.repeat_penalty != 1.0f) {
         const int32_t last_n = params.repeat_last_n < 0 ? 64 : params.repeat_last_n;
-        llama_sampler_chain_add(chain, llama_sampler_init_penalties(n_vocab, last_n, params.repeat_penalty, 0.0f, 0.0f));
+        llama_sampler_chain_add(chain,
+                                llama_sampler_init_penalties(n_vocab, last_n, params.repeat_penalty, 0.0f, 0.0f));
     }
     if (params.temperature <= 0.0f) {
         llama_sampler_chain_add(chain, llama_sampler_init_greedy());

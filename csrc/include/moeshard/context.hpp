@@ -18,11 +18,11 @@ struct ggml_threadpool;
 namespace moeshard {
 
 struct ContextParams {
-    int32_t n_ctx = 0;        // tokens that each sequence can hold; 0: what the model was trained on
-    int32_t n_batch = 2048;   // tokens handed to the engine at once
-    int32_t n_ubatch = 512;   // tokens computed at once
-    int32_t n_seq_max = 1;    // sequences 0 .. n_seq_max-1
-    int32_t n_threads = 0;    // 0: as many as the processors this process may use
+    int32_t n_ctx = 0;       // tokens that each sequence can hold; 0: what the model was trained on
+    int32_t n_batch = 2048;  // tokens handed to the engine at once
+    int32_t n_ubatch = 512;  // tokens computed at once
+    int32_t n_seq_max = 1;   // sequences 0 .. n_seq_max-1
+    int32_t n_threads = 0;   // 0: as many as the processors this process may use
 };
 
 // For which tokens of an input the logits are computed.
@@ -49,7 +49,7 @@ public:
     Context& operator=(const Context&) = delete;
 
     const Model& model() const { return *model_; }
-    int32_t n_ctx() const;      // per sequence
+    int32_t n_ctx() const;  // per sequence
     int32_t n_seq_max() const;
     int32_t n_past(int32_t seq) const;  // tokens that the sequence holds
 

@@ -14,13 +14,13 @@ struct llama_sampler;
 namespace moeshard {
 
 struct SamplingParams {
-    float temperature = 0.8f;  // 0 or less: greedy, the others are then ignored but for the penalty
-    int32_t top_k = 40;        // 0 or less: off
-    float top_p = 0.95f;       // 1: off
-    float min_p = 0.05f;       // 0: off
-    float repeat_penalty = 1.0f;   // 1: off
-    int32_t repeat_last_n = 64;    // tokens that the penalty looks back on; -1: 64
-    uint32_t seed = 0xFFFFFFFF;    // this value: a random one
+    float temperature = 0.8f;     // 0 or less: greedy, the others are then ignored but for the penalty
+    int32_t top_k = 40;           // 0 or less: off
+    float top_p = 0.95f;          // 1: off
+    float min_p = 0.05f;          // 0: off
+    float repeat_penalty = 1.0f;  // 1: off
+    int32_t repeat_last_n = 64;   // tokens that the penalty looks back on; -1: 64
+    uint32_t seed = 0xFFFFFFFF;   // this value: a random one
 };
 
 class Sampler {
@@ -43,9 +43,9 @@ private:
 
 struct GenerationParams {
     SamplingParams sampling;
-    int32_t max_tokens = 128;        // negative: until the sequence is full
-    std::vector<std::string> stop;   // text that ends the generation and is not part of it
-    bool ignore_end = false;         // go on after the model's end of generation
+    int32_t max_tokens = 128;       // negative: until the sequence is full
+    std::vector<std::string> stop;  // text that ends the generation and is not part of it
+    bool ignore_end = false;        // go on after the model's end of generation
 };
 
 enum class StopReason { running, end, stop, length, context };

@@ -16,8 +16,8 @@ struct llama_model;
 namespace moeshard {
 
 struct ModelParams {
-    int32_t n_gpu_layers = -1;  // layers on the GPU where there is one; negative: all
-    bool mmap = true;           // map the file instead of reading it into memory
+    int32_t n_gpu_layers = -1;   // layers on the GPU where there is one; negative: all
+    bool mmap = true;            // map the file instead of reading it into memory
     bool check_tensors = false;  // look for NaN and infinite values while loading
     // Called with the fraction loaded; returning false stops the load, which then throws Error.
     std::function<bool(float)> progress;
@@ -38,7 +38,7 @@ public:
     int32_t n_vocab() const;
     int32_t n_ctx_train() const;
     uint64_t n_params() const;
-    uint64_t n_bytes() const;  // of all tensors
+    uint64_t n_bytes() const;   // of all tensors
     bool is_diffusion() const;  // its attention is not causal: a sequence must be computed in one piece
     bool is_end_of_generation(int32_t token) const;
 

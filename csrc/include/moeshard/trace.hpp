@@ -30,8 +30,8 @@ struct LayerTrace {
 
 // What one micro-batch did. Valid during the callback only, which may move the vectors out.
 struct UbatchTrace {
-    std::vector<int32_t> seq;     // (n_tokens,) sequence of each token
-    std::vector<int32_t> pos;     // (n_tokens,) position of each token in its sequence
+    std::vector<int32_t> seq;        // (n_tokens,) sequence of each token
+    std::vector<int32_t> pos;        // (n_tokens,) position of each token in its sequence
     std::vector<LayerTrace> layers;  // in layer order
 
     size_t n_tokens() const { return pos.size(); }
