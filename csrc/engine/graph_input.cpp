@@ -14,7 +14,9 @@ GraphInput::GraphInput(State& state, const llm_graph_context& graph)
     // must outlive it now. Leafs that count what is traced make such graphs differ.
     const int n_leafs = tracing ? 16 * (1 + (options.probs ? 1 : 0) + (options.norms ? 2 : 0)) : 0;
     for (int i = 0; i < n_leafs; ++i) {
-        ggml_build_forward_expand(graph.gf, ggml_new_tensor_1d(graph.ctx0, GGML_TYPE_F32, 1));
+        ggml_tensor* leaf = ggml_new_tensor_1d(graph.ctx0, GGML_TYPE_F32, 1);
+        ggml_set_input(leaf);  // the scheduler places inputs, and only those, where no node uses them
+        ggml_build_forward_expand(graph.gf, leaf);
     }
 }
 
