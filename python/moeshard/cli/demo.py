@@ -25,7 +25,9 @@ def demo(
     windows: Annotated[
         int, typer.Option(min=1, help="Windows of 256 tokens to score per domain: more take longer and say more.")
     ] = 4,
-    threads: Annotated[int, typer.Option(min=0, help="Threads that compute; 0: one per processor.")] = 0,
+    threads: Annotated[
+        int, typer.Option(min=0, help="Threads that compute; 0: one per processor. One is enough for so small a model.")
+    ] = 1,
     as_json: JsonOption = False,
 ) -> None:
     """See a small real model answer with all its experts and with two different halves of them.
@@ -80,7 +82,8 @@ def _answers(result: Demo) -> Table:
     table = _table(f"How each continues “{' '.join(result.prompt.split())}”", expand=True)
     for run in result.runs:
         table.add_column(run.name, ratio=1, overflow="fold")
-    table.add_row(*(Text(run.text.strip()) for run in result.runs))
+    for_reading = ("\n".join(line for line in run.text.splitlines() if line.strip()) for run in result.runs)
+    table.add_row(*(Text(text.strip()) for text in for_reading))
     return table
 
 

@@ -54,9 +54,7 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(min=0, max=MAX_SEED, show_default="random", help="For the same text again.")
     ] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text; may be given several times.")
-    ] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Format the prompt with the model's chat template.")] = False,
     system: Annotated[str | None, typer.Option(help="The system message, with --chat.")] = None,
     threads: Annotated[int, typer.Option(min=0, help="Threads that compute; 0: one per processor.")] = 0,

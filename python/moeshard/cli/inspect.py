@@ -109,14 +109,14 @@ def _tensors(found: Inspection) -> Table:
     for tensor in found.expert_tensors:
         name = tensor.name.removeprefix(f"blk.{tensor.layer}.")
         alike.setdefault((name, tensor.role, tensor.type, tensor.shape, tensor.bytes_per_expert), []).append(tensor)
-    for (name, *_), tensors in alike.items():
+    for key, tensors in alike.items():
         first = tensors[0]
         table.add_row(
-            str(name),
+            str(key[0]),
             _runs([tensor.layer for tensor in tensors]),
             first.role,
             first.type,
-            " × ".join(map(str, first.shape)),
+            ", ".join(map(str, first.shape)),
             size(sum(tensor.bytes for tensor in tensors)),
             size(first.bytes_per_expert) if first.expert_axis is not None else "",
         )

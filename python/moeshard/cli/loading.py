@@ -20,6 +20,4 @@ def load_model(name: str, *, n_ctx: int | None = None, n_threads: int = 0, n_gpu
             update(f"loading {name}", fraction)
             return True
 
-        return Model(
-            resolve_model(name), n_ctx=n_ctx, n_threads=n_threads, n_gpu_layers=n_gpu_layers, progress=loaded
-        )
+        return Model(resolve_model(name), n_ctx=n_ctx, n_threads=n_threads, n_gpu_layers=n_gpu_layers, progress=loaded)
