@@ -54,9 +54,8 @@ def embedded_text(domain: str, part: Part = "heldout") -> str:
 
 
 def _data() -> Path:
-    from importlib.resources import files
-
-    return Path(str(files("moeshard"))) / "data"
+    # Not importlib.resources: in an editable install it gives no path that could be handed to the native reader.
+    return Path(__file__).parent / "data"
 
 
 def _existing(path: Path) -> Path:
