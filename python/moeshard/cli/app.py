@@ -23,11 +23,13 @@ class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except typer.Exit:
+            raise
         except KeyboardInterrupt:
             typer.echo(err=True)
             raise typer.Exit(130) from None
         except Exception as error:
-            # Looked up only now: a command that failed without the native library needs none of it.
+            # Looked up only now: it loads the native library.
             from moeshard import MoeshardError
 
             if not isinstance(error, MoeshardError):
