@@ -18,9 +18,11 @@ def main() -> None:
     corpus = commands.add_parser("corpus", help="download texts, split them, train the tokenizer")
     corpus.add_argument("--vocabulary", type=int, default=4096)
     corpus.add_argument("--exclude", type=Path, help="folder of NAME.txt whose documents must not be trained on")
+    corpus.add_argument("--tokenizer", type=Path, help="use this one, as going on from an exported model must")
     train = commands.add_parser("train", help="train a model, or go on from its checkpoint")
     train.add_argument("name", choices=sorted(CONFIGS))
     train.add_argument("--minutes", type=float, required=True, help="wall time in all, over every resumption")
+    train.add_argument("--init", type=Path, help="exported GGUF to start from, where there is no checkpoint")
     train.add_argument("--workers", type=int, default=2, help="processes, each with one thread")
     train.add_argument("--set", nargs=2, action="append", default=[], metavar=("OPTION", "VALUE"))
     export = commands.add_parser("export", help="write a checkpoint as GGUF: F32, F16 and Q8_0")
@@ -34,7 +36,7 @@ def main() -> None:
     if options.command == "corpus":
         from .corpus import build
 
-        build(options.work, options.vocabulary, options.exclude)
+        build(options.work, options.vocabulary, options.exclude, options.tokenizer)
     elif options.command == "train":
         from .train import Options
         from .train import train as run
@@ -43,7 +45,7 @@ def main() -> None:
             key: float(value) if "." in value or "e" in value else int(value) for key, value in options.set
         }
         out = options.work / options.name
-        run(Options(options.name, options.work, out, options.minutes, workers=options.workers, **extra))
+        run(Options(options.name, options.work, out, options.minutes, options.init, workers=options.workers, **extra))
     elif options.command == "export":
         from .export import export as run_export
 

@@ -160,7 +160,7 @@ def encode(tokenizer: Tokenizer, documents: list[Document]) -> np.ndarray:
     return np.concatenate(out)
 
 
-def build(work: Path, vocabulary: int, exclude: Path | None) -> None:
+def build(work: Path, vocabulary: int, exclude: Path | None, tokenizer_file: Path | None) -> None:
     """The whole corpus; `exclude` is a folder of NAME.txt whose documents must not be trained on."""
     fetch(work)
     train: dict[str, list[Document]] = {}
@@ -179,7 +179,10 @@ def build(work: Path, vocabulary: int, exclude: Path | None) -> None:
             "train_bytes": sum(len(p.encode()) for d in train[domain] for p in d.pieces),
         }
         print(domain, report[domain], flush=True)
-    tokenizer = train_tokenizer({k: [p for d in v for p in d.pieces] for k, v in train.items()}, vocabulary)
+    if tokenizer_file:
+        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    else:
+        tokenizer = train_tokenizer({k: [p for d in v for p in d.pieces] for k, v in train.items()}, vocabulary)
     tokenizer.save(str(work / "tokenizer.json"))
     (work / "train").mkdir(exist_ok=True)
     for domain in DOMAINS:

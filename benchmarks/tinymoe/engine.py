@@ -12,9 +12,12 @@ _GGML_TYPE_F32 = 0
 
 
 class Engine:
-    """A GGUF in llama.cpp on the CPU; keys and values in F32, no flash attention, so that only the file rounds."""
+    """A GGUF in llama.cpp on the CPU; keys and values in F32, no flash attention, so that only the file rounds.
 
-    def __init__(self, path: Path, context: int = 512, threads: int = 2) -> None:
+    One thread: more would wait for each other at every operation, which is slow where others compute too.
+    """
+
+    def __init__(self, path: Path, context: int = 512, threads: int = 1) -> None:
         self.llama = llama_cpp.Llama(
             str(path), n_ctx=context, n_batch=context, n_ubatch=context, logits_all=True, n_threads=threads,
             n_threads_batch=threads, type_k=_GGML_TYPE_F32, type_v=_GGML_TYPE_F32, flash_attn=False, verbose=False,

@@ -85,6 +85,11 @@ def tensors(model: Model) -> dict[tuple[MODEL_TENSOR, int], Array]:
     return out
 
 
+def full_name(tensor: MODEL_TENSOR, layer: int) -> str:
+    suffix = "bias" if tensor == MODEL_TENSOR.FFN_EXP_PROBS_B else "weight"
+    return f"{gguf.TENSOR_NAMES[tensor].format(bid=layer)}.{suffix}"
+
+
 def add_shape(w: gguf.GGUFWriter, c: Config) -> None:
     w.add_context_length(c.context)
     w.add_block_count(c.layers)
@@ -151,15 +156,35 @@ def write(model: Model, tokenizer: Path, path: Path, kind: str, name: str) -> No
     add_shape(w, c)
     add_tokenizer(w, tokenizer, c.vocab)
     for (tensor, layer), value in tensors(model).items():
-        suffix = "bias" if tensor == MODEL_TENSOR.FFN_EXP_PROBS_B else "weight"
-        full = f"{gguf.TENSOR_NAMES[tensor].format(bid=layer)}.{suffix}"
         small = value.ndim == 1 or tensor == MODEL_TENSOR.FFN_GATE_INP
         target = Type.F32 if small else quantized
-        w.add_tensor(full, gguf.quantize(value, target), raw_dtype=target)
+        w.add_tensor(full_name(tensor, layer), gguf.quantize(value, target), raw_dtype=target)
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
     w.close()
+
+
+def read(path: Path, c: Config) -> Model:
+    """The model of a file that `write` wrote: what a later training starts from when no checkpoint is left.
+
+    `tensors` only moves numbers about, so a model filled with their positions shows where each one goes.
+    """
+    stored = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
+    model = Model(c)
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    flat = torch.arange(sum(s.numel() for s in shapes.values()), dtype=torch.float32)
+
+    def fill() -> None:
+        parts = flat.split([s.numel() for s in shapes.values()])
+        model.load_state_dict({n: x.view(s) for (n, s), x in zip(shapes.items(), parts, strict=True)})
+
+    fill()
+    for (tensor, layer), position in tensors(model).items():
+        value = torch.tensor(stored[full_name(tensor, layer)], dtype=torch.float32)
+        flat[torch.from_numpy(position).flatten().long()] = value.flatten()
+    fill()
+    return model
 
 
 def load(checkpoint: Path) -> Model:

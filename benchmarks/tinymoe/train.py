@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from .config import CONFIGS
+from .export import read
 from .kernels import kernel
 from .model import Model, cross_entropy
 from .optim import optimiser_state, optimisers, restore
@@ -35,6 +36,7 @@ class Options:
     corpus: Path
     out: Path
     minutes: float
+    init: Path | None = None  # GGUF to start from where there is no checkpoint
     batch_tokens: int = 4096
     context: int = 256
     decay_context: int = 512
@@ -114,6 +116,8 @@ def train(o: Options) -> None:
     state = Checkpoint(o.out / "checkpoint.pt").read()
     if state:
         model.load_state_dict(state["model"])
+    elif o.init:
+        model = read(o.init, model.c)
     model.share_memory()
     team = Team.create(model, o.workers)
     spawn(_work, (model, team, o), nprocs=o.workers)

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 
 from tinymoe.config import CONFIGS
-from tinymoe.export import write
+from tinymoe.export import read, write
 from tinymoe.model import Model
 
 from .conftest import TEXT
@@ -45,6 +45,14 @@ def test_logits_equal_torch(name: str, tokenizer_file: Path, tmp_path: Path) -> 
         expected = model(tokens[None])[0].numpy()
     found = engine.Engine(path).logits(tokens.numpy())
     assert np.abs(found - expected).max() < 1e-3 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_a_file_reads_back_as_the_model(name: str, tokenizer_file: Path, tmp_path: Path) -> None:
+    model = random_model(name)
+    write(model, tokenizer_file, tmp_path / "model.gguf", "f32", name)
+    again = read(tmp_path / "model.gguf", model.c).state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", ["f16", "q8_0"])
