@@ -13,7 +13,7 @@ import moeshard
 
 @pytest.fixture(scope="module")
 def model() -> moeshard.Model:
-    return moeshard.Model(moeshard.embedded_model())
+    return moeshard.Model(moeshard.embedded_model(), n_threads=1)  # so small a model gains nothing from more
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_trace_under_a_mask(model: moeshard.Model, tokens: np.ndarray) -> None:
 
 def test_trace_stream_equals_trace(model: moeshard.Model) -> None:
     tokens = np.tile(model.tokenize(moeshard.embedded_text("de")[:3000]), 2)
-    small = moeshard.Model(moeshard.embedded_model(), n_ubatch=64)
+    small = moeshard.Model(moeshard.embedded_model(), n_ubatch=64, n_threads=1)
     chunks: list[moeshard.TraceChunk] = []
     small.trace_stream(tokens, chunks.append)
     assert max(len(chunk.pos) for chunk in chunks) == 64
@@ -177,7 +177,7 @@ def test_stop_text_is_not_part_of_the_answer(model: moeshard.Model) -> None:
 
 
 def test_generation_ends_where_the_context_does(model: moeshard.Model) -> None:
-    small = moeshard.Model(moeshard.embedded_model(), n_ctx=256)
+    small = moeshard.Model(moeshard.embedded_model(), n_ctx=256, n_threads=1)
     answer = small.generate("The ", max_tokens=-1, ignore_end=True, seed=0)
     "".join(answer)
     assert answer.stop_reason == "context"

@@ -180,7 +180,12 @@ void Context::compute(const std::vector<Input>& inputs, const LogitsSink& sink) 
         if (status == 2) throw Error("the computation was aborted");
         if (status != 0) throw guard.error("the engine could not decode (status " + std::to_string(status) + ")");
         llama_synchronize(ctx);
-        for (const Output& output : outputs) sink(output.input, output.token, llama_get_logits_ith(ctx, output.row));
+        for (const Output& output : outputs) {
+            const float* logits = llama_get_logits_ith(ctx, output.row);
+            if (!logits)
+                throw guard.error(model_->path() + ": this model computes no logits (is it an embedding model?)");
+            sink(output.input, output.token, logits);
+        }
     }
 }
 

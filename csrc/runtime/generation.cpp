@@ -38,6 +38,10 @@ Generation::Generation(std::shared_ptr<Context> context, std::vector<int32_t> pr
       params(wanted),
       seq(seq),
       sampler(context_->model(), wanted.sampling) {
+    if (context_->model().is_diffusion()) {
+        throw Error(context_->model().path() +
+                    ": a diffusion model does not write from left to right, which is how text is generated here");
+    }
     if (prompt_.empty()) throw Error("the prompt is empty: generation needs at least one token to start from");
     params.stop.erase(std::remove(params.stop.begin(), params.stop.end(), ""), params.stop.end());
     for (const int32_t token : prompt_) sampler.accept(token);

@@ -20,7 +20,7 @@ import sys
 import numpy as np
 import moeshard
 try:
-    logits = moeshard.Model(sys.argv[1], n_ctx=256).logits(np.arange(20))
+    logits = moeshard.Model(sys.argv[1], n_ctx=256, n_threads=1).logits(np.arange(20))
 except moeshard.MoeshardError as error:
     print(error)
     sys.exit(1)
@@ -52,7 +52,7 @@ def test_there_are_numbers_to_damage() -> None:
     assert {"qwen3moe.expert_count", "qwen3moe.attention.layer_norm_rms_epsilon", "qwen3moe.block_count"} <= keys
 
 
-@pytest.mark.parametrize(("key", "offset", "value"), damages(), ids=lambda part: str(part))
+@pytest.mark.parametrize(("key", "offset", "value"), damages(), ids=[f"{key}-{value.hex()}" for key, _, value in damages()])
 def test_damaged_number(key: str, offset: int, value: bytes, tmp_path: Path) -> None:
     data = bytearray(SOURCE.read_bytes())
     data[offset : offset + len(value)] = value
