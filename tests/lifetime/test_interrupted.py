@@ -113,12 +113,15 @@ def test_abort_while_nothing_runs(context: _core.Context, model: _core.Model, to
 
 
 def test_keyboard_interrupt(context: _core.Context, model: _core.Model, tokens: Tokens) -> None:
-    timer = threading.Timer(0.3, _thread.interrupt_main)
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
+    def compute() -> None:
         while True:
             context.reset()
             context.decode([(0, tokens)])
+
+    timer = threading.Timer(0.3, _thread.interrupt_main)
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        compute()
     timer.join()
     assert_usable(context, model, tokens)
 
