@@ -235,7 +235,8 @@ def test_a_full_session_leaves_the_sequence_as_it_was(model: moeshard.Model) -> 
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "no such file"), (b"", "empty|truncated|short|magic"), (b"not a model", "GGUF|magic")]
+    ("content", "message"),
+    [(None, "no such file"), (b"", "empty|truncated|short|magic"), (b"not a model", "GGUF|magic")],
 )
 def test_bad_files(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "bad.gguf"

@@ -60,9 +60,7 @@ class Model:
         Raises:
             MoeshardError: the file is missing, damaged, or no model that llama.cpp can run.
         """
-        self._native = _core.Model(
-            os.fspath(path), n_gpu_layers=n_gpu_layers, mmap=mmap, progress=progress
-        )
+        self._native = _core.Model(os.fspath(path), n_gpu_layers=n_gpu_layers, mmap=mmap, progress=progress)
         if n_ctx is not None and n_ctx < 1:
             raise MoeshardError(f"n_ctx must be positive, got {n_ctx}")
         self._n_ctx = n_ctx or min(self._native.n_ctx_train or DEFAULT_CTX, DEFAULT_CTX)
@@ -271,18 +269,14 @@ class Model:
             raise
         return Generation(native, release)
 
-    def trace(
-        self, tokens: Tokens, keep: KeepSpec | None = None, *, probs: bool = False, norms: bool = False
-    ) -> Trace:
+    def trace(self, tokens: Tokens, keep: KeepSpec | None = None, *, probs: bool = False, norms: bool = False) -> Trace:
         """Return which experts each token of a sequence was sent to.
 
         `probs` adds the router's scores of all experts, `norms` the L2 norms of the chosen experts' outputs; see
         :class:`Trace` for shapes. For texts that should not be held in memory whole, see :meth:`trace_stream`.
         """
         array = as_tokens(tokens)
-        builder = TraceBuilder(
-            self.moe_layers, len(array), self.n_expert_used, self.n_expert, probs=probs, norms=norms
-        )
+        builder = TraceBuilder(self.moe_layers, len(array), self.n_expert_used, self.n_expert, probs=probs, norms=norms)
         self.trace_stream(array, builder.add, keep, probs=probs, norms=norms)
         return builder.build()
 

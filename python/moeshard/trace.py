@@ -106,7 +106,7 @@ class TraceBuilder:
 
     def build(self) -> Trace:
         """Return the trace without the layers that were never computed (next-token-prediction blocks)."""
-        ran = self._seen.any(axis=1)
+        ran: npt.NDArray[np.bool_] = np.asarray(self._seen.any(axis=1))
         if bool(ran.all()):
             return self._trace
         trace = self._trace

@@ -52,7 +52,7 @@ def test_there_are_numbers_to_damage() -> None:
     assert {"qwen3moe.expert_count", "qwen3moe.attention.layer_norm_rms_epsilon", "qwen3moe.block_count"} <= keys
 
 
-@pytest.mark.parametrize(("key", "offset", "value"), damages(), ids=[f"{key}-{value.hex()}" for key, _, value in damages()])
+@pytest.mark.parametrize(("key", "offset", "value"), damages(), ids=[f"{d[0]}-{d[2].hex()}" for d in damages()])
 def test_damaged_number(key: str, offset: int, value: bytes, tmp_path: Path) -> None:
     data = bytearray(SOURCE.read_bytes())
     data[offset : offset + len(value)] = value
