@@ -11,6 +11,12 @@ import results
 from specimens import ARCHITECTURES, MISSING, SOURCES, SPECIMENS, UNUSED, VARIANTS
 
 
+def test_the_reference_is_stock(programs: Path) -> None:
+    """No patched object of llama.cpp was linked into the programs: those call into moeshard::hook."""
+    for name in ("oracle", "zoo"):
+        assert b"8moeshard4hook" not in (programs / name).read_bytes()
+
+
 def test_no_architecture_is_forgotten(programs: Path, tmp_path: Path) -> None:
     """zoo tries all architectures that llama.cpp knows; a newer pin may know more."""
     listed = subprocess.run([programs / "zoo", "--list"], check=True, capture_output=True, text=True).stdout.split()
