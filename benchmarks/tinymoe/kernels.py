@@ -15,7 +15,9 @@ def kernel() -> Any:
     """The compiled extension. -ffast-math lets g++ vectorise exp() and the sums."""
     from torch.utils.cpp_extension import load
 
-    sources = [str(Path(__file__).with_name(name)) for name in ("moe_kernel.cpp", "ops_kernel.cpp")]
+    sources = [
+        str(Path(__file__).with_name(name)) for name in ("moe_kernel.cpp", "ops_kernel.cpp", "attention_kernel.cpp")
+    ]
     flags = ["-O3", "-march=native", "-ffast-math", "-fopenmp"]
     return load("tinymoe_kernels", sources, extra_cflags=flags, extra_ldflags=["-lmvec"])
 
@@ -75,3 +77,21 @@ class _Rotate(torch.autograd.Function):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions on x (B, T, H, S), the halves of S paired (NEOX); cos and sin (T, S / 2)."""
     return cast(Tensor, _Rotate.apply(x, cos, sin))
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        out, norm = kernel().attention_forward(q, k, v)
+        ctx.save_for_backward(q, k, v, out, norm)
+        return cast(Tensor, out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(kernel().attention_backward(grads[0].contiguous(), *ctx.saved_tensors))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention: q (B, T, H, S), k and v (B, T, G, S) -> (B, T, H, S); H / G heads share a group."""
+    return cast(Tensor, _Attention.apply(q, k, v))

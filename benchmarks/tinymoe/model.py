@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import Config
-from .kernels import experts, rms_norm, rotate
+from .kernels import attention, experts, rms_norm, rotate
 
 
 def matrix(rows: int, columns: int, gain: float = 1.0) -> nn.Parameter:
@@ -54,12 +54,9 @@ class Attention(nn.Module):
         c = self.c
         q = self.q_norm(F.linear(x, self.q).view(b, t, c.heads, c.head_size))
         k = self.k_norm(F.linear(x, self.k).view(b, t, c.kv_heads, c.head_size))
-        v = F.linear(x, self.v).view(b, t, c.kv_heads, c.head_size).transpose(1, 2)
-        q, k = rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2)
-        repeat = c.heads // c.kv_heads
-        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return F.linear(y.transpose(1, 2).reshape(b, t, -1), self.o)
+        v = F.linear(x, self.v).view(b, t, c.kv_heads, c.head_size)
+        y = attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        return F.linear(y.flatten(2), self.o)
 
 
 class LatentAttention(nn.Module):

@@ -161,9 +161,11 @@ std::vector<at::Tensor> backward(const at::Tensor& grad, const at::Tensor& x, co
 }  // namespace
 
 void register_ops(pybind11::module_& m);
+void register_attention(pybind11::module_& m);
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("experts_forward", &forward);
     m.def("experts_backward", &backward);
     register_ops(m);
+    register_attention(m);
 }

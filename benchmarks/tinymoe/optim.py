@@ -7,6 +7,7 @@ quintic iteration are those of its author's public description (Jordan et al., 2
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ def orthogonalise(m: Tensor, steps: int = 5) -> Tensor:
         if step < steps - 1:
             gram = factor @ gram @ factor
     x = product @ x
-    return x if wide else x.mT
+    return cast(Tensor, x if wide else x.mT)
 
 
 class Muon(torch.optim.Optimizer):

@@ -28,8 +28,8 @@ def random_model(name: str) -> Model:
             if p.ndim == 1:
                 p.uniform_(0.5, 1.5)
         for router in model.routers():
-            router.router *= 4
-            router.down *= 8
+            router.router.mul_(4)
+            router.down.mul_(8)
             if router.bias is not None:
                 router.bias.uniform_(-0.2, 0.2)
     return model

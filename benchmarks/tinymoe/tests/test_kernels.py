@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinymoe.kernels import experts, rms_norm, rotate
+from tinymoe.kernels import attention, experts, rms_norm, rotate
 from tinymoe.model import cross_entropy
 from tinymoe.optim import orthogonalise
 
@@ -59,6 +59,15 @@ def test_rotate() -> None:
     a, b = x.chunk(2, -1)
     c, s = angle.cos()[:, None], angle.sin()[:, None]
     close(rotate(x, angle.cos(), angle.sin()), torch.cat((a * c - b * s, b * c + a * s), -1), (x,))
+
+
+def test_attention() -> None:
+    for t in (1, 63, 200):  # less than a block, and a last block that is not whole
+        q = torch.randn(2, t, 6, 32, requires_grad=True)
+        k, v = torch.randn(2, t, 2, 32, requires_grad=True), torch.randn(2, t, 2, 32, requires_grad=True)
+        a, b, c = (x.transpose(1, 2) for x in (q, k.repeat_interleave(3, 2), v.repeat_interleave(3, 2)))
+        expected = F.scaled_dot_product_attention(a, b, c, is_causal=True).transpose(1, 2)
+        close(attention(q, k, v), expected, (q, k, v))
 
 
 def test_cross_entropy_over_several_chunks() -> None:
