@@ -16,6 +16,7 @@ import results
 TABLE = pytest.StashKey[dict[str, dict[str, str]]]()
 
 
+# Known to pytest only when this folder is named on its command line.
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--rewrite-architectures", action="store_true", help="write docs/architectures.md from this run's results"

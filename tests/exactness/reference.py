@@ -22,10 +22,14 @@ Keep = npt.NDArray[np.bool_]
 
 
 def programs() -> Path:
-    """Return the folder with zoo and oracle, building them unless MOESHARD_TEST_PROGRAMS says where they are."""
+    """Return the folder with zoo and oracle, building them where no build has them yet."""
     given = os.environ.get(PROGRAMS_ENV)
     if given:
         return Path(given)
+    # An installation with MOESHARD_TESTS=ON builds them in a folder named after the Python it is for.
+    built = sorted((ROOT / "build").glob("*/tests/native/oracle"), key=lambda path: path.stat().st_mtime)
+    if built:
+        return built[-1].parent
     options = ["-DMOESHARD_TESTS=ON", "-DMOESHARD_PYTHON=OFF"]
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     subprocess.run(["cmake", "-S", ROOT, "-B", BUILD, *generator, *options], check=True)
@@ -95,14 +99,21 @@ def stock(
 
 
 def read(where: Path, n_tokens: int) -> Reference:
-    def array(name: str) -> npt.NDArray[np.generic]:
-        path = where / name
-        return np.fromfile(path, path.suffix[1:].replace("32", "4")) if path.exists() else np.empty(0, np.float32)
+    def floats(name: str, *shape: int) -> npt.NDArray[np.float32]:
+        path = where / f"{name}.f32"
+        return np.fromfile(path, np.float32).reshape(shape) if path.exists() else np.empty(0, np.float32)
 
-    layers = array("layers.i32")
-    shape = (len(layers), n_tokens, -1) if len(layers) else (0, n_tokens, 0)
+    def integers(name: str, *shape: int) -> npt.NDArray[np.int32]:
+        path = where / f"{name}.i32"
+        return np.fromfile(path, np.int32).reshape(shape) if path.exists() else np.empty(0, np.int32)
+
+    layers = tuple(integers("layers", -1).tolist())
+    shape = (len(layers), n_tokens, -1)
     return Reference(
-        array("logits.f32").reshape(n_tokens, -1),
-        tuple(layers.tolist()),
-        *(array(name).reshape(shape) for name in ("ids.i32", "weights.f32", "probs.f32", "norms.f32")),
+        floats("logits", n_tokens, -1),
+        layers,
+        integers("ids", *shape),
+        floats("weights", *shape),
+        floats("probs", *shape),
+        floats("norms", *shape),
     )

@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import moeshard
 import numpy as np
 import pytest
 import reference
 from compare import assert_same_bits, largest_difference, random_keep
 from reference import Reference, Run
 from specimens import NOT_CAUSAL, SPECIMENS
+
+import moeshard
 
 N_TOKENS = 48
 THREADS = 1
@@ -41,8 +42,8 @@ class Specimen:
         shape = (model.n_layer, model.n_expert, model.n_expert_used, model.routing.n_group)
         self.keeps = [random_keep(rng, *shape) for _ in range(3)]
 
-    def stock(self, *runs: Run, **options: int) -> Reference:
-        return reference.stock(self.programs, self.path, runs, threads=THREADS, **options)
+    def stock(self, *runs: Run, ubatch: int = 512, ctx: int = 0, watch: bool = True) -> Reference:
+        return reference.stock(self.programs, self.path, runs, ubatch=ubatch, ctx=ctx, threads=THREADS, watch=watch)
 
     @contextmanager
     def result(self, column: str) -> Iterator[None]:
@@ -64,7 +65,7 @@ def specimen(
 
 def test_unmasked_logits(specimen: Specimen) -> None:
     with specimen.result("no mask"):
-        stock = reference.stock(specimen.programs, specimen.path, [Run(specimen.tokens)], threads=THREADS, watch=False)
+        stock = specimen.stock(Run(specimen.tokens), watch=False)
         assert np.isfinite(stock.logits).all()
         assert np.abs(stock.logits).max() > 0.01
         assert_same_bits(specimen.model.logits(specimen.tokens), stock.logits, "logits")

@@ -41,6 +41,6 @@ def test_the_document_is_current(request: pytest.FixtureRequest, table: dict[str
     if not complete:
         pytest.skip("only a part of the comparisons ran")
     text = results.document(table)
-    if request.config.getoption("--rewrite-architectures"):
+    if request.config.getoption("--rewrite-architectures", default=False):
         results.DOCUMENT.write_text(text)
     assert results.DOCUMENT.read_text() == text, "run pytest tests/exactness --rewrite-architectures"

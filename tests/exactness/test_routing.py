@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import moeshard
 import numpy as np
 import pytest
 import reference
 from compare import assert_same_bits, random_keep
 from reference import Run
+
+import moeshard
 
 Make = Callable[[str], Path]
 
@@ -57,9 +58,9 @@ def test_groups_that_hold_few_kept_experts_lose(make: Make, programs: Path, name
     assert_same_bits(model.logits(tokens, keep), stock.logits, "logits")
     trace = model.trace(tokens, keep)
     np.testing.assert_array_equal(trace.ids, stock.ids)
-    for row, layer in enumerate(trace.layers):
-        assert keep[layer][trace.ids[row]].all()
-        assert not (trace.ids[row] // 4 == layer % 4).any()
+    for i, layer in enumerate(trace.layers):
+        assert keep[layer][trace.ids[i]].all()
+        assert not (trace.ids[i] // 4 == layer % 4).any()
 
 
 def test_random_model_has_a_flat_profile(make: Make) -> None:
