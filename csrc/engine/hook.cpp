@@ -160,10 +160,11 @@ bool defer_output_rows(const llm_graph_context& graph, ggml_tensor* out_ids) {
     return true;
 }
 
-ggml_tensor* drop_deferred_rows(const llm_graph_context& graph, ggml_tensor* cur, int il) {
+ggml_tensor* drop_deferred_rows(const llm_graph_context& graph, ggml_tensor* cur, const ggml_tensor* norm) {
     State* state = current_state();
     GraphInput* input = state ? state->building : nullptr;
-    const bool final_norm = il < 0 && input && input->deferred_rows && !input->traced.empty();
+    // Known by its weight: some architectures build norms of single layers without saying which layer.
+    const bool final_norm = input && input->deferred_rows && norm && norm == state->final_norm;
     if (!final_norm || !ggml_is_matrix(cur) || cur->ne[1] != graph.n_tokens) return cur;
     ggml_tensor* rows = input->deferred_rows;
     input->deferred_rows = nullptr;

@@ -80,6 +80,7 @@ State::State(const llama_model& model, Routing facts) : routing(std::move(facts)
         slot_of_layer.push_back(routing.routes(layer) ? n_slots++ : -1);
     }
     offloaded = !model.devices.empty();
+    final_norm = model.output_norm;
 }
 
 const MaskRows* State::mask(int32_t seq) const {

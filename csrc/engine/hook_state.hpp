@@ -10,6 +10,7 @@
 #include "moeshard/keep.hpp"
 #include "moeshard/trace.hpp"
 
+struct ggml_tensor;
 struct llama_context;
 struct llama_model;
 
@@ -36,6 +37,8 @@ struct State {
     std::shared_ptr<const MaskRows> mask_of_all;
     std::map<int32_t, std::shared_ptr<const MaskRows>> mask_of_seq;
     const MaskRows* mask(int32_t seq) const;
+
+    const ggml_tensor* final_norm = nullptr;  // its weight
 
     bool tracing = false;
     TraceOptions trace;

@@ -49,6 +49,6 @@ void trace_experts(const llm_graph_context& graph, ggml_tensor* experts, int il)
 // While tracing, rows without output stay in the last layer, so that its routing is seen for every token; they are
 // dropped before the final norm instead.
 bool defer_output_rows(const llm_graph_context& graph, ggml_tensor* out_ids);
-ggml_tensor* drop_deferred_rows(const llm_graph_context& graph, ggml_tensor* cur, int il);
+ggml_tensor* drop_deferred_rows(const llm_graph_context& graph, ggml_tensor* cur, const ggml_tensor* norm);
 
 }  // namespace moeshard::hook
