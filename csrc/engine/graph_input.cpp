@@ -80,15 +80,16 @@ void GraphInput::set_mask(const Mask& mask, const llama_ubatch& ubatch) const {
     if (!mask.input) return;
     const auto n_expert = static_cast<size_t>(mask.input->ne[0]);
     const auto n_rows = static_cast<size_t>(mask.input->ne[1]);
-    const std::vector<int32_t> tokens = rows(ubatch, mask.input->ne[1]);
+    // A token that belongs to several sequences is computed once, under the mask of the first.
+    std::vector<const MaskRows*> masks;
+    masks.reserve(n_rows);
+    for (const int32_t token : rows(ubatch, mask.input->ne[1])) masks.push_back(state.mask(ubatch.seq_id[token][0]));
     auto* data = static_cast<float*>(mask.input->data);
     for (const int32_t slot : mask.slots) {
         float* layer = data + static_cast<size_t>(slot) * n_rows * n_expert;
         for (size_t row = 0; row < n_rows; ++row) {
-            // A token that belongs to several sequences is computed once; Context refuses that their masks differ.
-            const MaskRows* rows = state.mask(ubatch.seq_id[tokens[row]][0]);
-            if (rows) {
-                std::memcpy(layer + row * n_expert, rows->rows.data() + static_cast<size_t>(slot) * n_expert,
+            if (masks[row]) {
+                std::memcpy(layer + row * n_expert, masks[row]->rows.data() + static_cast<size_t>(slot) * n_expert,
                             n_expert * sizeof(float));
             } else {
                 std::memset(layer + row * n_expert, 0, n_expert * sizeof(float));

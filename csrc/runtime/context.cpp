@@ -147,7 +147,11 @@ void Context::compute(const std::vector<Input>& inputs, const LogitsSink& sink) 
         size_t token;
         int32_t row;
     };
-    Batch batch(params.n_batch);
+    size_t n_tokens = 0;
+    for (const Input& input : inputs) n_tokens += input.n_tokens;
+    if (n_tokens == 0) return;
+    // The engine allocates for every token that a batch could hold, which is felt when single tokens are decoded.
+    Batch batch(static_cast<int32_t>(std::min(n_tokens, static_cast<size_t>(params.n_batch))));
     for (;;) {
         size_t unfinished = 0;
         for (size_t i = 0; i < inputs.size(); ++i) unfinished += done[i] < inputs[i].n_tokens;
