@@ -224,6 +224,17 @@ class TestInspect:
         for tensor in found["expert_tensors"]:
             assert tensor["bytes"] == tensor["bytes_per_expert"] * tensor["shape"][tensor["expert_axis"]]
 
+    def test_one_expert_written_without_its_axis(self, tmp_path: Path) -> None:
+        tensors: dict[str, tuple[int, ...]] = {"token_embd.weight": (100, 32), "blk.0.ffn_gate_inp.weight": (1, 32)}
+        tensors |= {f"blk.0.ffn_{name}_exps.weight": (16, 32) for name in ("gate", "up")}
+        tensors["blk.0.ffn_down_exps.weight"] = (32, 16)
+        metadata = {"block_count": 1, "embedding_length": 32, "expert_count": 1, "expert_used_count": 1}
+        found = inspect_model(write_model(tmp_path / "one.gguf", "qwen3moe", metadata, tensors))
+        slabs = {tensor.name: tensor for tensor in found.expert_tensors if tensor.role == "slab"}
+        assert len(slabs) == 3
+        assert all(tensor.expert_axis == 0 and tensor.shape[0] == 1 for tensor in slabs.values())
+        assert slabs["blk.0.ffn_down_exps.weight"].shape == (1, 32, 16)
+
     def test_groups_shared_experts_and_dense_layers(self, cli: Cli, grouped: Path) -> None:
         done = cli("inspect", grouped)
         assert done.code == 0, done.err

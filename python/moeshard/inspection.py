@@ -89,14 +89,16 @@ def inspect_model(path: str | os.PathLike[str]) -> Inspection:
     tensors = []
     for entry in layout.tensors:
         info = infos[entry.index]
+        # Writers may leave out outermost axes of length 1, such as that of a model with one expert.
+        shape = (1,) * (entry.axis + 1 - len(info.shape)) + tuple(info.shape)
         tensors.append(
             ExpertTensorInfo(
                 name=info.name,
                 layer=entry.layer,
                 role=entry.role,
                 type=info.type,
-                shape=tuple(info.shape),
-                expert_axis=None if entry.axis < 0 else len(info.shape) - 1 - entry.axis,
+                shape=shape,
+                expert_axis=None if entry.axis < 0 else len(shape) - 1 - entry.axis,
                 bytes=info.nbytes,
                 bytes_per_expert=entry.slice_bytes,
             )
