@@ -66,6 +66,7 @@ def fetch(work: Path) -> None:
     """Download and unpack every package that is not there yet (needs apt and dpkg-deb)."""
     debs, unpacked = work / "debs", work / "x"
     debs.mkdir(parents=True, exist_ok=True)
+    unpacked.mkdir(exist_ok=True)
     have = {p.name.split("_")[0] for p in debs.glob("*.deb")}
     missing = [p for p in packages() if p not in have]
     if missing:
