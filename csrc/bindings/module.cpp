@@ -4,6 +4,7 @@ PYBIND11_MODULE(_core, m) {
     m.doc() = "The native core of moeshard.";
     register_error(m);
     register_gguf(m);
+    register_gather(m);
     register_model(m);
     register_context(m);
     register_generation(m);

@@ -14,8 +14,8 @@ using moeshard::Routing;
 
 namespace {
 
-std::shared_ptr<Model> load(const std::string& path, int32_t n_gpu_layers, bool mmap, bool check_tensors,
-                            const std::optional<py::function>& progress) {
+std::shared_ptr<Model> load(const std::string& path, const moeshard::SegmentList* segments, int32_t n_gpu_layers,
+                            bool mmap, bool check_tensors, const std::optional<py::function>& progress) {
     ModelParams params;
     params.n_gpu_layers = n_gpu_layers;
     params.mmap = mmap;
@@ -32,7 +32,7 @@ std::shared_ptr<Model> load(const std::string& path, int32_t n_gpu_layers, bool 
         }
     };
     const py::gil_scoped_release nogil;
-    return Model::load(path, params);
+    return segments == nullptr ? Model::load(path, params) : Model::load(*segments, path, params);
 }
 
 }  // namespace
@@ -47,7 +47,7 @@ void register_model(py::module_& m) {
         .def_property_readonly("moe_layers", &Routing::moe_layers);
 
     py::class_<Model, std::shared_ptr<Model>>(m, "Model", "A loaded model.")
-        .def(py::init(&load), py::arg("path"), py::kw_only(), py::arg("n_gpu_layers") = -1, py::arg("mmap") = true,
+        .def(py::init(&load), py::arg("path"), py::arg("segments") = nullptr, py::kw_only(), py::arg("n_gpu_layers") = -1, py::arg("mmap") = true,
              py::arg("check_tensors") = false, py::arg("progress") = py::none())
         .def_property_readonly("path", &Model::path)
         .def_property_readonly("routing", &Model::routing, py::return_value_policy::reference_internal)

@@ -88,17 +88,4 @@ const MaskRows* State::mask(int32_t seq) const {
     return found != mask_of_seq.end() ? found->second.get() : mask_of_all.get();
 }
 
-void replace_dropped(const int32_t* row, int32_t n_used, const uint8_t* keep, int32_t n_expert, int32_t* out) {
-    std::copy(row, row + n_used, out);
-    for (int32_t i = 0; i < n_used; ++i) {
-        int32_t id = row[i];
-        if (keep[id]) continue;
-        // Ends: check() has seen to it that at least n_used experts are kept.
-        do {
-            id = (id + 1) % n_expert;
-        } while (!keep[id] || std::find(out, out + n_used, id) != out + n_used);
-        out[i] = id;
-    }
-}
-
 }  // namespace moeshard::hook

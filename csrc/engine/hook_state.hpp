@@ -53,8 +53,4 @@ struct State {
 // The state of `ctx`, made on first use; it goes away with the context. From then on its graphs carry a mask.
 State& attach(llama_context* ctx);
 
-// The ids that a hash-routed layer uses under `mask` instead of the `n_used` ids of its table row: every dropped id is
-// replaced, in list order, by the next kept id (upward, cyclically) that the token does not use yet.
-void replace_dropped(const int32_t* row, int32_t n_used, const uint8_t* keep, int32_t n_expert, int32_t* out);
-
 }  // namespace moeshard::hook

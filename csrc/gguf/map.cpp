@@ -67,7 +67,20 @@ std::string part_name(const std::string& path, uint64_t index, uint64_t count) {
     return std::string(prefix) + "-" + five_digits(index + 1) + ending;
 }
 
-Mapping::Mapping(const std::string& path) {
+namespace {
+
+int64_t modified(const struct stat& status) {
+#ifdef __APPLE__
+    const timespec& time = status.st_mtimespec;
+#else
+    const timespec& time = status.st_mtim;
+#endif
+    return static_cast<int64_t>(time.tv_sec) * 1000000000 + time.tv_nsec;
+}
+
+}  // namespace
+
+Mapping::Mapping(const std::string& path) : path_(path) {
     // Without O_NONBLOCK a pipe would be waited for before it can be refused.
     fd_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (fd_ < 0) throw Error(path + ": cannot open: " + std::strerror(errno));
@@ -86,6 +99,9 @@ Mapping::Mapping(const std::string& path) {
             problem = std::string("cannot map: ") + std::strerror(errno);
         } else {
             bytes_ = {static_cast<const uint8_t*>(data), size};
+            modified_ = modified(status);
+            // Compressed files have fewer blocks as well; for these looking for holes only costs a little.
+            is_sparse_ = static_cast<uint64_t>(status.st_blocks) * 512 < size;
         }
     }
     if (!problem.empty()) {
@@ -97,6 +113,26 @@ Mapping::Mapping(const std::string& path) {
 Mapping::~Mapping() {
     ::munmap(const_cast<uint8_t*>(bytes_.data), bytes_.size);
     ::close(fd_);
+}
+
+void Mapping::read(uint64_t offset, uint8_t* out, uint64_t size) const {
+    while (size > 0) {
+        const ssize_t n = ::pread(fd_, out, static_cast<size_t>(size), static_cast<off_t>(offset));
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) throw Error(path_ + ": cannot read: " + std::strerror(errno));
+        if (n == 0) throw Error(path_ + ": became shorter while it was read");
+        offset += static_cast<uint64_t>(n);
+        out += n;
+        size -= static_cast<uint64_t>(n);
+    }
+}
+
+void Mapping::check_unchanged() const {
+    struct stat status {};
+    if (::fstat(fd_, &status) != 0) throw Error(path_ + ": cannot stat: " + std::strerror(errno));
+    if (static_cast<uint64_t>(status.st_size) != bytes_.size || modified(status) != modified_) {
+        throw Error(path_ + ": was changed while it was being read; start again when nothing writes to it");
+    }
 }
 
 GGUFMap::GGUFMap(const std::string& path) {

@@ -241,7 +241,8 @@ void read_tensors(Reader& reader, uint64_t file_size, uint64_t n_tensors, Direct
 
 }  // namespace
 
-Directory parse(Bytes bytes, const std::string& name) {
+Directory parse(Bytes bytes, const std::string& name, uint64_t file_size) {
+    if (file_size == 0) file_size = bytes.size;
     Reader reader(bytes, name);
     Directory directory;
     read_version(reader, directory);
@@ -255,7 +256,7 @@ Directory parse(Bytes bytes, const std::string& name) {
         reader.fail("claims " + std::to_string(n_tensors) + " tensors, more than fit into the file");
     }
     read_metadata(reader, n_entries, directory);
-    read_tensors(reader, bytes.size, n_tensors, directory);
+    read_tensors(reader, file_size, n_tensors, directory);
     return directory;
 }
 

@@ -6,6 +6,7 @@
 #include "guard.hpp"
 #include "llama.h"
 #include "precheck.hpp"
+#include "stream.hpp"
 
 namespace moeshard {
 
@@ -16,24 +17,40 @@ bool report_progress(float fraction, void* progress) {
     return !callback || callback(fraction);
 }
 
-}  // namespace
-
-std::shared_ptr<Model> Model::load(const std::string& path, const ModelParams& params) {
-    return std::shared_ptr<Model>(new Model(path, params));
-}
-
-Model::Model(const std::string& path, const ModelParams& params) : path_(path) {
-    check_file(path);
-    const Guard guard;
+llama_model_params native(const ModelParams& params) {
     llama_model_params native = llama_model_default_params();
     native.n_gpu_layers = params.n_gpu_layers;
     native.load_mode = params.mmap ? LLAMA_LOAD_MODE_MMAP : LLAMA_LOAD_MODE_NONE;
     native.check_tensors = params.check_tensors;
     native.progress_callback = report_progress;
     native.progress_callback_user_data = const_cast<std::function<bool(float)>*>(&params.progress);
-    model = llama_model_load_from_file(path.c_str(), native);
-    if (!model) throw guard.error(path + ": could not be loaded");
-    routing_ = hook::routing_of(*model);
+    return native;
+}
+
+}  // namespace
+
+std::shared_ptr<Model> Model::load(const std::string& path, const ModelParams& params) {
+    check_file(path);
+    const Guard guard;
+    const std::shared_ptr<Model> loaded(new Model(path));
+    loaded->model = llama_model_load_from_file(path.c_str(), native(params));
+    if (!loaded->model) throw guard.error(path + ": could not be loaded");
+    loaded->routing_ = hook::routing_of(*loaded->model);
+    return loaded;
+}
+
+std::shared_ptr<Model> Model::load(const SegmentList& segments, const std::string& name, const ModelParams& params) {
+    for (const auto& source : segments.sources()) check_file(source->path());
+    const Guard guard;
+    const std::shared_ptr<Model> loaded(new Model(name));
+    llama_model_params streamed = native(params);
+    streamed.load_mode = LLAMA_LOAD_MODE_NONE;
+    const auto file = open_stream(segments);
+    loaded->model = llama_model_load_from_file_ptr(file.get(), streamed);
+    segments.check_sources();
+    if (!loaded->model) throw guard.error(name + ": could not be loaded");
+    loaded->routing_ = hook::routing_of(*loaded->model);
+    return loaded;
 }
 
 Model::~Model() { llama_model_free(model); }

@@ -73,7 +73,7 @@ def parse_keep(spec: KeepSpec, n_layer: int, n_expert: int, *, moe_layers: Seque
     if "\n" in spec:
         return _parse_lines(spec, "keep", n_layer, n_expert, layers)
     if _LIST.fullmatch(spec.strip()):
-        return np.tile(_parse_row(spec, f"keep '{spec}'", n_expert), (n_layer, 1))
+        return np.tile(parse_row(spec, f"keep '{spec}'", n_expert), (n_layer, 1))
     if os.path.isfile(spec):
         return _parse_file(spec, n_layer, n_expert, layers)
     raise MoeshardError(
@@ -116,7 +116,7 @@ def _example(n_expert: int) -> str:
     return f"0-{n_expert // 2 - 1},{n_expert - 1}" if n_expert > 3 else "0"
 
 
-def _parse_row(text: str, where: str, n_expert: int) -> Keep:
+def parse_row(text: str, where: str, n_expert: int) -> Keep:
     """One list of experts; `where` begins the message of an error."""
     row = np.zeros(n_expert, dtype=np.bool_)
     tokens = text.replace(",", " ").split()
@@ -173,7 +173,7 @@ def _parse_lines(text: str, source: str, n_layer: int, n_expert: int, moe_layers
         layer = None if prefix is None else prefix[1]
         if rows and (layer is None) != (rows[0][0] is None):
             raise MoeshardError(f"{where}: the 'layer:' prefix must stand on every line or on none")
-        rows.append((layer, _parse_row(content if prefix is None else prefix[2], where, n_expert), where))
+        rows.append((layer, parse_row(content if prefix is None else prefix[2], where, n_expert), where))
     if rows and rows[0][0] is not None:
         return _by_prefix(rows, source, n_layer, n_expert, moe_layers)
     return _in_order([row for _, row, _ in rows], source, n_layer, n_expert, moe_layers)

@@ -103,7 +103,8 @@ struct Directory {
 
 // Keys, tensor names and string values must be UTF-8. Strings inside arrays need not be: llama.cpp reads vocabularies
 // whose tokens are pieces of characters. `name` stands for the file in messages.
-Directory parse(Bytes bytes, const std::string& name);
+// `file_size`: of the whole file, where `bytes` is only its beginning, at least up to the data.
+Directory parse(Bytes bytes, const std::string& name, uint64_t file_size = 0);
 
 // The name of part `index` (from 0) of `count`, for a name that ends in "-00002-of-00005.gguf"; "" for other names or
 // another count.
@@ -117,12 +118,23 @@ public:
     Mapping(const Mapping&) = delete;
     Mapping& operator=(const Mapping&) = delete;
 
+    const std::string& path() const { return path_; }
+    // A file that is cut short while it is mapped ends the process that looks at what is gone; read() does not.
     Bytes bytes() const { return bytes_; }
     int fd() const { return fd_; }  // stays open: copying by the kernel needs it
+    bool is_sparse() const { return is_sparse_; }
+
+    // Throws Error where the bytes are not there any more.
+    void read(uint64_t offset, uint8_t* out, uint64_t size) const;
+    // Throws Error where the file was changed since it was opened.
+    void check_unchanged() const;
 
 private:
+    std::string path_;
     int fd_ = -1;
     Bytes bytes_;
+    bool is_sparse_ = false;
+    int64_t modified_ = 0;  // nanoseconds
 };
 
 struct Part {

@@ -45,4 +45,8 @@ private:
     std::vector<uint8_t> keep_;
 };
 
+// The ids that a hash-routed layer uses instead of the `n_used` ids of its table row, under one row of a keep: every
+// dropped id is replaced, in list order, by the next kept id (upward, cyclically) that the token does not use yet.
+void replace_dropped(const int32_t* row, int32_t n_used, const uint8_t* keep, int32_t n_expert, int32_t* out);
+
 }  // namespace moeshard

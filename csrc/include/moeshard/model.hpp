@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "moeshard/keep.hpp"
+#include "moeshard/segments.hpp"
 
 struct llama_model;
 
@@ -28,6 +29,10 @@ class Model : public std::enable_shared_from_this<Model> {
 public:
     // `path` names a GGUF file or the first part (-00001-of-0000N.gguf) of one. Throws Error.
     static std::shared_ptr<Model> load(const std::string& path, const ModelParams& params = {});
+    // A model that is no file: what `segments` say is read into memory, and nothing else of their sources. `name` stands
+    // for the model in messages and is its path().
+    static std::shared_ptr<Model> load(const SegmentList& segments, const std::string& name,
+                                       const ModelParams& params = {});
     ~Model();
     Model(const Model&) = delete;
     Model& operator=(const Model&) = delete;
@@ -57,7 +62,7 @@ public:
     llama_model* handle() const { return model; }
 
 private:
-    Model(const std::string& path, const ModelParams& params);
+    explicit Model(std::string path) : path_(std::move(path)) {}
 
     std::string path_;
     llama_model* model = nullptr;

@@ -1,0 +1,58 @@
+// The encoding of metadata entries.
+#include <cstring>
+
+#include "assemble.hpp"
+
+namespace moeshard::gather {
+
+namespace {
+
+template <typename T>
+std::string number(T value) {
+    std::string bytes(sizeof(T), '\0');
+    std::memcpy(bytes.data(), &value, sizeof(T));
+    return bytes;
+}
+
+std::string text(std::string_view value) { return number<uint64_t>(value.size()) + std::string(value); }
+
+std::string type_number(gguf::ValueType type) { return number(static_cast<uint32_t>(type)); }
+
+}  // namespace
+
+std::string scalar_entry(std::string_view key, gguf::ValueType type, std::string_view value) {
+    return text(key) + type_number(type) + std::string(value);
+}
+
+std::string array_entry_head(std::string_view key, gguf::ValueType type, uint64_t count) {
+    return text(key) + type_number(gguf::ValueType::kArray) + type_number(type) + number(count);
+}
+
+std::string string_entry(std::string_view key, std::string_view value) {
+    return scalar_entry(key, gguf::ValueType::kString, text(value));
+}
+
+std::string strings_entry(std::string_view key, const std::vector<std::string>& texts) {
+    std::string entry = array_entry_head(key, gguf::ValueType::kString, texts.size());
+    for (const std::string& value : texts) entry += text(value);
+    return entry;
+}
+
+std::string uints_entry(std::string_view key, const std::vector<uint32_t>& values) {
+    std::string entry = array_entry_head(key, gguf::ValueType::kUint32, values.size());
+    for (const uint32_t value : values) entry += number(value);
+    return entry;
+}
+
+std::string replaced_entry(const gguf::Entry& like, const std::vector<uint64_t>& values) {
+    const size_t width = gguf::size_of(like.type);
+    std::string bytes;
+    for (uint64_t i = 0; i < like.count; ++i) {
+        const uint64_t value = values.size() == 1 ? values.front() : values.at(i);
+        bytes += number(value).substr(0, width);  // GGUF files are little-endian, and so is every machine that runs this
+    }
+    return like.is_array ? array_entry_head(like.key, like.type, like.count) + bytes
+                         : scalar_entry(like.key, like.type, bytes);
+}
+
+}  // namespace moeshard::gather

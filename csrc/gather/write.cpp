@@ -1,0 +1,201 @@
+#include "moeshard/write.hpp"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <condition_variable>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <thread>
+
+#include "copy.hpp"
+#include "temporary.hpp"
+
+namespace moeshard {
+
+namespace {
+
+using gather::TemporaryFile;
+
+constexpr uint64_t kTaskBytes = 32 << 20;   // progress is seen, and work shared, in steps of this
+constexpr uint64_t kTableBytes = 4 << 20;   // converted at once
+constexpr int kMostJobs = 4;                // more only wait for the disk
+
+// A part of a segment.
+struct Task {
+    size_t output;
+    const Segment* segment;
+    uint64_t at;  // in the segment
+    uint64_t size;
+};
+
+// In the order of the sources, so that what several outputs take from one place is read once.
+std::vector<Task> tasks_of(const std::vector<Output>& outputs) {
+    std::vector<Task> tasks;
+    for (size_t i = 0; i < outputs.size(); ++i) {
+        for (const Segment& segment : outputs[i].segments->segments()) {
+            if (segment.kind == Segment::Kind::kZeros) continue;  // a new file is zeros
+            const bool is_table = segment.kind == Segment::Kind::kExpertIds;
+            const uint64_t step = is_table ? kTableBytes : kTaskBytes;
+            for (uint64_t at = 0; at < segment.size; at += step) {
+                tasks.push_back({i, &segment, at, std::min(step, segment.size - at)});
+            }
+        }
+    }
+    const auto place = [&](const Task& task) {
+        const auto& sources = outputs[task.output].segments->sources();
+        const bool is_literal = task.segment->kind == Segment::Kind::kLiteral;
+        const std::string_view path = is_literal ? std::string_view() : sources[task.segment->source]->path();
+        return std::make_tuple(path, task.segment->from + task.at, task.output);
+    };
+    std::sort(tasks.begin(), tasks.end(), [&](const Task& a, const Task& b) { return place(a) < place(b); });
+    return tasks;
+}
+
+void run(const Task& task, const SegmentList& list, const TemporaryFile& file) {
+    const uint64_t offset = task.segment->offset + task.at;
+    switch (task.segment->kind) {
+        case Segment::Kind::kLiteral: {
+            const char* data = list.literals().data() + task.segment->from + task.at;
+            gather::write_at(file.fd(), file.path(), offset, reinterpret_cast<const uint8_t*>(data), task.size);
+            break;
+        }
+        case Segment::Kind::kRange:
+            gather::copy_range(*list.sources()[task.segment->source], task.segment->from + task.at, file.fd(),
+                               file.path(), offset, task.size);
+            break;
+        case Segment::Kind::kExpertIds: {
+            std::vector<uint8_t> bytes(task.size);
+            list.read(offset, bytes.data(), bytes.size());
+            gather::write_at(file.fd(), file.path(), offset, bytes.data(), bytes.size());
+            break;
+        }
+        case Segment::Kind::kZeros:
+            break;
+    }
+}
+
+void check_outputs(const std::vector<Output>& outputs, bool force) {
+    std::set<std::string> names;
+    for (const Output& output : outputs) {
+        if (!names.insert(output.path).second) throw Error(output.path + ": would be written twice");
+        struct stat status {};
+        if (::stat(output.path.c_str(), &status) != 0) {
+            if (errno == ENOENT || errno == ENOTDIR) continue;  // the folder is looked at when the file is made
+            throw Error(output.path + ": cannot stat: " + std::strerror(errno));
+        }
+        for (const Output& other : outputs) {
+            for (const auto& source : other.segments->sources()) {
+                struct stat read {};
+                if (::fstat(source->fd(), &read) == 0 && read.st_dev == status.st_dev && read.st_ino == status.st_ino) {
+                    throw Error(output.path + ": is the file that is read; write to another one");
+                }
+            }
+        }
+        if (S_ISDIR(status.st_mode)) throw Error(output.path + ": is a directory");
+        if (!force) throw Error(output.path + ": exists already; remove it or use --force");
+    }
+}
+
+// Runs tasks in threads while the calling one shows how far they are.
+class Crew {
+public:
+    Crew(const std::vector<Output>& outputs, const std::vector<std::unique_ptr<TemporaryFile>>& files)
+        : outputs_(outputs), files_(files), tasks_(tasks_of(outputs)) {
+        for (const Task& task : tasks_) total_ += task.size;
+    }
+
+    void run(int jobs, const ByteProgress& progress) {
+        std::vector<std::thread> threads;
+        {
+            std::unique_lock<std::mutex> lock(mutex_);
+            running_ = jobs;
+            for (int i = 0; i < jobs; ++i) threads.emplace_back([this] { work(); });
+            while (running_ > 0) {
+                changed_.wait_for(lock, std::chrono::milliseconds(50));
+                lock.unlock();
+                try {
+                    if (progress && !stop_ && !progress(done_, total_)) throw Error("writing was cancelled");
+                } catch (...) {
+                    stop_with(std::current_exception());
+                }
+                lock.lock();
+            }
+        }
+        for (std::thread& thread : threads) thread.join();
+        if (error_) std::rethrow_exception(error_);
+    }
+
+private:
+    void work() {
+        try {
+            for (size_t i = next_++; i < tasks_.size() && !stop_; i = next_++) {
+                const Task& task = tasks_[i];
+                moeshard::run(task, *outputs_[task.output].segments, *files_[task.output]);
+                done_ += task.size;
+            }
+        } catch (...) {
+            stop_with(std::current_exception());
+        }
+        const std::lock_guard<std::mutex> lock(mutex_);
+        --running_;
+        changed_.notify_one();
+    }
+
+    void stop_with(std::exception_ptr error) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (!error_) error_ = std::move(error);
+        stop_ = true;
+    }
+
+    const std::vector<Output>& outputs_;
+    const std::vector<std::unique_ptr<TemporaryFile>>& files_;
+    std::vector<Task> tasks_;
+    uint64_t total_ = 0;
+    std::atomic<size_t> next_{0};
+    std::atomic<uint64_t> done_{0};
+    std::atomic<bool> stop_{false};
+    std::mutex mutex_;
+    std::condition_variable changed_;
+    int running_ = 0;
+    std::exception_ptr error_;
+};
+
+// A name in a folder is on the disk when the folder is.
+void flush_folder(const std::string& folder) {
+    const int fd = ::open(folder.c_str(), O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return;
+    ::fsync(fd);
+    ::close(fd);
+}
+
+}  // namespace
+
+void write_files(const std::vector<Output>& outputs, const WriteParams& params) {
+    check_outputs(outputs, params.force);
+    for (const Output& output : outputs) output.segments->check_sources();
+    std::vector<std::unique_ptr<TemporaryFile>> files;
+    for (const Output& output : outputs) {
+        files.push_back(std::make_unique<TemporaryFile>(output.path, output.segments->size()));
+    }
+    const int processors = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
+    Crew(outputs, files).run(params.jobs > 0 ? params.jobs : std::min(processors, kMostJobs), params.progress);
+    for (const auto& file : files) file->flush();
+    for (const Output& output : outputs) output.segments->check_sources();
+    std::set<std::string> folders;
+    for (const auto& file : files) {
+        file->publish(params.force);
+        folders.insert(gather::folder_of(file->path()));
+    }
+    for (const std::string& folder : folders) flush_folder(folder);
+}
+
+}  // namespace moeshard

@@ -1,0 +1,66 @@
+// Shards: the trunk of a model with some of its experts, as segments of the model's own file. Pure: nothing is read but
+// headers, nothing is written.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "moeshard/keep.hpp"
+#include "moeshard/moe_layout.hpp"
+#include "moeshard/segments.hpp"
+
+namespace moeshard {
+
+enum class ShardKind {
+    kShard,    // trunk and kept experts: an ordinary model
+    kTrunk,    // what all shards of a model have in common
+    kExperts,  // kept experts and their router rows; a model together with the trunk
+};
+
+const char* name(ShardKind kind);
+
+struct ShardParams {
+    ShardKind kind = ShardKind::kShard;
+    uint32_t n_expert_used = 0;  // experts per token that the shard asks for; 0: as the model does
+    bool clamp = false;          // where fewer experts are kept than a token uses, use those
+    uint64_t max_file_size = 0;  // bytes; a larger shard becomes several parts. 0: always one file
+    // Further texts to write down in the metadata, each under "moeshard." and its name.
+    std::vector<std::pair<std::string, std::string>> notes;
+};
+
+// The files of the shard of `model` that holds `keep`. A keep of kTrunk is not looked at. The metadata is that of the
+// model, but for the counts of experts, and says under "moeshard." what is held and what the counts were. Throws Error
+// where the keep does not fit (see Keep::check), where layers or expert groups keep unequal numbers of experts (a GGUF
+// has one count for all layers), and where no shard computes what the masked model does.
+std::vector<SegmentList> shard_segments(const gguf::GGUFMap& model, const Keep& keep, const ShardParams& params = {});
+
+// What decides which keeps fit, from the file alone.
+Routing routing_of(const MoeLayout& layout);
+
+// What a shard, a trunk or a file of experts says about itself.
+struct ShardFacts {
+    ShardKind kind = ShardKind::kShard;
+    uint32_t n_layer = 0;
+    uint32_t n_expert = 0;         // of the whole model
+    std::vector<uint32_t> layers;  // those with experts
+    std::vector<uint8_t> keep;     // (n_layer, n_expert); all of it 1 in layers without experts, 0 for a trunk
+    std::vector<std::pair<std::string, std::string>> notes;
+};
+
+// Nothing for a model that is no shard. Throws Error where the facts contradict the file.
+std::optional<ShardFacts> shard_facts(const gguf::GGUFMap& file);
+
+// The whole model, from shards that together hold every expert (or from a trunk and files of experts). Throws Error
+// where experts are missing or the files are of different models.
+std::vector<SegmentList> merge_segments(const std::vector<const gguf::GGUFMap*>& shards, uint64_t max_file_size = 0);
+
+// The shard that a trunk and a file of experts make: the bytes that shard_segments() gives for kShard.
+SegmentList join_segments(const gguf::GGUFMap& trunk, const gguf::GGUFMap& experts);
+
+// Where `path` ("model.gguf") is written as `count` parts, the name of part `index` (from 0).
+std::string part_path(const std::string& path, size_t index, size_t count);
+
+}  // namespace moeshard

@@ -1,0 +1,347 @@
+"""Plans: which experts each node holds, of which model, and what the planner says about it. Schema: docs/plans.md."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+
+from moeshard._core import MoeshardError
+from moeshard.files import write_atomically
+from moeshard.keep import Keep, parse_row, format_ids, format_row
+
+VERSION = 1
+
+# A node's name becomes part of a file name.
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", re.ASCII)
+_LAYER = re.compile(r"0|[1-9][0-9]{0,8}", re.ASCII)
+# Many times what any model has. A small file that claims more would take the memory of each node's keep.
+_MAX_EXPERTS = 2**20
+
+_PLAN_KEYS = ("moeshard_plan", "model", "strategy", "parameters", "nodes")
+_MODEL_KEYS = ("name", "arch", "fingerprint", "n_layer", "n_expert", "moe_layers")
+_NODE_KEYS = ("name", "n_expert_used", "keep")
+
+_T = TypeVar("_T")
+_JSON_WORDS: dict[type, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model a plan is for."""
+
+    name: str
+    """For people; two names may mean the same model."""
+    arch: str
+    fingerprint: str
+    """Equal for equal models only."""
+    n_layer: int
+    n_expert: int
+    moe_layers: list[int]
+    """The layers that route, ascending."""
+    facts: dict[str, Any] = field(default_factory=dict, compare=False)
+    """Whatever else a plan file says about its model: JSON values."""
+
+    def __str__(self) -> str:
+        """Describe the model by all that has to agree."""
+        return (
+            f"'{self.name}' ({self.arch}, {self.n_expert} experts in layers {format_ids(self.moe_layers)} of "
+            f"{self.n_layer}, fingerprint {self.fingerprint})"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class PlanNode:
+    """What one node holds."""
+
+    name: str
+    """Letters, digits, ``-``, ``_`` and ``.``, not beginning with ``.``: it becomes part of a file name."""
+    keep: Keep
+    """bool (n_layer, n_expert)."""
+    n_expert_used: int | None = None
+    """Experts that each token uses on this node; None: as many as the model says."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Whatever else a planner says about the node (bytes, captured share, …): JSON values."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Nodes and what each holds. Making one raises a `MoeshardError` that names the field which is wrong."""
+
+    nodes: list[PlanNode]
+    strategy: str
+    """What chose the experts, e.g. ``snake``."""
+    parameters: dict[str, Any]
+    """What it was told to do: JSON values."""
+    model: ModelIdentity
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Whatever else the file says: JSON values."""
+
+    def __post_init__(self) -> None:
+        _check_model(self.model)
+        if not self.nodes:
+            raise MoeshardError("nodes: a plan needs at least one")
+        names: dict[str, int] = {}
+        for index, node in enumerate(self.nodes):
+            where = f"nodes[{index}]"
+            _check_node(node, self.model, where)
+            # Some file systems do not tell upper from lower case.
+            first = names.setdefault(node.name.lower(), index)
+            if first != index:
+                raise MoeshardError(
+                    f"{where}.name: '{node.name}' is the name of nodes[{first}] too; give each node its own, "
+                    f"different in more than upper and lower case"
+                )
+        _check_other(self.extra, _PLAN_KEYS, "extra")
+
+    def to_json(self) -> str:
+        """Write the plan as `read_plan` reads it. Rows of layers that do not route are not written.
+
+        Raises:
+            MoeshardError: parameters, facts or extra hold something that JSON has no word for, such as NaN.
+        """
+        document = {
+            "moeshard_plan": VERSION,
+            "model": {key: getattr(self.model, key) for key in _MODEL_KEYS} | self.model.facts,
+            "strategy": self.strategy,
+            "parameters": self.parameters,
+            "nodes": [_node_to_json(node, self.model) for node in self.nodes],
+            **self.extra,
+        }
+        try:
+            return json.dumps(document, indent=2, allow_nan=False) + "\n"
+        except (TypeError, ValueError, RecursionError) as error:
+            raise MoeshardError(f"cannot write the plan as JSON: {error}; use plain values in it") from error
+
+    def write(self, path: str | os.PathLike[str], force: bool = False) -> None:
+        """Write the plan to a file, which appears whole or not at all.
+
+        Raises:
+            MoeshardError: as `to_json`, or the file cannot be written, or it exists and `force` is False.
+        """
+        write_atomically(path, self.to_json(), force=force)
+
+    def check(self, model: ModelIdentity) -> None:
+        """Raise a `MoeshardError` that names both models where the plan was made for another one than `model`."""
+        made_for = self.model
+        if (made_for.fingerprint, made_for.n_layer, made_for.n_expert, made_for.moe_layers) != (
+            model.fingerprint,
+            model.n_layer,
+            model.n_expert,
+            model.moe_layers,
+        ):
+            raise MoeshardError(
+                f"the plan was made for the model {made_for}, but this one is {model}; use that model, or make a plan "
+                f"for this one"
+            )
+
+
+def read_plan(path: str | os.PathLike[str]) -> Plan:
+    """Read a plan file.
+
+    Args:
+        path: JSON of version 1, UTF-8.
+
+    Returns:
+        The plan; rows of layers that do not route are True. What the file says beyond the schema is in `Plan.extra`,
+        `ModelIdentity.facts` and `PlanNode.facts`, and is written back.
+
+    Raises:
+        MoeshardError: the file cannot be read, is no plan, or is of another version; naming the file and the place in
+            it, such as ``nodes[2].keep["5"]``.
+    """
+    name = os.fspath(path)
+    try:
+        with open(name, "rb") as file:
+            text = file.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise MoeshardError(f"cannot read plan '{name}': it is not text; expected JSON in UTF-8") from error
+    except (OSError, ValueError) as error:  # ValueError: a path that no system call takes
+        raise MoeshardError(f"cannot read plan '{name}': {getattr(error, 'strerror', None) or error}") from error
+    try:
+        return _from_json(_load(text))
+    except MoeshardError as error:
+        raise MoeshardError(f"plan '{name}': {error}") from error
+
+
+def _check_model(model: ModelIdentity) -> None:
+    for key, value in (("n_layer", model.n_layer), ("n_expert", model.n_expert)):
+        if value < 1:
+            raise MoeshardError(f"model.{key}: {value} is less than 1")
+    if model.n_layer * model.n_expert > _MAX_EXPERTS:
+        raise MoeshardError(
+            f"model.n_expert: {model.n_expert} experts in each of {model.n_layer} layers are more than any model has"
+        )
+    layers = model.moe_layers
+    if not layers:
+        raise MoeshardError("model.moe_layers: is empty, but a plan is about layers that route")
+    if layers != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < model.n_layer:
+        raise MoeshardError(
+            f"model.moe_layers: must be ascending layers from 0 to {model.n_layer - 1}, each once, got {layers}"
+        )
+    _check_other(model.facts, _MODEL_KEYS, "model.facts")
+
+
+def _check_node(node: PlanNode, model: ModelIdentity, where: str) -> None:
+    if not _NAME.fullmatch(node.name):
+        raise MoeshardError(
+            f"{where}.name: '{node.name}' cannot be part of a file name; use letters, digits, '-', '_' and '.', and do "
+            f"not begin with '.'"
+        )
+    shape = (model.n_layer, model.n_expert)
+    if node.keep.shape != shape or node.keep.dtype != np.bool_:
+        raise MoeshardError(
+            f"{where}.keep: must be a bool array {shape}, got {node.keep.dtype} of shape {node.keep.shape}"
+        )
+    if node.n_expert_used is not None:
+        fewest = int(node.keep[model.moe_layers].sum(axis=1).min())
+        if not 1 <= node.n_expert_used <= fewest:
+            raise MoeshardError(
+                f"{where}.n_expert_used: a token cannot use {node.n_expert_used} experts where the node holds {fewest} "
+                f"in some layer; use at least 1, and hold at least as many in every layer"
+            )
+    _check_other(node.facts, _NODE_KEYS, f"{where}.facts")
+
+
+def _check_other(other: dict[str, Any], keys: tuple[str, ...], where: str) -> None:
+    for key in other:
+        if key in keys:
+            raise MoeshardError(f"{where}: '{key}' has its own place in a plan; set it there")
+
+
+def _node_to_json(node: PlanNode, model: ModelIdentity) -> dict[str, Any]:
+    used = {} if node.n_expert_used is None else {"n_expert_used": node.n_expert_used}
+    keep = {str(layer): format_row(node.keep[layer]) for layer in model.moe_layers}
+    return {"name": node.name, **used, "keep": keep, **node.facts}
+
+
+def _load(text: str) -> dict[str, Any]:
+    """Parse JSON into an object, without what Python takes beyond JSON or would pass over."""
+
+    def finite(number: str) -> float:
+        value = float(number)
+        if not math.isfinite(value):
+            raise MoeshardError(f"it holds the number {number}; numbers must be finite")
+        return value
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in result:
+                raise MoeshardError(f"the key '{key}' stands twice in the same object")
+            result[key] = value
+        return result
+
+    try:
+        document = json.loads(text, parse_float=finite, parse_constant=finite, object_pairs_hook=once)
+    except RecursionError as error:
+        raise MoeshardError("it is nested deeper than any plan") from error
+    except ValueError as error:
+        raise MoeshardError(f"it is not JSON, or damaged: {error}") from error
+    return _expect(document, dict, "the file")
+
+
+def _from_json(document: dict[str, Any]) -> Plan:
+    if "moeshard_plan" not in document:
+        raise MoeshardError(
+            f'it is no plan: the key "moeshard_plan" is missing (for this version, with the value {VERSION})'
+        )
+    version = _take(document, "moeshard_plan", int)
+    if version != VERSION:
+        raise MoeshardError(
+            f"moeshard_plan: it is of version {version}, but this moeshard reads version {VERSION}; update moeshard"
+        )
+    model = _model_from_json(_take(document, "model", dict))
+    nodes = [
+        _node_from_json(_expect(node, dict, f"nodes[{index}]"), model, f"nodes[{index}]")
+        for index, node in enumerate(_take(document, "nodes", list))
+    ]
+    return Plan(
+        nodes=nodes,
+        strategy=_take(document, "strategy", str),
+        parameters=_take(document, "parameters", dict),
+        model=model,
+        extra=_other(document, _PLAN_KEYS),
+    )
+
+
+def _model_from_json(value: dict[str, Any]) -> ModelIdentity:
+    model = ModelIdentity(
+        name=_take(value, "name", str, "model"),
+        arch=_take(value, "arch", str, "model"),
+        fingerprint=_take(value, "fingerprint", str, "model"),
+        n_layer=_take(value, "n_layer", int, "model"),
+        n_expert=_take(value, "n_expert", int, "model"),
+        moe_layers=[
+            _expect(layer, int, f"model.moe_layers[{index}]")
+            for index, layer in enumerate(_take(value, "moe_layers", list, "model"))
+        ],
+        facts=_other(value, _MODEL_KEYS),
+    )
+    # Before any node: their arrays are as large as the model says.
+    _check_model(model)
+    return model
+
+
+def _node_from_json(value: dict[str, Any], model: ModelIdentity, where: str) -> PlanNode:
+    used = None if value.get("n_expert_used") is None else _take(value, "n_expert_used", int, where)
+    return PlanNode(
+        name=_take(value, "name", str, where),
+        keep=_keep_from_json(_take(value, "keep", dict, where), model, f"{where}.keep"),
+        n_expert_used=used,
+        facts=_other(value, _NODE_KEYS),
+    )
+
+
+def _keep_from_json(rows: dict[str, Any], model: ModelIdentity, where: str) -> Keep:
+    keep = np.ones((model.n_layer, model.n_expert), dtype=np.bool_)
+    missing = set(model.moe_layers)
+    for key, row in rows.items():
+        place = f'{where}["{key}"]'
+        layer = int(key) if _LAYER.fullmatch(key) else -1
+        if layer not in missing:
+            raise MoeshardError(
+                f"{place}: '{key}' is not one of the layers that route (model.moe_layers), "
+                f"{format_ids(model.moe_layers)}"
+            )
+        missing.remove(layer)
+        keep[layer] = parse_row(_expect(row, str, place), place, model.n_expert)
+    if missing:
+        absent = sorted(missing)
+        raise MoeshardError(
+            f"{where}: nothing is said for layer{'s' if len(absent) > 1 else ''} {format_ids(absent)}; add an entry "
+            f'for each, such as "{absent[0]}": "all"'
+        )
+    return keep
+
+
+def _take(source: dict[str, Any], key: str, kind: type[_T], parent: str = "") -> _T:
+    """Return a value of an object, or say that it is missing or of another type."""
+    place = f"{parent}.{key}" if parent else key
+    if key not in source:
+        raise MoeshardError(f"{place}: is missing; expected {_JSON_WORDS[kind]}")
+    return _expect(source[key], kind, place)
+
+
+def _expect(value: object, kind: type[_T], place: str) -> _T:
+    # Python counts true and false among the integers.
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise MoeshardError(f"{place}: expected {_JSON_WORDS[kind]}, got {_JSON_WORDS[type(value)]}")
+    return value
+
+
+def _other(source: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    return {key: value for key, value in source.items() if key not in keys}
