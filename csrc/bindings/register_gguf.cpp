@@ -149,6 +149,29 @@ py::array view(const GGUFMap& map, const Tensor& tensor) {
     return array;
 }
 
+// One slice of an expert tensor. The layout is looked up once per file and kept with it.
+py::object expert_view(const py::object& self, uint32_t layer, const std::string& name, uint64_t expert) {
+    if (!py::hasattr(self, "_layout")) self.attr("_layout") = self.attr("moe_layout")();
+    const auto& map = py::cast<const GGUFMap&>(self);
+    const auto& layout = py::cast<const MoeLayout&>(self.attr("_layout"));
+    const std::string block = "blk." + std::to_string(layer) + ".";
+    std::string choices;
+    for (const ExpertTensor& facts : layout.tensors) {
+        const Tensor& tensor = map.tensors()[facts.tensor];
+        if (facts.layer != layer || facts.axis < 0) continue;
+        const std::string rest = tensor.name.substr(block.size());
+        choices += (choices.empty() ? "" : ", ") + rest;
+        if (name != rest && name + ".weight" != rest && name != tensor.name) continue;
+        if (expert >= facts.count) {
+            throw moeshard::Error(tensor.name + " has no expert " + std::to_string(expert) + ": it has " +
+                                  std::to_string(facts.count) + ", numbered from 0");
+        }
+        return view(map, tensor).attr("__getitem__")(expert);
+    }
+    throw moeshard::Error(map.path() + ": layer " + std::to_string(layer) + " has no expert tensor '" + name + "'; " +
+                          (choices.empty() ? "it has no experts" : "it has " + choices));
+}
+
 py::tuple range_of(const ByteRange& range) { return py::make_tuple(range.offset, range.size); }
 
 const char* role_name(const ExpertTensor& tensor) { return moeshard::name(tensor.role); }
@@ -284,7 +307,7 @@ void register_gguf(py::module_& m) {
     register_infos(m);
     register_layout(m);
     register_mappings(m);
-    py::class_<GGUFMap, std::shared_ptr<GGUFMap>>(m, "GGUFMap", R"(A GGUF file, or all parts of one, mapped for reading.
+    py::class_<GGUFMap, std::shared_ptr<GGUFMap>>(m, "GGUFMap", py::dynamic_attr(), R"(A GGUF file, or all parts of one, mapped for reading.
 
 Nothing is read but the header until a tensor is looked at. Views stay valid without the map.)")
         .def(py::init([](const std::filesystem::path& path) {
@@ -304,5 +327,8 @@ Nothing is read but the header until a tensor is looked at. Views stay valid wit
         .def_property_readonly("tensor_infos", &GGUFMap::tensors, py::return_value_policy::reference_internal)
         .def(
             "moe_layout", [](const GGUFMap& self) { return moeshard::moe_layout(self); },
-            "Which tensors depend on the experts, and how; MoeshardError where that cannot be decided.");
+            "Which tensors depend on the experts, and how; MoeshardError where that cannot be decided.")
+        .def("expert", &expert_view, py::arg("layer"), py::arg("tensor"), py::arg("expert"),
+             "One expert's slice of a tensor, a view on the file as in `tensors`; `tensor` is its name without "
+             "'blk.N.', '.weight' may be left out. MoeshardError where there is none.");
 }

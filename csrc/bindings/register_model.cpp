@@ -15,11 +15,13 @@ using moeshard::Routing;
 namespace {
 
 std::shared_ptr<Model> load(const std::string& path, const moeshard::SegmentList* segments, int32_t n_gpu_layers,
-                            bool mmap, bool check_tensors, const std::optional<py::function>& progress) {
+                            bool mmap, bool check_tensors, uint32_t n_expert_used,
+                            const std::optional<py::function>& progress) {
     ModelParams params;
     params.n_gpu_layers = n_gpu_layers;
     params.mmap = mmap;
     params.check_tensors = check_tensors;
+    params.n_expert_used = n_expert_used;
     params.progress = [&progress](float fraction) {
         const py::gil_scoped_acquire gil;
         if (PyErr_CheckSignals() != 0) return false;
@@ -48,7 +50,7 @@ void register_model(py::module_& m) {
 
     py::class_<Model, std::shared_ptr<Model>>(m, "Model", "A loaded model.")
         .def(py::init(&load), py::arg("path"), py::arg("segments") = nullptr, py::kw_only(), py::arg("n_gpu_layers") = -1, py::arg("mmap") = true,
-             py::arg("check_tensors") = false, py::arg("progress") = py::none())
+             py::arg("check_tensors") = false, py::arg("n_expert_used") = 0, py::arg("progress") = py::none())
         .def_property_readonly("path", &Model::path)
         .def_property_readonly("routing", &Model::routing, py::return_value_policy::reference_internal)
         .def_property_readonly("description", &Model::description)

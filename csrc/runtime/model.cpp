@@ -5,6 +5,7 @@
 #include "control.hpp"
 #include "guard.hpp"
 #include "llama.h"
+#include "moeshard/moe_layout.hpp"
 #include "precheck.hpp"
 #include "stream.hpp"
 
@@ -15,6 +16,28 @@ namespace {
 bool report_progress(float fraction, void* progress) {
     const auto& callback = *static_cast<const std::function<bool(float)>*>(progress);
     return !callback || callback(fraction);
+}
+
+// The file's number of experts per token, overridden. Ends with the empty entry that llama.cpp looks for.
+std::vector<llama_model_kv_override> override_used(const std::string& path, uint32_t n_expert_used) {
+    const gguf::GGUFMap file(path);
+    const MoeLayout layout = moe_layout(file);
+    const std::string key = layout.arch + ".expert_used_count";
+    const gguf::Entry* entry = file.metadata().find(key);
+    if (entry == nullptr || entry->is_array) {
+        throw Error(path + ": n_expert_used can only be set where " + key + " is one number for all layers" +
+                    (entry == nullptr ? ", and this model has none" : ", here each layer has its own"));
+    }
+    if (n_expert_used > layout.n_expert) {
+        throw Error(path + ": n_expert_used is " + std::to_string(n_expert_used) + ", but the model has only " +
+                    std::to_string(layout.n_expert) + " experts");
+    }
+    std::vector<llama_model_kv_override> overrides(2);
+    overrides[0].tag = LLAMA_KV_OVERRIDE_TYPE_INT;
+    overrides[0].val_i64 = n_expert_used;
+    if (key.size() >= sizeof(overrides[0].key)) throw Error(path + ": " + key + " is too long a key");
+    key.copy(overrides[0].key, key.size());
+    return overrides;
 }
 
 llama_model_params native(const ModelParams& params) {
@@ -33,7 +56,13 @@ std::shared_ptr<Model> Model::load(const std::string& path, const ModelParams& p
     check_file(path);
     const Guard guard;
     const std::shared_ptr<Model> loaded(new Model(path));
-    loaded->model = llama_model_load_from_file(path.c_str(), native(params));
+    llama_model_params mapped = native(params);
+    std::vector<llama_model_kv_override> overrides;
+    if (params.n_expert_used != 0) {
+        overrides = override_used(path, params.n_expert_used);
+        mapped.kv_overrides = overrides.data();
+    }
+    loaded->model = llama_model_load_from_file(path.c_str(), mapped);
     if (!loaded->model) throw guard.error(path + ": could not be loaded");
     loaded->routing_ = hook::routing_of(*loaded->model);
     return loaded;
@@ -43,6 +72,7 @@ std::shared_ptr<Model> Model::load(const SegmentList& segments, const std::strin
     for (const auto& source : segments.sources()) check_file(source->path());
     const Guard guard;
     const std::shared_ptr<Model> loaded(new Model(name));
+    if (params.n_expert_used != 0) throw Error(name + ": a shard says itself how many experts a token uses");
     llama_model_params streamed = native(params);
     streamed.load_mode = LLAMA_LOAD_MODE_NONE;
     const auto file = open_stream(segments);

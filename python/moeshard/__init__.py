@@ -18,33 +18,56 @@ _HOME = {
     "Generation": "moeshard.generation",
     "Model": "moeshard.model",
     "MoeshardError": "moeshard._core",
+    "Plan": "moeshard.plan",
+    "PlanNode": "moeshard.plan",
+    "Ranking": "moeshard.ranking",
     "Session": "moeshard.session",
+    "ShardFile": "moeshard.splitting",
     "Trace": "moeshard.trace",
     "TraceChunk": "moeshard.trace",
     "cmake_dir": "moeshard.paths",
     "embedded_model": "moeshard.embedded",
     "embedded_text": "moeshard.embedded",
     "format_keep": "moeshard.keep",
+    "group_experts": "moeshard.grouping",
     "include_dir": "moeshard.paths",
+    "merge": "moeshard.merging",
     "parse_keep": "moeshard.keep",
+    "plan_groups": "moeshard.planning",
+    "read_plan": "moeshard.plan",
+    "read_ranking": "moeshard.ranking",
+    "split": "moeshard.splitting",
+    "verify": "moeshard.verification",
+    "write_ranking": "moeshard.ranking",
 }
 
 if TYPE_CHECKING:
     from moeshard._core import GGUFMap, MoeshardError
     from moeshard.embedded import embedded_model, embedded_text
     from moeshard.generation import Generation
+    from moeshard.grouping import group_experts
     from moeshard.keep import format_keep, parse_keep
+    from moeshard.merging import merge
     from moeshard.model import Model
     from moeshard.paths import cmake_dir, include_dir
+    from moeshard.plan import Plan, PlanNode, read_plan
+    from moeshard.planning import plan_groups
+    from moeshard.ranking import Ranking, read_ranking, write_ranking
     from moeshard.session import Session
+    from moeshard.splitting import ShardFile, split
     from moeshard.trace import Trace, TraceChunk
+    from moeshard.verification import verify
 
 __all__ = [
     "GGUFMap",
     "Generation",
     "Model",
     "MoeshardError",
+    "Plan",
+    "PlanNode",
+    "Ranking",
     "Session",
+    "ShardFile",
     "Trace",
     "TraceChunk",
     "__version__",
@@ -52,8 +75,16 @@ __all__ = [
     "embedded_model",
     "embedded_text",
     "format_keep",
+    "group_experts",
     "include_dir",
+    "merge",
     "parse_keep",
+    "plan_groups",
+    "read_plan",
+    "read_ranking",
+    "split",
+    "verify",
+    "write_ranking",
 ]
 
 

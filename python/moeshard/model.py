@@ -15,6 +15,7 @@ import numpy.typing as npt
 from moeshard import _core
 from moeshard._core import MoeshardError
 from moeshard.generation import Generation
+from moeshard.loading import find_origin
 from moeshard.session import Session, Tokens, as_tokens
 from moeshard.trace import ChunkSink, Trace, TraceBuilder, chunk_sink
 
@@ -34,8 +35,12 @@ class Model:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | None = None,
         *,
+        keep: KeepSpec | None = None,
+        trunk: str | os.PathLike[str] | None = None,
+        experts: str | os.PathLike[str] | None = None,
+        n_expert_used: int | None = None,
         n_ctx: int | None = None,
         n_batch: int = 2048,
         n_ubatch: int = 512,
@@ -48,6 +53,11 @@ class Model:
 
         Args:
             path: a GGUF file, or the first part (``-00001-of-0000N.gguf``) of one.
+            keep: load only these experts, as `moeshard.split` would write them but without a file: only their bytes are
+                read, and the memory used is that of the shard. The model then has that many experts, numbered anew in
+                their order: see `expert_ids`.
+            trunk, experts: instead of `path`, the two files of a shard whose trunk was written once.
+            n_expert_used: experts per token, in every layer that routes, instead of what the model says.
             n_ctx: tokens that a sequence can hold; by default what the model was trained on, at most 4096. A longer
                 text given at once gets a context that holds it.
             n_batch: tokens handed to the engine at once.
@@ -60,7 +70,10 @@ class Model:
         Raises:
             MoeshardError: the file is missing, damaged, or no model that llama.cpp can run.
         """
-        self._native = _core.Model(os.fspath(path), n_gpu_layers=n_gpu_layers, mmap=mmap, progress=progress)
+        if n_expert_used is not None and n_expert_used < 1:
+            raise MoeshardError(f"n_expert_used must be positive, got {n_expert_used}")
+        self._origin = find_origin(path, keep, trunk, experts, n_expert_used or 0)
+        self._native = self._origin.load(n_gpu_layers, mmap, n_expert_used or 0, progress)
         if n_ctx is not None and n_ctx < 1:
             raise MoeshardError(f"n_ctx must be positive, got {n_ctx}")
         self._n_ctx = n_ctx or min(self._native.n_ctx_train or DEFAULT_CTX, DEFAULT_CTX)
@@ -82,8 +95,20 @@ class Model:
 
     @cached_property
     def layout(self) -> _core.MoeLayout:
-        """What of the file depends on experts, and its bytes."""
-        return _core.GGUFMap(self.path).moe_layout()
+        """What of the loaded weights depends on experts, and their bytes."""
+        return self._origin.layout()
+
+    @cached_property
+    def expert_ids(self) -> npt.NDArray[np.int32]:
+        """Int32 (n_layer, n_expert): which expert of the whole model each expert of this one is.
+
+        The numbers themselves for a whole model, those kept, ascending, for a shard; -1 in layers without experts.
+        """
+        ids = np.full((self.n_layer, self.n_expert), -1, dtype=np.int32)
+        held = self._origin.held
+        for layer in self.moe_layers:
+            ids[layer] = np.arange(self.n_expert) if held is None else np.flatnonzero(held[layer])
+        return ids
 
     @property
     def arch(self) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 
 from moeshard._core import MoeshardError
 from moeshard.files import write_atomically
-from moeshard.keep import Keep, parse_row, format_ids, format_row
+from moeshard.keep import Keep, format_ids, format_row, parse_row
 
 VERSION = 1
 

@@ -20,6 +20,9 @@ struct ModelParams {
     int32_t n_gpu_layers = -1;   // layers on the GPU where there is one; negative: all
     bool mmap = true;            // map the file instead of reading it into memory
     bool check_tensors = false;  // look for NaN and infinite values while loading
+    // Experts per token instead of what the file says, in every layer that routes; 0: as the file says. Only for files
+    // with one number for all layers.
+    uint32_t n_expert_used = 0;
     // Called with the fraction loaded; returning false stops the load, which then throws Error.
     std::function<bool(float)> progress;
 };

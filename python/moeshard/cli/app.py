@@ -15,6 +15,9 @@ from typer.core import TyperGroup
 from moeshard.cli.demo import demo
 from moeshard.cli.generate import generate
 from moeshard.cli.inspect import inspect
+from moeshard.cli.merge import merge
+from moeshard.cli.split import split
+from moeshard.cli.verify import verify
 
 
 class _Group(TyperGroup):
@@ -76,4 +79,7 @@ def moeshard(
 
 app.command(short_help="Show architecture, routing and sizes of a model.")(inspect)
 app.command(short_help="Generate text with all experts or some.")(generate)
+app.command(short_help="Write shards: GGUF files with some of the experts.")(split)
+app.command(short_help="Compare a shard with the model it was taken from.")(verify)
+app.command(short_help="Put shards together again.")(merge)
 app.command(short_help="See what half of the experts is worth. Start here.")(demo)

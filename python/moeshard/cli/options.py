@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 import typer
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", re.ASCII | re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Read ``4GiB``, ``500MB`` or a number of bytes."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or match[2].upper() not in _UNITS or float(match[1]) == 0:
+        raise typer.BadParameter(f"'{text}' is not a size; write bytes, or a number with a unit such as 4GiB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
 
 ModelArgument = Annotated[
     str,
@@ -16,3 +29,14 @@ ModelArgument = Annotated[
 ]
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text for people.")]
+
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
+
+JobsOption = Annotated[int, typer.Option(min=0, help="Threads that copy; 0: as many as are useful.")]
+
+MaxFileSizeOption = Annotated[
+    int | None,
+    typer.Option(
+        parser=parse_size, metavar="SIZE", help="Divide a larger file into numbered parts, such as 4GiB each."
+    ),
+]

@@ -1,0 +1,167 @@
+"""`moeshard split`: a model's experts, dealt out to files."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moeshard.cli.options import (
+    ForceOption,
+    JobsOption,
+    JsonOption,
+    MaxFileSizeOption,
+    ModelArgument,
+)
+
+if TYPE_CHECKING:
+    from moeshard import Plan
+    from moeshard._core import GGUFMap
+    from moeshard.splitting import ShardFile
+
+
+def split(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write to; with --keep, the file.")],
+    groups: Annotated[int | None, typer.Option(min=1, help="Deal the experts out to so many shards.")] = None,
+    mode: Annotated[
+        str, typer.Option(help="How: contiguous, balanced, ranked or snake. The last two need --ranking.")
+    ] = "contiguous",
+    ranking: Annotated[
+        Path | None, typer.Option(help="What experts are worth: CSV 'layer,expert,score', or a profile.")
+    ] = None,
+    replicate: Annotated[int, typer.Option(min=0, help="So many best experts of each layer are in every shard.")] = 0,
+    keep: Annotated[
+        str | None,
+        typer.Option(help="One shard of these experts: '0-63,70' for every layer, or a file with a line per layer."),
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="The shards that a plan file describes.")] = None,
+    only: Annotated[int | None, typer.Option(min=0, help="Write this shard alone, counted from 0.")] = None,
+    experts_used: Annotated[
+        int | None, typer.Option(min=1, show_default="as the model", help="Experts per token that the shards ask for.")
+    ] = None,
+    clamp: Annotated[
+        bool, typer.Option("--clamp", help="Where fewer experts are held than a token uses, use those.")
+    ] = False,
+    trunk_once: Annotated[
+        bool,
+        typer.Option(
+            "--trunk-once", help="Write what all shards share once, as trunk.gguf, and files of experts beside it."
+        ),
+    ] = False,
+    max_file_size: MaxFileSizeOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
+    jobs: JobsOption = 0,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write shards: the model with some of its experts, as GGUF files that any llama.cpp loads.
+
+    Give --groups, --keep or --plan. A folder of shards also gets plan.json, which says what each of them holds.
+    """
+    if sum(option is not None for option in (groups, keep, plan)) != 1:
+        raise typer.BadParameter("give one of --groups, --keep and --plan")
+    if keep is not None and (trunk_once or only is not None):
+        raise typer.BadParameter("--keep makes one file: --trunk-once and --only go with --groups or --plan")
+    if plan is not None and experts_used is not None:
+        raise typer.BadParameter("--experts-used goes with --groups or --keep: a plan says it for each node")
+
+    from moeshard import split as write_shards
+    from moeshard._core import GGUFMap
+    from moeshard.cli.output import print_json, progress
+    from moeshard.embedded import resolve_model
+    from moeshard.plan import read_plan
+    from moeshard.planning import plan_groups
+
+    source = GGUFMap(resolve_model(model))
+    wanted: Plan | None = None
+    if plan is not None:
+        wanted = read_plan(plan)
+    elif groups is not None:
+        wanted = plan_groups(source, groups, mode, ranking=ranking, replicate=replicate, n_expert_used=experts_used)
+    new_plan = wanted is not None and not dry_run and _plan_is_new(wanted, out, plan, force)
+
+    start = time.monotonic()
+    with progress() as update:
+        written = write_shards(
+            source,
+            wanted if wanted is not None else str(keep),
+            out,
+            n_expert_used=None if wanted is not None else experts_used,
+            clamp=clamp,
+            trunk_once=trunk_once,
+            max_file_size=max_file_size,
+            only=only,
+            dry_run=dry_run,
+            force=force,
+            jobs=jobs,
+            progress=lambda done, total: update("writing", done / max(total, 1)),
+        )
+    seconds = time.monotonic() - start
+    if wanted is not None and new_plan:
+        wanted.write(_plan_path(out), force=force)
+    if as_json:
+        print_json(
+            {
+                "model": source.path,
+                "dry_run": dry_run,
+                "plan": None if wanted is None or dry_run else str(_plan_path(out)),
+                "bytes": sum(shard.bytes for shard in written),
+                "seconds": None if dry_run else seconds,
+                "shards": [vars(shard) for shard in written],
+            }
+        )
+    else:
+        _report(source, written, seconds, dry_run)
+
+
+def _plan_path(out: Path) -> Path:
+    from moeshard.splitting import PLAN_FILE
+
+    return out / PLAN_FILE
+
+
+def _plan_is_new(plan: Plan, out: Path, given: Path | None, force: bool) -> bool:
+    """Whether the plan is to be written beside the shards; where another one lies there, an error comes first."""
+    path = _plan_path(out)
+    if not path.exists():
+        return True
+    if (given is not None and path.samefile(given)) or path.read_bytes() == plan.to_json().encode():
+        return False
+    if not force:
+        from moeshard import MoeshardError
+
+        raise MoeshardError(f"{path}: is another plan; choose another folder, or replace it with --force")
+    return True
+
+
+def _report(source: GGUFMap, written: list[ShardFile], seconds: float, dry_run: bool) -> None:
+    from rich.table import Table
+
+    from moeshard.cli.output import console, size
+
+    whole = sum(part.size for part in source.parts)
+    n_expert = source.moe_layout().n_expert
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("file", overflow="fold")
+    for header in ("experts", "bytes", "of the model"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for shard in written:
+        first, *others = shard.paths
+        name = first if not others else f"{first} and {len(others)} more"
+        experts = f"{shard.n_expert} of {n_expert}" if shard.n_expert else ""
+        table.add_row(name, experts, size(shard.bytes), f"{shard.bytes / whole:.0%}")
+    console().print(table)
+    total = sum(shard.bytes for shard in written)
+    if dry_run:
+        typer.secho(f"[{size(total)} in {_count(written)}; nothing was written]", dim=True, err=True)
+    else:
+        speed = f"{size(total / max(seconds, 1e-9))}/s"
+        typer.secho(f"[{size(total)} in {_count(written)}, {seconds:.1f} s, {speed}]", dim=True, err=True)
+
+
+def _count(written: list[ShardFile]) -> str:
+    n = sum(len(shard.paths) for shard in written)
+    return f"{n} file" if n == 1 else f"{n} files"

@@ -1,0 +1,49 @@
+"""Which model a file holds, whatever the file is called and into how many parts it is divided."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+import numpy as np
+
+from moeshard._core import GGUFMap
+from moeshard.plan import ModelIdentity
+
+# Of each tensor so many bytes are looked at: two fine-tunings of one model differ in nearly all of them, and a model of
+# hundreds of gigabytes is not read for its name.
+SAMPLE_BYTES = 256
+_OF_FILES = "split."
+
+
+def fingerprint(model: GGUFMap) -> str:
+    """Return SHA-256, in hex, of the metadata, the tensor directory and the first bytes of every tensor.
+
+    Parts do not matter: the same model in one file or in several has one fingerprint.
+    """
+    digest = hashlib.sha256()
+    part = model.parts[0]
+    with open(part.path, "rb") as file:
+        for key, (offset, size) in part.entry_ranges.items():
+            if not key.startswith(_OF_FILES):
+                file.seek(offset)
+                digest.update(file.read(size))
+    for info in model.tensor_infos:
+        digest.update(f"{info.name} {info.type} {info.shape}\n".encode())
+        data = model.tensors[info.name].reshape(-1)
+        digest.update(data[: SAMPLE_BYTES // data.itemsize].view(np.uint8).tobytes())
+    return digest.hexdigest()
+
+
+def identify(model: GGUFMap) -> ModelIdentity:
+    """Return what a plan says about the model it is for."""
+    layout = model.moe_layout()
+    name = model.metadata.get("general.name")
+    return ModelIdentity(
+        name=name if isinstance(name, str) else os.path.basename(model.path),
+        arch=layout.arch,
+        fingerprint=fingerprint(model),
+        n_layer=layout.n_layer,
+        n_expert=layout.n_expert,
+        moe_layers=sorted({tensor.layer for tensor in layout.tensors}),
+    )
