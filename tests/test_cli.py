@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -15,42 +14,13 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from conftest import Cli, Result
 
 import moeshard
-from moeshard.cli import main, output
+from moeshard.cli import output
 from moeshard.inspection import inspect_model
 
 PROGRAM = [sys.executable, "-c", "from moeshard.cli import main; main()"]
-
-
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-class Cli:
-    """Runs the command line in this process."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-        self._monkeypatch, self._capsys = monkeypatch, capsys
-
-    def __call__(self, *arguments: str | Path) -> Result:
-        self._monkeypatch.setattr(sys, "argv", ["moeshard", *map(str, arguments)])
-        code: object = None
-        try:
-            main()
-        except SystemExit as exit_:
-            code = exit_.code
-        assert code is None or isinstance(code, int)
-        return Result(code or 0, *self._capsys.readouterr())
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    monkeypatch.setenv("COLUMNS", "80")
-    return Cli(monkeypatch, capsys)
 
 
 def generate(cli: Cli, *arguments: str | Path) -> Result:
