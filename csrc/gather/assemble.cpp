@@ -107,6 +107,10 @@ std::vector<Part> divide(const NewFile& file, uint64_t max_file_size, const std:
     const uint64_t first_head = kCounts + entries_size(file.entries) + entries_size(numbers(0, 0));
     const uint64_t other_head = kCounts + entries_size(aligned) + entries_size(numbers(0, 0));
 
+    if (file.tensors.empty()) {
+        throw Error(name + ": a file of at most " + std::to_string(max_file_size) + " bytes is too small for a header of " +
+                    std::to_string(first_head) + " bytes; allow larger files");
+    }
     std::vector<Part> parts;
     uint64_t head = 0;
     uint64_t data = 0;

@@ -33,7 +33,8 @@ uint32_t common_count(const std::vector<uint32_t>& layers, const Keep& keep, uin
         if (kept != first) {
             throw Error(name + ": layer " + std::to_string(layers.front()) + " keeps " + std::to_string(first) +
                         " experts and layer " + std::to_string(layer) + " keeps " + std::to_string(kept) +
-                        "; a GGUF has one expert_count for all layers, so keep equally many in each");
+                        "; a GGUF has one expert_count for all layers, so keep equally many in each (--balance and "
+                        "moeshard.balanced_keep make the nearest such keep)");
         }
     }
     if (first == 0) throw Error(name + ": the keep holds no experts");
@@ -60,7 +61,8 @@ void count_groups(const MoeLayout& layout, const std::vector<uint32_t>& layers, 
             throw Error(name + ": layer " + std::to_string(layer) + " keeps " + list + " experts of its " +
                         std::to_string(layout.n_expert_groups) +
                         " groups; the model chooses among groups of equal size, so a shard keeps equally many of each "
-                        "(or none of some, of the same number of groups in every layer)");
+                        "(or none of some, of the same number of groups in every layer); --balance and "
+                        "moeshard.balanced_keep make the nearest such keep");
         }
         counts.n_group = n_group;
     }

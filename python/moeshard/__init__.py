@@ -25,6 +25,7 @@ _HOME = {
     "ShardFile": "moeshard.splitting",
     "Trace": "moeshard.trace",
     "TraceChunk": "moeshard.trace",
+    "balanced_keep": "moeshard.balance",
     "cmake_dir": "moeshard.paths",
     "embedded_model": "moeshard.embedded",
     "embedded_text": "moeshard.embedded",
@@ -43,6 +44,7 @@ _HOME = {
 
 if TYPE_CHECKING:
     from moeshard._core import GGUFMap, MoeshardError
+    from moeshard.balance import balanced_keep
     from moeshard.embedded import embedded_model, embedded_text
     from moeshard.generation import Generation
     from moeshard.grouping import group_experts
@@ -71,6 +73,7 @@ __all__ = [
     "Trace",
     "TraceChunk",
     "__version__",
+    "balanced_keep",
     "cmake_dir",
     "embedded_model",
     "embedded_text",

@@ -19,6 +19,7 @@ from moeshard.cli.options import (
 if TYPE_CHECKING:
     from moeshard import Plan
     from moeshard._core import GGUFMap
+    from moeshard.keep import Keep
     from moeshard.splitting import ShardFile
 
 
@@ -37,6 +38,12 @@ def split(
         str | None,
         typer.Option(help="One shard of these experts: '0-63,70' for every layer, or a file with a line per layer."),
     ] = None,
+    balance: Annotated[
+        bool,
+        typer.Option(
+            "--balance", help="Change --keep as little as makes all layers (and expert groups) hold equally many."
+        ),
+    ] = False,
     plan: Annotated[Path | None, typer.Option(help="The shards that a plan file describes.")] = None,
     only: Annotated[int | None, typer.Option(min=0, help="Write this shard alone, counted from 0.")] = None,
     experts_used: Annotated[
@@ -65,6 +72,8 @@ def split(
         raise typer.BadParameter("give one of --groups, --keep and --plan")
     if keep is not None and (trunk_once or only is not None):
         raise typer.BadParameter("--keep makes one file: --trunk-once and --only go with --groups or --plan")
+    if balance and keep is None:
+        raise typer.BadParameter("--balance goes with --keep: groups and plans are balanced already")
     if plan is not None and experts_used is not None:
         raise typer.BadParameter("--experts-used goes with --groups or --keep: a plan says it for each node")
 
@@ -87,7 +96,7 @@ def split(
     with progress() as update:
         written = write_shards(
             source,
-            wanted if wanted is not None else str(keep),
+            wanted if wanted is not None else _read_keep(source, str(keep), balance),
             out,
             n_expert_used=None if wanted is not None else experts_used,
             clamp=clamp,
@@ -115,6 +124,20 @@ def split(
         )
     else:
         _report(source, written, seconds, dry_run)
+
+
+def _read_keep(source: GGUFMap, text: str, balance: bool) -> Keep:
+    from moeshard import balanced_keep, parse_keep
+
+    layout = source.moe_layout()
+    layers = sorted({tensor.layer for tensor in layout.tensors})
+    keep = parse_keep(text, layout.n_layer, layout.n_expert, moe_layers=layers)
+    if not balance:
+        return keep
+    nearest = balanced_keep(keep, layers, expert_groups=layout.n_expert_groups, n_used=max(layout.n_expert_used))
+    dropped, added = int((keep & ~nearest).sum()), int((nearest & ~keep).sum())
+    typer.secho(f"[balanced: {dropped} experts dropped, {added} added]", dim=True, err=True)
+    return nearest
 
 
 def _plan_path(out: Path) -> Path:
