@@ -22,6 +22,29 @@ def random_keep(rng: np.random.Generator, n_layer: int, n_expert: int, n_used: i
     return keep
 
 
+def random_partition(
+    rng: np.random.Generator, n_layer: int, n_expert: int, n_shards: int, n_group: int = 1
+) -> npt.NDArray[np.bool_]:
+    """Deal the experts of every layer out to `n_shards` keeps, equally many to each: (n_shards, n_layer, n_expert).
+
+    Of expert groups a keep gets equal parts: of all of them or, where that would be a single expert each, of some. (A
+    group is scored by its best two.)
+    """
+    size = n_expert // n_group
+    n_sets = 1
+    while n_group > 1 and size * n_sets // n_shards < 2:
+        n_sets *= 2
+    shards_per_set = n_shards // n_sets
+    keeps = np.zeros((n_shards, n_layer, n_expert), dtype=bool)
+    for layer in range(n_layer):
+        for i, groups in enumerate(rng.permutation(n_group).reshape(n_sets, -1)):
+            for group in groups:
+                hands = rng.permutation(size).reshape(shards_per_set, -1) + group * size
+                for j, hand in enumerate(hands):
+                    keeps[i * shards_per_set + j, layer, hand] = True
+    return keeps
+
+
 def same_bits(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and bool((a.view(np.int32) == b.view(np.int32)).all())
 

@@ -43,13 +43,13 @@ def programs() -> Path:
 
 
 @pytest.fixture(scope="session")
-def make(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A function from a specimen's name to its file."""
+def make(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function from a specimen's name, and another type of its experts if wanted, to its file."""
     folder = tmp_path_factory.mktemp("zoo")
 
-    def make(name: str) -> Path:
-        path = folder / f"{name}.gguf"
-        if not path.exists() and (code := reference.make_model(programs, name, path)) != 0:
+    def make(name: str, experts: str | None = None) -> Path:
+        path = folder / (f"{name}.{experts}.gguf" if experts else f"{name}.gguf")
+        if not path.exists() and (code := reference.make_model(programs, name, path, experts)) != 0:
             raise RuntimeError(f"zoo could not make {name}: exit code {code}")
         return path
 

@@ -42,9 +42,13 @@ def stock_tree(folder: Path) -> Path:
     return folder.parents[1] / "stock"
 
 
-def make_model(folder: Path, name: str, out: Path) -> int:
-    """Write the specimen; return zoo's exit code (3: the architecture has no experts)."""
-    return subprocess.run([folder / "zoo", name, out], capture_output=True).returncode
+def make_model(folder: Path, name: str, out: Path, experts: str | None = None) -> int:
+    """Write the specimen; return zoo's exit code (3: the architecture has no experts).
+
+    `experts`: the type of the expert tensors, as ggml calls it, instead of the specimen's own.
+    """
+    more = ["--experts", experts] if experts else []
+    return subprocess.run([folder / "zoo", name, out, *more], capture_output=True).returncode
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,12 @@ def stock(
     ctx: int = 0,
     threads: int = 2,
     watch: bool = True,
+    single: bool = False,
 ) -> Reference:
-    """Compute in stock llama.cpp. Without `watch`, and without keeps, no callback is installed and nothing traced."""
+    """Compute in stock llama.cpp. Without `watch`, and without keeps, no callback is installed and nothing traced.
+
+    `single`: attention in single precision, which llama.cpp by default rounds to half.
+    """
     with tempfile.TemporaryDirectory(prefix="moeshard-oracle-") as tmp:
         where = Path(tmp)
         command: list[str | Path] = [folder / "oracle", model, "--out", where]
@@ -92,6 +100,8 @@ def stock(
             command += ["--seq", argument]
         if watch:
             command += ["--watch", "--norms"]
+        if single:
+            command += ["--single"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"oracle failed on {model.name}:\n{done.stderr}")

@@ -33,8 +33,9 @@ VARIANTS = {
     "qwen3moe+q8_0": "experts in Q8_0",
 }
 
-# Fixtures that hold experts but are of no use here.
+# Fixtures that hold experts but are of no use in the table.
 UNUSED = {
+    "deepseek2+wide": "made for shards of every type",
     "llama-embed": "an embedding model: it has no logits to compare",
     "qwen3moe+4096-tokens": "made for routing statistics",
     "refact": "llama.cpp loads experts for it and never routes to them",

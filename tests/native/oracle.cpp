@@ -1,11 +1,12 @@
 // Stock llama.cpp with experts dropped through its public eval callback: what moeshard is compared with.
 //
 //     oracle MODEL --out DIR --seq TOKENS[:KEEP] [--seq ...]
-//            [--trace] [--norms] [--watch] [--ubatch N] [--ctx N] [--threads N]
+//            [--trace] [--norms] [--watch] [--single] [--ubatch N] [--ctx N] [--threads N]
 //
 // TOKENS holds int32 ids and KEEP uint8 of shape (n_layer, n_expert). The logits of all tokens are written to
 // DIR/logits.f32, one sequence after the other. --trace writes layers.i32, ids.i32, weights.f32 and probs.f32 beside
 // them, with the MoE layers outermost, and --norms norms.f32. --watch makes the callback look at all it could change.
+// --single computes attention in single precision, which llama.cpp by default rounds to half.
 
 #include <cstdio>
 #include <cstring>
@@ -26,6 +27,7 @@ struct options {
     bool trace = false;
     bool norms = false;
     bool watch = false;
+    bool single = false;
     uint32_t ubatch = 512;
     uint32_t ctx = 0;
     int32_t threads = 2;
@@ -73,6 +75,8 @@ options parse(int argc, char **argv) {
             out.trace = out.norms = true;
         } else if (arg == "--watch") {
             out.watch = true;
+        } else if (arg == "--single") {
+            out.single = true;
         } else if (arg == "--ubatch") {
             out.ubatch = std::stoul(value());
         } else if (arg == "--ctx") {
@@ -193,6 +197,11 @@ void run(const options &opt) {
     params.n_seq_max = opt.sequences.size();
     params.n_threads = opt.threads;
     params.n_threads_batch = opt.threads;
+    if (opt.single) {
+        params.type_k = GGML_TYPE_F32;
+        params.type_v = GGML_TYPE_F32;
+        params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;
+    }
     if (dropping.active() || opt.trace || opt.watch) {
         params.cb_eval = watcher::callback;
         params.cb_eval_user_data = &watch;

@@ -62,6 +62,10 @@ private:
         ggml_tensor *one = ggml_new_tensor(tensors.get(), what.experts, GGML_MAX_DIMS, tensor->ne);
         ggml_set_name(one, name.c_str());
         GGML_ASSERT(tensor->type == GGML_TYPE_F32 && ggml_is_contiguous(tensor));
+        if (tensor->ne[0] % ggml_blck_size(what.experts) != 0) {
+            throw std::runtime_error(name + " has rows of " + std::to_string(tensor->ne[0]) +
+                                     " elements, no blocks of " + ggml_type_name(what.experts));
+        }
         ggml_quantize_chunk(what.experts, static_cast<const float *>(tensor->data), one->data, 0, ggml_nrows(tensor),
                             tensor->ne[0], nullptr);
         gguf_add_tensor(out.get(), one);

@@ -1,7 +1,9 @@
 // Makes a tiny random model of an MoE architecture.
 //
 //     zoo --list                       names, one a line
-//     zoo NAME OUT.gguf [--seed N]     exit code 3: the architecture routes to no experts
+//     zoo NAME OUT.gguf [--seed N] [--experts TYPE]
+//
+// TYPE is that of the expert tensors, as ggml calls it ("q4_K"). Exit code 3: the architecture routes to no experts.
 
 #include <algorithm>
 #include <cinttypes>
@@ -10,6 +12,7 @@
 #include <cstring>
 #include <numeric>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -26,6 +29,8 @@ namespace {
 // to be seen in the logits of some architectures. This spreads the router's scores by about 1.5.
 constexpr float ROUTER_STDEV = 1.0f;
 constexpr float EXPERT_STDEV = 0.3f;
+// Three of these multiply what an expert gives, where an architecture reads them.
+constexpr float EXPERT_SCALE_STDEV = 1.0f;
 
 float embedding_stdev;  // of the specimen that is made
 
@@ -35,6 +40,9 @@ float tensor_stdev(const char* name, float stdev) {
     }
     if (strstr(name, "ffn_gate_inp.weight")) {
         return ROUTER_STDEV;
+    }
+    if (strstr(name, "_exps.scale")) {
+        return EXPERT_SCALE_STDEV;
     }
     return is_expert_tensor(name) ? EXPERT_STDEV : stdev;
 }
@@ -72,22 +80,45 @@ static int make(const specimen& what, const char* path, size_t seed) {
     return write_model(what, meta.get(), model.get(), path) ? 0 : 3;
 }
 
+static ggml_type type_called(const std::string& name) {
+    for (int type = 0; type < GGML_TYPE_COUNT; type++) {
+        if (name == ggml_type_name(ggml_type(type))) {
+            return ggml_type(type);
+        }
+    }
+    throw std::runtime_error("ggml has no type " + name);
+}
+
 int main(int argc, char** argv) {
-    const std::vector<specimen> specimens = all_specimens();
+    std::vector<specimen> specimens = all_specimens();
     if (argc == 2 && strcmp(argv[1], "--list") == 0) {
         for (const specimen& one : specimens) {
             puts(one.name.c_str());
         }
         return 0;
     }
-    if (argc != 3 && !(argc == 5 && strcmp(argv[3], "--seed") == 0)) {
-        fprintf(stderr, "usage: zoo --list | zoo NAME OUT.gguf [--seed N]\n");
+    size_t seed = 1;
+    std::string experts;
+    bool usable = argc >= 3 && argc % 2 == 1;
+    for (int i = 3; usable && i < argc; i += 2) {
+        if (strcmp(argv[i], "--seed") == 0) {
+            seed = std::stoull(argv[i + 1]);
+        } else if (strcmp(argv[i], "--experts") == 0) {
+            experts = argv[i + 1];
+        } else {
+            usable = false;
+        }
+    }
+    if (!usable) {
+        fprintf(stderr, "usage: zoo --list | zoo NAME OUT.gguf [--seed N] [--experts TYPE]\n");
         return 2;
     }
-    const size_t seed = argc == 5 ? std::stoull(argv[4]) : 1;
-    for (const specimen& one : specimens) {
+    for (specimen& one : specimens) {
         if (one.name == argv[1]) {
             try {
+                if (!experts.empty()) {
+                    one.experts = type_called(experts);
+                }
                 return make(one, argv[2], seed);
             } catch (const std::exception& err) {
                 fprintf(stderr, "zoo: %s: %s\n", argv[1], err.what());
