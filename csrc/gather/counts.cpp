@@ -72,21 +72,24 @@ void count_groups(const MoeLayout& layout, const std::vector<uint32_t>& layers, 
 }
 
 // llama.cpp weights a chunk by the probability of the expert whose number is the chunk's. In a shard the numbers are
-// others, and only a keep of the first chunks gives each chunk the expert that it has in the model.
-void check_chunks(const MoeLayout& layout, const std::vector<uint32_t>& layers, const Keep& keep, uint32_t n_keep,
+// others, and only a keep of the first chunks gives each chunk the expert that it has in the model. And it takes as
+// many chunks per token as experts: with fewer it aborts.
+void check_chunks(const MoeLayout& layout, const std::vector<uint32_t>& layers, const Keep& keep, const Counts& counts,
                   const std::string& name) {
-    if (layout.experts_per_chunk <= 1) return;
+    const uint32_t size = layout.experts_per_chunk;
+    if (size <= 1) return;
+    const uint32_t n_keep = counts.n_expert;
     for (const uint32_t layer : layers) {
-        const uint8_t* row = keep.row(static_cast<int32_t>(layer));
-        if (n_keep % layout.experts_per_chunk != 0 || count(row, n_keep) != n_keep) {
-            throw Error(name + ": " + layout.arch + " weights its chunks of " +
-                        std::to_string(layout.experts_per_chunk) +
-                        " experts by the number of an expert, which changes in a shard; only the first experts, in "
-                        "whole chunks (such as 0-" +
-                        std::to_string(std::max(n_keep / layout.experts_per_chunk, 1U) * layout.experts_per_chunk - 1) +
-                        "), make a shard that computes what the masked model does. Layer " + std::to_string(layer) +
-                        " keeps others; run the whole model under a mask instead");
-        }
+        const uint32_t least = counts.n_expert_used[layer] * size;
+        const bool are_first = n_keep % size == 0 && count(keep.row(static_cast<int32_t>(layer)), n_keep) == n_keep;
+        if (are_first && n_keep >= least) continue;
+        const uint32_t whole = std::max(n_keep / size * size, least);
+        throw Error(
+            name + ": " + layout.arch + " weights its chunks of " + std::to_string(size) +
+            " experts by the number of an expert, which changes in a shard, and uses as many chunks per token as "
+            "experts; only the first experts, in enough whole chunks (such as 0-" +
+            std::to_string(whole - 1) + "), make a shard that computes what the masked model does. Layer " +
+            std::to_string(layer) + " keeps others; run the whole model under a mask instead");
     }
 }
 
@@ -135,7 +138,7 @@ Counts count_experts(const MoeLayout& layout, const Keep& keep, const ShardParam
         throw Error(name + ": " + error.what());
     }
     if (layout.n_expert_groups > 1) count_groups(layout, layers, keep, counts, name);
-    check_chunks(layout, layers, keep, counts.n_expert, name);
+    check_chunks(layout, layers, keep, counts, name);
     return counts;
 }
 
