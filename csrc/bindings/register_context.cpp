@@ -7,6 +7,7 @@
 #include "arrays.hpp"
 #include "interrupt.hpp"
 #include "moeshard/context.hpp"
+#include "moeshard/statistics.hpp"
 #include "register.hpp"
 
 using moeshard::Context;
@@ -14,6 +15,7 @@ using moeshard::ContextParams;
 using moeshard::Input;
 using moeshard::LayerTrace;
 using moeshard::Outputs;
+using moeshard::RoutingStatistics;
 using moeshard::TraceOptions;
 using moeshard::UbatchTrace;
 
@@ -108,6 +110,24 @@ void trace(Context& context, const std::vector<std::pair<int32_t, TokenArray>>& 
     });
 }
 
+// (count, mass, saliency, entropy, peak, together), summed per input; see RoutingStatistics.
+py::tuple measure(Context& context, const std::vector<std::pair<int32_t, TokenArray>>& arrays,
+                  const std::vector<int32_t>& layers, bool scores_are_logits) {
+    const Inputs given(arrays, Outputs::none);
+    const int32_t n_expert = context.model().routing().n_expert;
+    RoutingStatistics sums(context.n_seq_max(), layers, n_expert, scores_are_logits);
+    {
+        const py::gil_scoped_release nogil;
+        context.trace(given.inputs, TraceOptions{true, true}, [&](const UbatchTrace& ubatch) { sums.add(ubatch); });
+    }
+    const py::ssize_t s = sums.n_seq();
+    const auto m = static_cast<py::ssize_t>(layers.size());
+    const py::ssize_t e = n_expert;
+    return py::make_tuple(take(std::move(sums.count), {s, m, e}), take(std::move(sums.mass), {s, m, e}),
+                          take(std::move(sums.saliency), {s, m, e}), take(std::move(sums.entropy), {s, m}),
+                          take(std::move(sums.peak), {m, e}), take(std::move(sums.together), {m, e, e}));
+}
+
 }  // namespace
 
 void register_context(py::module_& m) {
@@ -127,6 +147,7 @@ void register_context(py::module_& m) {
             py::arg("keep").none(true), py::arg("seq") = -1)
         .def("decode", &decode, py::arg("inputs"), py::arg("outputs") = "last")
         .def("trace", &trace, py::arg("inputs"), py::arg("sink"), py::arg("probs") = false, py::arg("norms") = false)
+        .def("measure", &measure, py::arg("inputs"), py::arg("layers"), py::arg("scores_are_logits") = false)
         .def("reset", &Context::reset, py::arg("seq") = -1)
         .def("abort", &Context::abort);
 }

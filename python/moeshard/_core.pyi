@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 _Ints: TypeAlias = npt.NDArray[np.int32]
 _Floats: TypeAlias = npt.NDArray[np.float32]
+_Doubles: TypeAlias = npt.NDArray[np.float64]
 _Keep: TypeAlias = npt.NDArray[np.bool_]
 _Tokens: TypeAlias = npt.ArrayLike
 # (layer, ids, weights, probs, norms)
@@ -96,6 +97,9 @@ class Context:
     def trace(
         self, inputs: Sequence[tuple[int, _Tokens]], sink: _Sink, probs: bool = False, norms: bool = False
     ) -> None: ...
+    def measure(
+        self, inputs: Sequence[tuple[int, _Tokens]], layers: Sequence[int], scores_are_logits: bool = False
+    ) -> tuple[_Ints, _Doubles, _Doubles, _Doubles, _Floats, _Ints]: ...
     def reset(self, seq: int = -1) -> None: ...
     def abort(self) -> None: ...
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,24 @@ if TYPE_CHECKING:
     from moeshard.keep import KeepSpec
 
 Tokens = npt.ArrayLike
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Sums over the tokens of S sequences in M layers of E experts; see `moeshard.profile.Profile`."""
+
+    count: npt.NDArray[np.int32]
+    """int32 (S, M, E)."""
+    mass: npt.NDArray[np.float64]
+    """float64 (S, M, E)."""
+    saliency: npt.NDArray[np.float64]
+    """float64 (S, M, E)."""
+    entropy: npt.NDArray[np.float64]
+    """float64 (S, M), nats."""
+    peak: npt.NDArray[np.float32]
+    """float32 (M, E)."""
+    together: npt.NDArray[np.int32]
+    """int32 (M, E, E)."""
 
 
 class Session:
@@ -72,6 +91,16 @@ class Session:
         """Append tokens and hand the routing of each micro-batch to `sink`; memory stays flat."""
         inputs = [(seq, as_tokens(ids)) for seq, ids in tokens.items()]
         self._context.trace(inputs, chunk_sink(sink), probs, norms)
+
+    def measure(
+        self, tokens: Mapping[int, Tokens], layers: Sequence[int], *, scores_are_logits: bool = False
+    ) -> Statistics:
+        """Append tokens and return sums over their routing: what `trace` would hand out, added up by the core.
+
+        `scores_are_logits` says that the router's scores have yet to go through a softmax.
+        """
+        inputs = [(seq, as_tokens(ids)) for seq, ids in tokens.items()]
+        return Statistics(*self._context.measure(inputs, list(layers), scores_are_logits))
 
     def reset(self, seq: int | None = None) -> None:
         """Empty a sequence, or all of them; keeps stay."""

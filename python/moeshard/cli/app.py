@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from moeshard.cli.analyze import analyze
 from moeshard.cli.demo import demo
 from moeshard.cli.generate import generate
 from moeshard.cli.inspect import inspect
@@ -79,6 +80,7 @@ def moeshard(
 
 app.command(short_help="Show architecture, routing and sizes of a model.")(inspect)
 app.command(short_help="Generate text with all experts or some.")(generate)
+app.command(short_help="Measure which experts some text uses.")(analyze)
 app.command(short_help="Write shards: GGUF files with some of the experts.")(split)
 app.command(short_help="Compare a shard with the model it was taken from.")(verify)
 app.command(short_help="Put shards together again.")(merge)

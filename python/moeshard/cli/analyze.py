@@ -1,0 +1,164 @@
+"""`moeshard analyze`: which experts does this traffic use?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moeshard.cli.options import ForceOption, JsonOption, ModelArgument
+
+if TYPE_CHECKING:
+    from moeshard.profile import Profile
+    from moeshard.reliability import Verdict
+
+TOPS = (1, 32, 48, 64, 96)
+MICRO_TOKENS = 4096
+"""Of each domain, with --micro."""
+
+
+def analyze(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The profile to write, an .npz file.")],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]FILE",
+            show_default="the embedded texts",
+            help="A text of the traffic; several of one NAME make one domain.",
+        ),
+    ] = None,
+    chat: Annotated[
+        list[Path] | None, typer.Option(help='Chats, a line of JSON each: {"messages": [{"role", "content"}, …]}.')
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", "-n", min=1, show_default="all", help="So many tokens of each domain.")
+    ] = None,
+    micro: Annotated[
+        bool, typer.Option("--micro", help=f"A first look: {MICRO_TOKENS} tokens of each domain.")
+    ] = False,
+    generate: Annotated[
+        int, typer.Option(min=0, help="Of each domain, also measure so many of the model's own continuations.")
+    ] = 0,
+    window: Annotated[
+        int | None, typer.Option(min=16, show_default="512, or the model's context", help="Tokens of a sequence.")
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Measure these MoE layers only, such as '0-5,9'.")] = None,
+    all_layers: Annotated[bool, typer.Option("--all-layers", help="Measure all MoE layers (the default).")] = False,
+    export_ranking: Annotated[Path | None, typer.Option(help="Also write the ranking as CSV, for split.")] = None,
+    ranking: Annotated[str, typer.Option(help="What that ranks by: saliency, mass, count or reap.")] = "saliency",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted analysis stopped.")] = False,
+    threads: Annotated[int, typer.Option(min=0, help="Threads that compute; 0: one per processor.")] = 0,
+    gpu_layers: Annotated[int, typer.Option(help="Layers on the GPU, where there is one; -1: all.")] = -1,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure which experts some text uses, and how much they carry, in one pass without generating.
+
+    The profile holds, for every sequence, layer and expert, how often it was chosen, with what weight, and how much it
+    added (saliency: weight x norm of its output): all that plans are made from, without running the model again.
+    """
+    if layers is not None and all_layers:
+        raise typer.BadParameter("--layers and --all-layers contradict each other")
+    if micro and tokens is not None:
+        raise typer.BadParameter("--micro says how many tokens; leave --tokens out")
+
+    from moeshard import MoeshardError, write_ranking
+    from moeshard.analysis import analyze as measure
+    from moeshard.cli.loading import load_model
+    from moeshard.cli.output import print_json, progress
+    from moeshard.reliability import verdict
+    from moeshard.traffic import embedded_traffic, read_texts
+
+    for path in (out, export_ranking):
+        if path is not None and path.exists() and not force:
+            raise MoeshardError(f"{path}: exists already; choose another name, or replace it with --force")
+    loaded = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers)
+    domains = read_texts(text or [], chat or [], model=loaded) or embedded_traffic("calibration")
+    chosen = None if layers is None else _parse_layers(layers, loaded.n_layer)
+    with progress() as update:
+        profile = measure(
+            loaded,
+            domains,
+            n_tokens=MICRO_TOKENS if micro else tokens,
+            window=window,
+            layers=chosen,
+            n_generate=generate,
+            save_to=out.with_name(out.name + ".partial"),
+            resume=resume,
+            progress=lambda done, total: update("reading", done / max(total, 1)),
+        )
+    profile.save(out, force=force)
+    if export_ranking is not None:
+        write_ranking(export_ranking, profile.ranking(ranking), profile.layers.tolist(), force=force)
+    found = verdict(profile)
+    if as_json:
+        print_json(_facts(profile, found, out))
+    else:
+        _report(profile, found, out)
+
+
+def _parse_layers(text: str, n_layer: int) -> list[int]:
+    import numpy as np
+
+    from moeshard.keep import parse_row
+
+    return np.flatnonzero(parse_row(text, f"--layers '{text}'", n_layer)).tolist()
+
+
+def _tops(profile: Profile) -> list[int]:
+    return [top for top in TOPS if top < profile.n_expert] + [profile.n_expert]
+
+
+def _facts(profile: Profile, found: Verdict, out: Path) -> dict[str, Any]:
+    from moeshard.reliability import concentration
+
+    return {
+        "profile": str(out),
+        "domains": {
+            name: int(profile.n_tokens[profile.domain == index].sum()) for index, name in enumerate(profile.domains)
+        },
+        "seconds": profile.facts["seconds"],
+        "tops": _tops(profile),
+        "concentration": {
+            int(layer): row.tolist()
+            for layer, row in zip(profile.layers, concentration(profile, _tops(profile)), strict=True)
+        },
+        "spread": found.spread,
+        "agreement": found.agreement,
+        "verdict": str(found),
+    }
+
+
+def _report(profile: Profile, found: Verdict, out: Path) -> None:
+    from rich.table import Table
+
+    from moeshard.cli.output import console
+    from moeshard.reliability import concentration
+
+    tops = _tops(profile)
+    table = Table(
+        title="Share of a layer's gate mass that its best experts carry",
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        padding=(0, 2, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column("layer", justify="right")
+    for top in tops:
+        table.add_column(f"{top}", justify="right")
+    even = [f"{top / profile.n_expert:.0%}" for top in tops]
+    for layer, row in zip(profile.layers, concentration(profile, tops), strict=True):
+        table.add_row(str(layer), *(f"{share:.0%}" for share in row))
+    table.add_row("even", *even, style="dim")
+    console().print(table)
+    typer.echo()
+    typer.echo(str(found))
+    seconds = max(profile.facts["seconds"], 1e-9)
+    typer.secho(
+        f"[{found.n_tokens} tokens of {', '.join(profile.domains)}; {found.n_tokens / seconds:.0f} tokens/s; {out}]",
+        dim=True,
+        err=True,
+    )

@@ -1,0 +1,192 @@
+"""Profiles: what each expert did for some traffic, kept per sequence so that any strategy can be computed later."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moeshard._core import MoeshardError
+from moeshard.files import write_atomically
+from moeshard.plan import ModelIdentity
+
+VERSION = 1
+
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int32]
+
+
+@dataclass(eq=False)
+class Profile:
+    """Routing statistics of S sequences of text in D domains, over the M layers of a model that were looked at.
+
+    Sums are over the tokens of a sequence. E is the number of experts of the model, a token's *weight* of an expert
+    what its output is multiplied by, and *norm* the L2 norm of that output before.
+    """
+
+    model: ModelIdentity
+    domains: list[str]
+    layers: Ints
+    """int32 (M,): layers of the model, ascending."""
+    domain: Ints
+    """int32 (S,): index of each sequence's domain."""
+    n_tokens: Ints
+    """int32 (S,): tokens of each sequence; 0 for one that was not reached."""
+    count: Ints
+    """int32 (S, M, E): tokens that chose the expert."""
+    mass: Floats
+    """float32 (S, M, E): sum of the expert's weights."""
+    saliency: Floats
+    """float32 (S, M, E): sum of weight · norm, what REAP (arXiv 2510.13999) ranks by, before its mean."""
+    entropy: Floats
+    """float32 (S, M): sum of the entropies of the router's distribution, nats."""
+    peak: Floats
+    """float32 (D, M, E): the largest norm; a few "super experts" (arXiv 2507.23279) stand out by far."""
+    together: Ints
+    """int32 (D, M, E, E): tokens that chose both experts; the diagonal is how many chose the one."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """How the profile was made: JSON values."""
+
+    @property
+    def n_expert(self) -> int:
+        return self.model.n_expert
+
+    def select(self, domains: Sequence[str] | None = None) -> npt.NDArray[np.bool_]:
+        """Return bool (S,): the sequences that were measured, of these domains (None: all).
+
+        Raises MoeshardError for a domain that the profile does not have.
+        """
+        chosen: npt.NDArray[np.bool_] = self.n_tokens > 0
+        if domains is None:
+            return chosen
+        for name in domains:
+            if name not in self.domains:
+                raise MoeshardError(f"the profile has no domain '{name}'; it has {', '.join(self.domains)}")
+        wanted = [self.domains.index(name) for name in domains]
+        return chosen & np.isin(self.domain, wanted)
+
+    def total(self, what: str, domains: Sequence[str] | None = None) -> Doubles:
+        """Return float64 (M, E): the sum of ``count``, ``mass`` or ``saliency`` over sequences of these domains.
+
+        Every domain counts as much as any other, however many of its tokens were seen.
+        """
+        values = getattr(self, what)
+        sums = np.zeros(values.shape[1:])
+        for name in self.domains if domains is None else domains:
+            chosen = self.select([name])
+            tokens = int(self.n_tokens[chosen].sum())
+            if tokens:
+                sums += values[chosen].sum(axis=0, dtype=np.float64) / tokens
+        return sums
+
+    def ranking(self, what: str = "saliency", domains: Sequence[str] | None = None) -> Doubles:
+        """Return float64 (n_layer, E) of scores to rank experts by; NaN in layers that were not looked at.
+
+        `what` is ``saliency``, ``mass``, ``count``, or ``reap``: mean of weight · norm over the tokens that chose the
+        expert (arXiv 2510.13999).
+        """
+        if what == "reap":
+            count = self.total("count", domains)
+            scores = self.total("saliency", domains) / np.maximum(count, np.finfo(np.float64).tiny)
+            scores[count == 0] = 0
+        elif what in ("saliency", "mass", "count"):
+            scores = self.total(what, domains)
+        else:
+            raise MoeshardError(f"unknown ranking '{what}'; choose saliency, mass, count or reap")
+        rows = np.full((self.model.n_layer, self.n_expert), np.nan)
+        rows[self.layers] = scores
+        return rows
+
+    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
+        """Write an ``.npz``; it appears whole or not at all. Its ``saliency`` is what `moeshard.read_ranking` reads.
+
+        Raises MoeshardError where it cannot be written, or exists and `force` is False.
+        """
+        head = {
+            "moeshard_profile": VERSION,
+            "model": {name: getattr(self.model, name) for name in _MODEL_KEYS},
+            "domains": self.domains,
+            "facts": self.facts,
+        }
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        # Under that name others look for one score per expert.
+        arrays["saliency_by_sequence"] = arrays.pop("saliency")
+        buffer = BytesIO()
+        np.savez_compressed(buffer, head=np.array(json.dumps(head)), saliency=self.ranking(), **arrays)
+        write_atomically(path, buffer.getvalue(), force=force)
+
+
+_ARRAYS = tuple(f.name for f in fields(Profile) if f.name not in ("model", "domains", "facts"))
+_MODEL_KEYS = ("name", "arch", "fingerprint", "n_layer", "n_expert", "moe_layers")
+_AXES = {
+    "layers": "M",
+    "domain": "S",
+    "n_tokens": "S",
+    "count": "SME",
+    "mass": "SME",
+    "saliency": "SME",
+    "entropy": "SM",
+    "peak": "DME",
+    "together": "DMEE",
+}
+_KINDS = {"mass": "f", "saliency": "f", "entropy": "f", "peak": "f"}
+
+
+def read_profile(path: str | os.PathLike[str]) -> Profile:
+    """Read what `Profile.save` wrote.
+
+    Raises:
+        MoeshardError: the file is missing, damaged or no profile; it names what is wrong.
+    """
+    name = os.fspath(path)
+    try:
+        with np.load(name, allow_pickle=False) as file:
+            if "head" not in file or "saliency_by_sequence" not in file:
+                raise MoeshardError(f"{name}: is not a profile; `moeshard analyze` makes one")
+            head = json.loads(str(file["head"]))
+            arrays = {key: file["saliency_by_sequence" if key == "saliency" else key] for key in _ARRAYS}
+    except OSError as error:
+        raise MoeshardError(f"cannot read profile '{name}': {error.strerror or error}") from error
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, RecursionError) as error:
+        raise MoeshardError(f"{name}: is not a profile, or it is damaged: {error}") from error
+    if not isinstance(head, dict) or head.get("moeshard_profile") != VERSION:
+        raise MoeshardError(f"{name}: is a profile of another version; update moeshard, or analyze again")
+    try:
+        model = ModelIdentity(**{key: head["model"][key] for key in _MODEL_KEYS})
+        profile = Profile(model, list(head["domains"]), facts=dict(head["facts"]), **arrays)
+    except (KeyError, TypeError) as error:
+        raise MoeshardError(f"{name}: is a damaged profile: {error}") from error
+    _check_shapes(profile, name)
+    return profile
+
+
+def _check_shapes(profile: Profile, name: str) -> None:
+    sizes = {
+        "S": profile.domain.size,
+        "M": profile.layers.size,
+        "E": profile.n_expert,
+        "D": len(profile.domains),
+    }
+    for key, axes in _AXES.items():
+        array = getattr(profile, key)
+        shape = tuple(sizes[axis] for axis in axes)
+        kind = _KINDS.get(key, "i")
+        if array.shape != shape or array.dtype.kind != kind:
+            raise MoeshardError(f"{name}: is a damaged profile: '{key}' is {array.dtype} {array.shape}, not {shape}")
+        if kind == "f" and not np.isfinite(array).all():
+            raise MoeshardError(f"{name}: is a damaged profile: '{key}' holds values that are not finite")
+    in_range = (
+        ((profile.domain >= 0) & (profile.domain < max(sizes["D"], 1))).all()
+        and ((profile.layers >= 0) & (profile.layers < profile.model.n_layer)).all()
+        and (np.diff(profile.layers) > 0).all()
+    )
+    if not in_range:
+        raise MoeshardError(f"{name}: is a damaged profile: a domain or layer is out of range")

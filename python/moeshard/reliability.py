@@ -1,0 +1,143 @@
+"""What a profile can be trusted to say: concentration, standard errors, and whether it ranks anything at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moeshard.profile import Doubles, Profile
+
+RESAMPLES = 200
+HALVINGS = 20
+
+FLAT_SPREAD = 0.1
+"""Experts whose true shares differ by less than this, relative to their mean, are alike for every purpose."""
+RANKED_AGREEMENT = 0.7
+"""Rank correlation of the profile with one of as much other text of the same kind, below which its order is chance."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether experts can be ranked by a profile."""
+
+    spread: float
+    """Standard deviation of experts' shares over their mean, less what sampling alone explains; mean over layers."""
+    agreement: float
+    """Expected rank correlation with a second profile of as much traffic; mean over layers."""
+    n_sequences: int
+    n_tokens: int
+
+    @property
+    def is_flat(self) -> bool:
+        return self.spread < FLAT_SPREAD
+
+    @property
+    def is_too_small(self) -> bool:
+        return not self.is_flat and self.agreement < RANKED_AGREEMENT
+
+    def __str__(self) -> str:
+        """Say it in a sentence or two."""
+        if self.is_flat:
+            return (
+                f"The profile is flat: experts differ by {self.spread:.0%} of their mean, less than matters. For this "
+                f"traffic no expert is worth more than another, and dropping any is as bad as dropping others."
+            )
+        if self.is_too_small:
+            return (
+                f"The sample is too small to rank experts: a second one of as much text would agree with a rank "
+                f"correlation of {self.agreement:.2f} only. Measure more than these {self.n_tokens} tokens."
+            )
+        return (
+            f"Experts differ by {self.spread:.0%} of their mean, and a second sample of as much text would rank them "
+            f"alike (rank correlation {self.agreement:.2f})."
+        )
+
+
+def concentration(profile: Profile, tops: Sequence[int], what: str = "mass") -> Doubles:
+    """Return float64 (M, len(tops)): the share of each layer's mass that its best 1, 32, … experts have."""
+    values = np.sort(profile.total(what), axis=1)[:, ::-1]
+    cumulative = np.cumsum(values, axis=1) / np.maximum(values.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    best: Doubles = cumulative[:, [min(top, profile.n_expert) - 1 for top in tops]]
+    return best
+
+
+def shares(profile: Profile, what: str = "saliency") -> Doubles:
+    """Return float64 (M, E): each expert's share of its layer's sum, 0 to 1; domains count alike."""
+    total = profile.total(what)
+    share: Doubles = total / np.maximum(total.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    return share
+
+
+def share_errors(profile: Profile, what: str = "saliency", seed: int = 0) -> Doubles:
+    """Return float64 (M, E): standard errors of `shares`, by a bootstrap over sequences within each domain.
+
+    Sequences, not tokens, are drawn: the tokens of one text have much in common.
+    """
+    rng = np.random.default_rng(seed)
+    values = np.asarray(getattr(profile, what), dtype=np.float64)
+    sums = np.zeros((RESAMPLES, *values.shape[1:]))
+    for index in range(len(profile.domains)):
+        rows = np.flatnonzero((profile.domain == index) & (profile.n_tokens > 0))
+        if not rows.size:
+            continue
+        draws = rng.multinomial(rows.size, np.full(rows.size, 1 / rows.size), RESAMPLES).astype(np.float64)
+        tokens = draws @ profile.n_tokens[rows]
+        sums += np.tensordot(draws / tokens[:, None], values[rows], axes=1)
+    sums /= np.maximum(sums.sum(axis=2, keepdims=True), np.finfo(np.float64).tiny)
+    errors: Doubles = sums.std(axis=0)
+    return errors
+
+
+def verdict(profile: Profile, what: str = "saliency", seed: int = 0) -> Verdict:
+    """Judge whether the differences between experts are real, and large enough to matter."""
+    share = shares(profile, what)
+    noise = (share_errors(profile, what, seed) ** 2).mean(axis=1)
+    true_variance = np.maximum(share.var(axis=1) - noise, 0)
+    spread = np.sqrt(true_variance) / np.maximum(share.mean(axis=1), np.finfo(np.float64).tiny)
+    return Verdict(
+        spread=float(spread.mean()),
+        agreement=_agreement(profile, what, seed),
+        n_sequences=int((profile.n_tokens > 0).sum()),
+        n_tokens=int(profile.n_tokens.sum()),
+    )
+
+
+def _agreement(profile: Profile, what: str, seed: int) -> float:
+    """Rank correlation between halves of the sequences, carried over to as many as there are (Spearman-Brown)."""
+    rng = np.random.default_rng(seed)
+    values = np.asarray(getattr(profile, what), dtype=np.float64)
+    measured = np.flatnonzero(profile.n_tokens > 0)
+    found = []
+    for _ in range(HALVINGS):
+        half = np.zeros(profile.n_tokens.size, dtype=bool)
+        for index in range(len(profile.domains)):
+            rows = rng.permutation(measured[profile.domain[measured] == index])
+            half[rows[: rows.size // 2 + int(rng.integers(2)) * (rows.size % 2)]] = True
+        rest = np.zeros_like(half)
+        rest[measured] = ~half[measured]
+        if not half.any() or not rest.any():
+            return 0.0
+        found.append(_rank_correlation(values[half].sum(axis=0), values[rest].sum(axis=0)))
+    correlation = max(0.0, float(np.mean(found)))
+    return 2 * correlation / (1 + correlation)
+
+
+def _rank_correlation(a: Doubles, b: Doubles) -> float:
+    """Mean over rows of Spearman's correlation."""
+    ranks = [_ranks(values) for values in (a, b)]
+    centred = [r - r.mean(axis=1, keepdims=True) for r in ranks]
+    scale = np.sqrt((centred[0] ** 2).sum(axis=1) * (centred[1] ** 2).sum(axis=1))
+    return float(((centred[0] * centred[1]).sum(axis=1) / np.maximum(scale, np.finfo(np.float64).tiny)).mean())
+
+
+def _ranks(values: Doubles) -> npt.NDArray[np.float64]:
+    """Ranks along rows; equal values share their mean rank."""
+    ranks = np.empty_like(values)
+    for row, out in zip(values, ranks, strict=True):
+        _, inverse, counts = np.unique(row, return_inverse=True, return_counts=True)
+        ends = np.cumsum(counts)
+        out[:] = ((ends - counts + ends - 1) / 2)[inverse]
+    return ranks

@@ -1,0 +1,303 @@
+"""The analyzer against cases whose answer is known: brute force, a random router, a router with favourites."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from conftest import Cli
+
+import moeshard
+from moeshard import MoeshardError
+from moeshard.analysis import analyze
+from moeshard.profile import Profile, read_profile
+from moeshard.reliability import concentration, share_errors, shares, verdict
+from moeshard.traffic import Domain, read_texts, sequences
+
+WINDOW = 64
+
+
+@pytest.fixture(scope="module")
+def model(tinymoe: Path) -> moeshard.Model:
+    return moeshard.Model(tinymoe, n_threads=1)
+
+
+@pytest.fixture(scope="module")
+def domains() -> list[Domain]:
+    texts = {name: moeshard.embedded_text(name)[:6000] for name in ("en", "py")}
+    return [Domain("en", (texts["en"][:3000], texts["en"][3000:])), Domain("py", (texts["py"],))]
+
+
+@pytest.fixture(scope="module")
+def profile(model: moeshard.Model, domains: list[Domain]) -> Profile:
+    return analyze(model, domains, window=WINDOW)
+
+
+def brute_force(trace: moeshard.Trace, layer: int) -> dict[str, np.ndarray]:
+    count, mass, saliency, peak = np.zeros((4, 128))
+    together = np.zeros((128, 128))
+    assert trace.norms is not None
+    for ids, weights, norms in zip(trace.ids[layer], trace.weights[layer], trace.norms[layer], strict=True):
+        for expert, weight, norm in zip(ids, weights, norms, strict=True):
+            count[expert] += 1
+            mass[expert] += weight
+            saliency[expert] += float(weight) * float(norm)
+            peak[expert] = max(peak[expert], norm)
+            for other in ids:
+                together[expert, other] += 1
+    return {"count": count, "mass": mass, "saliency": saliency, "peak": peak, "together": together}
+
+
+def test_equals_brute_force(
+    model: moeshard.Model, domains: list[Domain], profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One sequence at a time, as the trace below: in larger batches matrix products round otherwise, and here and there
+    # a near tie falls the other way.
+    monkeypatch.setattr("moeshard.analysis.BATCH_TOKENS", WINDOW)
+    found = analyze(model, domains, window=WINDOW)
+    for index, domain in enumerate(domains):
+        rows = np.flatnonzero(found.domain == index)
+        peaks, pairs = np.zeros((4, 128)), np.zeros((4, 128, 128))
+        pieces = sequences(model, domain, WINDOW)
+        assert found.n_tokens[rows].tolist() == [len(piece) for piece in pieces]
+        for row, tokens in zip(rows, pieces, strict=True):
+            trace = model.trace(tokens, probs=True, norms=True)
+            assert trace.probs is not None
+            for layer in range(4):
+                wanted = brute_force(trace, layer)
+                np.testing.assert_array_equal(found.count[row, layer], wanted["count"])
+                np.testing.assert_allclose(found.mass[row, layer], wanted["mass"], rtol=1e-5)
+                np.testing.assert_allclose(found.saliency[row, layer], wanted["saliency"], rtol=1e-5)
+                p = trace.probs[layer].astype(np.float64)
+                np.testing.assert_allclose(found.entropy[row, layer], -(p * np.log(p)).sum(), rtol=1e-4)
+                peaks[layer] = np.maximum(peaks[layer], wanted["peak"])
+                pairs[layer] += wanted["together"]
+        np.testing.assert_array_equal(found.together[index], pairs)
+        np.testing.assert_allclose(found.peak[index], peaks, rtol=1e-6)
+    assert found.count.sum() == profile.count.sum()
+    for name in ("mass", "saliency"):
+        alone, batched = found.total(name), profile.total(name)
+        assert np.abs(alone - batched).sum() < 0.02 * alone.sum()
+
+
+def test_totals_count_domains_alike(profile: Profile) -> None:
+    np.testing.assert_allclose(profile.total("mass").sum(axis=1), len(profile.domains), rtol=1e-5)
+    np.testing.assert_allclose(profile.total("count").sum(axis=1), 8 * len(profile.domains), rtol=1e-12)
+    only = profile.total("saliency", ["py"])
+    np.testing.assert_allclose(profile.total("saliency") - profile.total("saliency", ["en"]), only)
+    with pytest.raises(MoeshardError, match="no domain 'xx'"):
+        profile.total("mass", ["xx"])
+    with pytest.raises(MoeshardError, match="saliency, mass, count or reap"):
+        profile.ranking("size")
+    reap = profile.ranking("reap")
+    chosen = profile.total("count") > 0
+    np.testing.assert_allclose(reap[chosen], (profile.total("saliency")[chosen] / profile.total("count")[chosen]))
+
+
+def test_survives_a_file(profile: Profile, tmp_path: Path) -> None:
+    profile.save(tmp_path / "p.npz")
+    found = read_profile(tmp_path / "p.npz")
+    assert (found.model, found.domains, found.facts) == (profile.model, profile.domains, profile.facts)
+    for name in ("layers", "domain", "n_tokens", "count", "mass", "saliency", "entropy", "peak", "together"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(profile, name))
+    ranking = moeshard.read_ranking(tmp_path / "p.npz", 4, 128, range(4))
+    np.testing.assert_array_equal(ranking.scores, profile.ranking())
+    with pytest.raises(MoeshardError, match="exists"):
+        profile.save(tmp_path / "p.npz")
+
+
+def test_damaged_profiles_are_refused(profile: Profile, tmp_path: Path) -> None:
+    path = tmp_path / "p.npz"
+    profile.save(path)
+    good = path.read_bytes()
+    with np.load(path) as file:
+        arrays = dict(file)
+    for name, value in (
+        ("count", arrays["count"][:, :2]),
+        ("mass", arrays["mass"].astype(int)),
+        ("entropy", np.full_like(arrays["entropy"], np.nan)),
+        ("domain", arrays["domain"] + 7),
+        ("layers", arrays["layers"][::-1]),
+        ("head", np.array("{}")),
+        ("head", np.array("no json")),
+    ):
+        np.savez(path, **{**arrays, name: value})
+        with pytest.raises(MoeshardError, match=r"p\.npz"):
+            read_profile(path)
+    for data in (b"", good[: len(good) // 2], b"PK\3\4" + bytes(100)):
+        path.write_bytes(data)
+        with pytest.raises(MoeshardError, match=r"p\.npz"):
+            read_profile(path)
+    with pytest.raises(MoeshardError, match=r"none\.npz"):
+        read_profile(tmp_path / "none.npz")
+    path.write_bytes(good)
+    assert read_profile(path).domains == profile.domains
+
+
+class Stop(Exception):
+    pass
+
+
+def test_an_interrupted_analysis_goes_on(
+    model: moeshard.Model, domains: list[Domain], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moeshard.analysis.SAVE_SECONDS", -1.0)
+    monkeypatch.setattr("moeshard.analysis.BATCH_TOKENS", 4 * WINDOW)
+    part = tmp_path / "part.npz"
+    whole = analyze(model, domains, window=WINDOW)
+
+    def stop(done: int, total: int) -> None:
+        if done > total / 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        analyze(model, domains, window=WINDOW, save_to=part, progress=stop)
+    left = read_profile(part)
+    assert 0 < (left.n_tokens > 0).sum() < left.n_tokens.size
+    assert len({int(d) for d in left.domain[left.n_tokens > 0]}) == 2, "domains take turns"
+    seen: list[int] = []
+    found = analyze(
+        model, domains, window=WINDOW, save_to=part, resume=True, progress=lambda done, total: seen.append(done)
+    )
+    assert seen[0] == left.n_tokens.sum()
+    assert not part.exists()
+    for name in ("n_tokens", "count", "mass", "saliency", "entropy", "peak", "together"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
+
+    left.save(part)
+    with pytest.raises(MoeshardError, match="other options"):
+        analyze(model, domains[::-1], window=WINDOW, save_to=part, resume=True)
+
+
+def test_continuations_of_the_model_are_measured_too(model: moeshard.Model, domains: list[Domain]) -> None:
+    plain = analyze(model, domains, window=WINDOW, n_tokens=4 * WINDOW)
+    more = analyze(model, domains, window=WINDOW, n_tokens=4 * WINDOW, n_generate=2)
+    assert more.n_tokens.size == plain.n_tokens.size + 4
+    assert (more.n_tokens[-4:] > WINDOW // 2).all()
+    again = analyze(model, domains, window=WINDOW, n_tokens=4 * WINDOW, n_generate=2)
+    np.testing.assert_array_equal(more.count, again.count)
+
+
+def prefer(source: Path, target: Path, favourites: dict[int, list[int]]) -> Path:
+    """Write a model whose routers prefer some experts of each layer by far."""
+    data = bytearray(source.read_bytes())
+    rng = np.random.default_rng(0)
+    for tensor in gguf.GGUFReader(source).tensors:
+        if not tensor.name.endswith("ffn_gate_inp.weight"):
+            continue
+        router = 0.1 * rng.standard_normal((128, 192)).astype(np.float32)
+        # The favourites come in pairs of opposite directions: one of each pair always scores high.
+        for i, expert in enumerate(favourites[int(tensor.name.split(".")[1])]):
+            if i % 2 == 0:
+                direction = 3 * rng.standard_normal(192).astype(np.float32)
+            router[expert] = direction if i % 2 else -direction
+        assert tensor.tensor_type == gguf.GGMLQuantizationType.F32
+        at = int(tensor.data_offset)
+        data[at : at + router.nbytes] = router.tobytes()
+    target.write_bytes(data)
+    return target
+
+
+def test_a_router_with_favourites_is_found_out(tinymoe: Path, domains: list[Domain], tmp_path: Path) -> None:
+    rng = np.random.default_rng(9)
+    favourites = {layer: rng.choice(128, 8, replace=False).tolist() for layer in range(4)}
+    path = prefer(tinymoe, tmp_path / "biased.gguf", favourites)
+    biased = analyze(moeshard.Model(path, n_threads=1), domains, window=WINDOW)
+    for layer in range(4):
+        best = set(np.argsort(-biased.total("mass")[layer])[:8].tolist())
+        assert best == set(favourites[layer])
+    assert not verdict(biased).is_flat
+    assert concentration(biased, [8]).min() > 0.3
+
+
+def test_a_sample_of_nothing_is_not_ranked(profile: Profile) -> None:
+    found = verdict(profile)
+    assert found.n_tokens == profile.n_tokens.sum() and 0 < found.agreement <= 1
+    # Experts chosen by chance: whatever order this one sample has, the next has another.
+    rng = np.random.default_rng(3)
+    noise = Profile(**vars(profile))
+    noise.saliency = rng.poisson(0.3, profile.saliency.shape).astype(np.float32)
+    found = verdict(noise)
+    assert found.is_flat or found.is_too_small
+    assert found.agreement < 0.4
+    even = Profile(**vars(profile))
+    even.saliency = rng.poisson(50, profile.saliency.shape).astype(np.float32)
+    assert verdict(even).is_flat and "flat" in str(verdict(even))
+
+
+def test_standard_errors_are_those_of_other_samples(profile: Profile) -> None:
+    """Drawn from a known distribution, the shares of many samples scatter as the bootstrap of one says."""
+    rng = np.random.default_rng(1)
+    rates = rng.gamma(2.0, 1.0, 128)
+    samples = []
+    for _ in range(40):
+        sample = Profile(**vars(profile))
+        sample.saliency = rng.poisson(rates, profile.saliency.shape).astype(np.float32)
+        sample.n_tokens = np.full_like(profile.n_tokens, 64)
+        samples.append(sample)
+    scatter = np.std([shares(sample) for sample in samples], axis=0)
+    said = np.mean([share_errors(sample) for sample in samples[:5]], axis=0)
+    assert 0.8 < said.mean() / scatter.mean() < 1.25
+
+
+def test_bad_traffic_is_named(model: moeshard.Model, tmp_path: Path) -> None:
+    good = tmp_path / "good.txt"
+    good.write_text("Some text. " * 100)
+    chat = tmp_path / "chat.jsonl"
+    assert [(d.name, len(d.texts)) for d in read_texts([str(good), f"x={good}", f"x={good}"])] == [
+        ("good", 1),
+        ("x", 2),
+    ]
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    for spec in ("empty.txt", "latin.txt", "nothing.txt"):
+        with pytest.raises(MoeshardError, match=spec):
+            read_texts([str(tmp_path / spec)])
+    for line in ("{}", "[]", "x", '{"messages": []}', '{"messages": [{"role": "user"}]}', '{"messages": 3}'):
+        chat.write_text("\n" + line + "\n")
+        with pytest.raises(MoeshardError, match="line 2"):
+            read_texts([], [chat], model=model)
+    chat.write_text('{"messages": [{"role": "user", "content": "Hello"}]}')
+    with pytest.raises(MoeshardError, match="template"):
+        read_texts([], [chat], model=model)
+    with pytest.raises(MoeshardError, match="too little"):
+        analyze(model, [Domain("tiny", ("x",))])
+    with pytest.raises(MoeshardError, match="layer 4 routes nothing"):
+        analyze(model, [Domain("x", ("text " * 100,))], layers=[4])
+    with pytest.raises(MoeshardError, match="one name"):
+        analyze(model, [Domain("x", ("text " * 100,))] * 2)
+    with pytest.raises(MoeshardError, match="no text"):
+        analyze(model, [])
+
+
+def test_command_line(cli: Cli, tmp_path: Path) -> None:
+    out, ranking = tmp_path / "p.npz", tmp_path / "r.csv"
+    arguments = ("analyze", "tinymoe", "-o", out, "-n", 1024, "--window", 64, "--threads", 1)
+    done = cli(*arguments, "--export-ranking", ranking, "--layers", "1-2")
+    assert done.code == 0
+    assert "even" in done.out and "rank correlation" in " ".join(done.out.split())
+    assert ranking.read_text().startswith("layer,expert,score\n1,0,")
+    assert read_profile(out).layers.tolist() == [1, 2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.npz", "r.csv"]
+    assert "--force" in cli(*arguments).err
+    facts = json.loads(cli(*arguments, "--force", "--json").out)
+    assert set(facts["domains"]) == {"cpp", "de", "en", "fr", "py"}
+    assert set(facts["domains"].values()) == {1024}
+    assert facts["concentration"]["0"][-1] == 1
+
+    text = tmp_path / "mine.txt"
+    text.write_text(moeshard.embedded_text("fr")[:8000])
+    facts = json.loads(cli("analyze", "tinymoe", "-o", tmp_path / "q.npz", "--text", text, "--json").out)
+    assert list(facts["domains"]) == ["mine"]
+    for options, message in (
+        (("--micro", "-n", 5), "--micro"),
+        (("--layers", "0", "--all-layers"), "contradict"),
+        (("--layers", "9"), "9"),
+        (("--text", "nothing.txt"), "nothing.txt"),
+    ):
+        done = cli("analyze", "tinymoe", "-o", tmp_path / "no.npz", *options)
+        assert done.code != 0 and message in done.err
+    assert not (tmp_path / "no.npz").exists()
