@@ -1,0 +1,211 @@
+"""What nodes lose against the whole model, teacher-forced, before any of them exists: each keep is a mask.
+
+The whole model and all nodes read the same text in the same batches, a sequence each. A sequence begins with a prompt,
+by which its session is placed on a node; losses are those of what follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from moeshard._core import MoeshardError
+from moeshard.keep import Keep
+from moeshard.perplexity import text_windows
+from moeshard.traffic import Domain
+
+if TYPE_CHECKING:
+    from moeshard.model import Model
+
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+WINDOW = 256
+PROMPT = 64
+_LOGIT_BYTES = 256 << 20
+"""Logits held at once."""
+
+Progress = Callable[[int, int], object]
+"""Called with the windows done and all of them; what it raises ends the evaluation."""
+
+
+@dataclass(frozen=True, eq=False)
+class Losses:
+    """S windows of text under the whole model and G keeps; T tokens are predicted in each."""
+
+    domains: list[str]
+    domain: Ints
+    """int (S,): index of each window's domain."""
+    n_prompt: int
+    """Of the T tokens, so many belong to the prompt."""
+    full: Floats
+    """float32 (S, T): negative log-likelihood of each token, nats."""
+    groups: Floats
+    """float32 (G, S, T)."""
+    kl: Floats
+    """float32 (G, S, T): Kullback-Leibler divergence of the keep's prediction from the whole model's, nats."""
+    same: npt.NDArray[np.bool_]
+    """bool (G, S, T): both find the same token likeliest."""
+    captured: Doubles
+    """float64 (G, S): share of the prompt's saliency, by the whole model's router, that the keep holds."""
+
+    @property
+    def after(self) -> slice:
+        """The tokens after the prompt."""
+        return slice(self.n_prompt, None)
+
+    def mean(self, values: npt.NDArray[np.floating]) -> float:
+        """Return the mean over windows (S,), each domain counting alike."""
+        return float(np.mean([values[self.domain == index].mean() for index in range(len(self.domains))]))
+
+    def by_domain(self, values: npt.NDArray[np.floating]) -> dict[str, float]:
+        """Return the mean over the windows (S,) of each domain."""
+        return {name: float(values[self.domain == index].mean()) for index, name in enumerate(self.domains)}
+
+    def full_loss(self) -> Doubles:
+        """Return float64 (S,): mean loss after the prompt under the whole model, nats per token."""
+        loss: Doubles = self.full[:, self.after].mean(axis=1, dtype=np.float64)
+        return loss
+
+    def group_losses(self) -> Doubles:
+        """Return float64 (G, S): the same under each keep."""
+        losses: Doubles = self.groups[:, :, self.after].mean(axis=2, dtype=np.float64)
+        return losses
+
+    def placement(self, probe: str = "loss") -> Ints:
+        """Return int (S,): the node that each session is placed on.
+
+        `probe` is ``loss``: the node that predicts the prompt itself best; ``saliency``: the one that holds most of the
+        experts that the whole model's router wants for the prompt; ``oracle``: the one that will be best.
+        """
+        if probe == "loss":
+            scores = -self.groups[:, :, : self.n_prompt].mean(axis=2, dtype=np.float64)
+        elif probe == "saliency":
+            scores = self.captured
+        elif probe == "oracle":
+            scores = -self.group_losses()
+        else:
+            raise MoeshardError(f"unknown probe '{probe}'; choose loss, saliency or oracle")
+        node: Ints = scores.argmax(axis=0)
+        return node
+
+    def placed_losses(self, node: Ints) -> Doubles:
+        """Return float64 (S,): the loss of each session on the node (S,) it was placed on."""
+        placed: Doubles = self.group_losses()[node, np.arange(node.size)]
+        return placed
+
+
+def measure_losses(
+    model: Model,
+    keeps: Sequence[Keep],
+    domains: Sequence[Domain],
+    *,
+    n_windows: int | None = None,
+    window: int = WINDOW,
+    n_prompt: int = PROMPT,
+    progress: Progress | None = None,
+) -> Losses:
+    """Predict text under the whole model and under each keep.
+
+    Args:
+        model: the whole model; keeps are masks on it.
+        keeps: bool (n_layer, n_expert) each.
+        domains: text that nothing was chosen by.
+        n_windows: per domain, evenly spread over it; None: all that fit.
+        window: tokens predicted in each.
+        n_prompt: of them, so many are the prompt.
+        progress: see `Progress`.
+
+    Raises:
+        MoeshardError: a keep does not fit the model, or a text is shorter than a window.
+    """
+    if not 0 < n_prompt < window:
+        raise MoeshardError(f"a prompt of {n_prompt} tokens does not fit a window of {window}; leave some to predict")
+    windows, owners = _windows(model, domains, window, n_windows)
+    shape = (len(keeps), len(windows), window)
+    losses = Losses(
+        [domain.name for domain in domains],
+        np.array(owners),
+        n_prompt,
+        np.empty(shape[1:], dtype=np.float32),
+        np.empty(shape, dtype=np.float32),
+        np.empty(shape, dtype=np.float32),
+        np.empty(shape, dtype=bool),
+        np.empty(shape[:2]),
+    )
+    step = max(1, min(window, _LOGIT_BYTES // ((1 + len(keeps)) * model.n_vocab * 4)))
+    with model.session(n_seq=1 + len(keeps), n_ctx=window) as session:
+        for index, keep in enumerate(keeps):
+            session.set_keep(keep, 1 + index)
+        for row, tokens in enumerate(windows):
+            session.reset()
+            for at in range(0, window, step):
+                piece = slice(at, min(at + step, window))
+                inputs = tokens[:-1][piece]
+                logits = session.decode(dict.fromkeys(range(1 + len(keeps)), inputs), "all")
+                _compare(losses, row, piece, logits, tokens[1:][piece])
+            if progress is not None:
+                progress(row + 1, len(windows))
+    losses.captured[:] = _captured(model, keeps, [tokens[:n_prompt] for tokens in windows])
+    return losses
+
+
+def _windows(
+    model: Model, domains: Sequence[Domain], window: int, n_windows: int | None
+) -> tuple[list[npt.NDArray[np.int32]], list[int]]:
+    windows, owners = [], []
+    for index, domain in enumerate(domains):
+        found: list[npt.NDArray[np.int32]] = []
+        for text in domain.texts:
+            tokens = model.tokenize(text)
+            if tokens.size > window:
+                found += text_windows(tokens, window)
+        if not found:
+            raise MoeshardError(f"text '{domain.name}' is too short: it has no window of {window + 1} tokens")
+        number = len(found) if n_windows is None else min(n_windows, len(found))
+        windows += [found[k * len(found) // number] for k in range(number)]
+        owners += [index] * number
+    return windows, owners
+
+
+def _compare(losses: Losses, row: int, piece: slice, logits: dict[int, Floats], targets: npt.NDArray[np.int32]) -> None:
+    """Enter the predictions of some tokens of one window; `logits` are (n, n_vocab), the whole model's first."""
+    token = np.arange(targets.size)
+    whole = logits[0]
+    whole_norm = _log_sum_exp(whole)
+    probs = np.exp(whole - whole_norm[:, None])
+    likeliest = whole.argmax(axis=1)
+    losses.full[row, piece] = whole_norm - whole[token, targets]
+    for index in range(len(losses.groups)):
+        own = logits[1 + index]
+        norm = _log_sum_exp(own)
+        losses.groups[index, row, piece] = norm - own[token, targets]
+        losses.kl[index, row, piece] = np.einsum("tv,tv->t", probs, whole - own) - whole_norm + norm
+        losses.same[index, row, piece] = own.argmax(axis=1) == likeliest
+
+
+def _log_sum_exp(logits: Floats) -> Floats:
+    peak = logits.max(axis=1)
+    norm: Floats = peak + np.log(np.exp(logits - peak[:, None]).sum(axis=1))
+    return norm
+
+
+def _captured(model: Model, keeps: Sequence[Keep], prompts: Sequence[npt.NDArray[np.int32]]) -> Doubles:
+    """float64 (G, S): what of each prompt's saliency each keep holds, mean over layers."""
+    layers = model.moe_layers
+    held = np.stack([np.asarray(keep)[layers] for keep in keeps]).astype(np.float64)
+    found = np.empty((len(keeps), len(prompts)))
+    per_batch = max(1, 1024 // max(len(prompt) for prompt in prompts))
+    with model.session(n_seq=per_batch, n_ctx=max(len(prompt) for prompt in prompts)) as session:
+        for at in range(0, len(prompts), per_batch):
+            batch = prompts[at : at + per_batch]
+            session.reset()
+            saliency = session.measure(dict(enumerate(batch)), layers).saliency[: len(batch)]
+            share = saliency / np.maximum(saliency.sum(axis=2, keepdims=True), 1e-30)
+            found[:, at : at + len(batch)] = np.einsum("gme,sme->gs", held, share) / len(layers)
+    return found

@@ -1,0 +1,197 @@
+"""Strategies: from a profile to what each of several nodes holds. Pure functions; no model is needed.
+
+Each returns one bool array (M, E) per node, over the layers of the profile. Unless it says otherwise a node holds
+``sizes[i]`` experts in every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from moeshard._core import MoeshardError
+from moeshard.profile import Doubles, Profile
+
+Rows = npt.NDArray[np.bool_]
+
+SUPER_EXPERT = 10.0
+"""An expert whose largest output is so many times its layer's median is a super expert: dropping one ruins a model."""
+
+
+def best(scores: Doubles, size: int) -> Rows:
+    """Return bool (M, E): the `size` experts of highest score in each row, lower ids first among equals."""
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :size]
+    keep = np.zeros(scores.shape, dtype=bool)
+    np.put_along_axis(keep, order, True, axis=1)
+    return keep
+
+
+def super_experts(profile: Profile) -> Rows:
+    """Return bool (M, E): experts with outputs far larger than any other's (arXiv 2507.23279)."""
+    peak = profile.peak.max(axis=0)
+    found: Rows = peak > SUPER_EXPERT * np.median(peak, axis=1, keepdims=True)
+    return found
+
+
+def contiguous(profile: Profile, sizes: Sequence[int]) -> list[Rows]:
+    """Ranges of ids, as far from each other as fits."""
+    rows, n_expert = profile.layers.size, profile.n_expert
+    keeps = []
+    for index, size in enumerate(sizes):
+        first = round(index * (n_expert - size) / max(1, len(sizes) - 1))
+        keep = np.zeros((rows, n_expert), dtype=bool)
+        keep[:, first : first + size] = True
+        keeps.append(keep)
+    return keeps
+
+
+def ranked(profile: Profile, sizes: Sequence[int]) -> list[Rows]:
+    """The same best experts by saliency on every node."""
+    return [best(profile.total("saliency"), size) for size in sizes]
+
+
+def reap(profile: Profile, sizes: Sequence[int]) -> list[Rows]:
+    """The same best experts by their mean contribution where chosen (REAP, arXiv 2510.13999) on every node."""
+    return [best(profile.ranking("reap")[profile.layers], size) for size in sizes]
+
+
+def snake(profile: Profile, sizes: Sequence[int]) -> list[Rows]:
+    """A snake draft over the mass: 0, 1, …, G-1, G-1, …, 0, 0, …
+
+    Where the nodes hold more than all experts together the best ones are on every node; where they hold fewer the worst
+    are on none.
+    """
+    return _dealt(profile.total("mass"), sizes, shared=None)
+
+
+def balanced(profile: Profile, sizes: Sequence[int]) -> list[Rows]:
+    """About equal mass on every node: heaviest first, to the node with least that has room."""
+    scores = profile.total("mass")
+    room = _own_sizes(sizes, profile.n_expert)
+    keeps = [best(scores, size - own) for size, own in zip(sizes, room, strict=True)]
+    for row, values in enumerate(scores):
+        shared = np.logical_and.reduce([keep[row] for keep in keeps])
+        load, left = np.zeros(len(sizes)), list(room)
+        for expert in np.argsort(-values, kind="stable"):
+            open_nodes = [node for node in range(len(sizes)) if left[node] and not keeps[node][row, expert]]
+            if shared[expert] or not open_nodes:
+                continue
+            node = min(open_nodes, key=lambda index: (load[index], index))
+            keeps[node][row, expert] = True
+            load[node] += values[expert]
+            left[node] -= 1
+    return keeps
+
+
+def shared_core(profile: Profile, sizes: Sequence[int], core: float = 0.5) -> list[Rows]:
+    """The hottest experts (a share `core` of the smallest node) everywhere, the rest dealt out by a snake draft."""
+    return _dealt(profile.total("mass"), sizes, shared=round(core * min(sizes)))
+
+
+def coactivation(profile: Profile, sizes: Sequence[int]) -> list[Rows]:
+    """Experts that are chosen together live together: spectral clustering into clusters of the nodes' own sizes.
+
+    Shared experts, where the nodes have room for them, are those of highest saliency.
+
+    Raises MoeshardError where scipy is not installed.
+    """
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError as error:
+        raise MoeshardError("strategy 'coactivation' needs scipy: pip install 'moeshard[plan]'") from error
+    scores = profile.total("saliency")
+    own = _own_sizes(sizes, profile.n_expert)
+    together = profile.together.sum(axis=0, dtype=np.float64)
+    keeps = [best(scores, size - n) for size, n in zip(sizes, own, strict=True)]
+    slots = np.repeat(np.arange(len(sizes)), own)
+    for row in range(profile.layers.size):
+        shared = np.logical_and.reduce([keep[row] for keep in keeps])
+        rest = np.flatnonzero(~shared)
+        points = _spectral(together[row][np.ix_(rest, rest)], len(sizes))
+        centres = points[np.linspace(0, len(rest) - 1, len(sizes)).astype(int)]
+        owner = np.full(len(rest), -1)
+        for _ in range(30):
+            cost = ((points[:, None] - centres[None]) ** 2).sum(axis=2)[:, slots]
+            experts, places = linear_sum_assignment(cost)
+            new = np.full(len(rest), -1)
+            new[experts] = slots[places]
+            if np.array_equal(new, owner):
+                break
+            owner = new
+            centres = np.stack([points[owner == node].mean(axis=0) for node in range(len(sizes))])
+        for node, keep in enumerate(keeps):
+            keep[row, rest[owner == node]] = True
+    return keeps
+
+
+def _spectral(weights: Doubles, n_clusters: int) -> Doubles:
+    """Points whose distances follow the graph's normalised Laplacian (Ng, Jordan and Weiss 2001)."""
+    weights = weights.copy()
+    np.fill_diagonal(weights, 0)
+    degree = np.maximum(weights.sum(axis=1), 1e-12)
+    scaled = weights / np.sqrt(degree[:, None] * degree[None])
+    _, vectors = np.linalg.eigh(scaled)
+    points = vectors[:, -n_clusters:]
+    rows: Doubles = points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
+    return rows
+
+
+def _own_sizes(sizes: Sequence[int], n_expert: int) -> list[int]:
+    """Of each node: how many of its experts are on no other, where all others are on every node."""
+    n_nodes = len(sizes)
+    if n_nodes == 1:
+        return list(sizes)
+    spare = sum(sizes) - n_expert
+    shared = 0 if spare <= 0 else min(-(-spare // (n_nodes - 1)), min(sizes))
+    return [size - shared for size in sizes]
+
+
+def _dealt(scores: Doubles, sizes: Sequence[int], shared: int | None) -> list[Rows]:
+    """A snake draft; `shared` best experts are on every node (None: as many as there is room for)."""
+    own = _own_sizes(sizes, scores.shape[1]) if shared is None else [size - shared for size in sizes]
+    keeps = [best(scores, size - n) for size, n in zip(sizes, own, strict=True)]
+    core = np.logical_and.reduce(keeps)
+    turns = _turns(own)
+    for row, values in enumerate(scores):
+        order = [expert for expert in np.argsort(-values, kind="stable") if not core[row, expert]]
+        for node, expert in zip(turns, order, strict=False):
+            keeps[node][row, expert] = True
+        _fill(keeps, row, values, sizes)
+    return keeps
+
+
+def _turns(room: Sequence[int]) -> list[int]:
+    """Whose turn it is in a snake draft in which node i picks ``room[i]`` times."""
+    left, turns, forward = list(room), [], True
+    while any(left):
+        nodes = range(len(left)) if forward else range(len(left) - 1, -1, -1)
+        for node in nodes:
+            if left[node]:
+                turns.append(node)
+                left[node] -= 1
+        forward = not forward
+    return turns
+
+
+def _fill(keeps: list[Rows], row: int, values: npt.NDArray[np.float64], sizes: Sequence[int]) -> None:
+    """Give nodes that still have room, because all experts were dealt, the best that they lack."""
+    for keep, size in zip(keeps, sizes, strict=True):
+        missing = size - int(keep[row].sum())
+        if missing > 0:
+            order = np.argsort(np.where(keep[row], np.inf, -values), kind="stable")
+            keep[row, order[:missing]] = True
+
+
+Strategy = Callable[[Profile, Sequence[int]], list[Rows]]
+
+STRATEGIES: dict[str, Strategy] = {
+    "contiguous": contiguous,
+    "balanced": balanced,
+    "ranked": ranked,
+    "snake": snake,
+    "shared-core": shared_core,
+    "reap": reap,
+    "coactivation": coactivation,
+}
