@@ -109,6 +109,8 @@ py::array_t<bool> keep_of(const ShardFacts& facts) {
 }
 
 py::bytes read_bytes(const SegmentList& list, uint64_t offset, uint64_t size) {
+    // Before memory is taken for it.
+    if (offset > list.size() || size > list.size() - offset) list.read(offset, nullptr, size);
     std::string bytes(size, '\0');
     {
         const py::gil_scoped_release nogil;

@@ -1,5 +1,6 @@
 // Files of one model, put together again.
 #include <algorithm>
+#include <set>
 
 #include "checked.hpp"
 #include "counts.hpp"
@@ -16,7 +17,8 @@ using gguf::GGUFMap;
 
 ShardFacts facts_of(const GGUFMap& file) {
     std::optional<ShardFacts> facts = shard_facts(file);
-    if (!facts) throw Error(file.path() + ": is not a shard: it says nothing about experts held (" + std::string(kKind) + ")");
+    if (!facts)
+        throw Error(file.path() + ": is not a shard: it says nothing about experts held (" + std::string(kKind) + ")");
     return std::move(*facts);
 }
 
@@ -36,15 +38,35 @@ void check_same_model(const GGUFMap& a, const ShardFacts& facts_a, const GGUFMap
 }
 
 // Names of the model's tensors, in the order in which the model has them.
-std::vector<std::string> tensor_order(const GGUFMap& provider, const ShardFacts& facts) {
+std::vector<std::string> tensor_order(const GGUFMap& provider, const ShardFacts& facts,
+                                      const std::vector<Holder>& holders) {
     std::vector<std::string> names;
-    if (facts.kind == ShardKind::kTrunk) {
-        const Entry* entry = provider.metadata().find(kTensors);
-        if (entry == nullptr) throw Error(provider.path() + ": " + std::string(kTensors) + " is missing; write it again");
-        for (const std::string_view name : entry->as_strings()) names.emplace_back(name);
-    } else {
+    if (facts.kind != ShardKind::kTrunk) {
         for (const gguf::Tensor& tensor : provider.tensors()) names.push_back(tensor.name);
+        return names;
     }
+    const auto fail = [&](const std::string& what) {
+        throw Error(provider.path() + ": " + std::string(kTensors) + " " + what +
+                    "; the file is damaged, write it again");
+    };
+    const Entry* entry = provider.metadata().find(kTensors);
+    if (entry == nullptr) fail("is missing");
+    try {
+        for (const std::string_view name : entry->as_strings()) names.emplace_back(name);
+    } catch (const Error& error) {
+        throw Error(provider.path() + ": " + error.what());
+    }
+    std::set<std::string> listed;
+    for (const std::string& name : names) {
+        if (!listed.insert(name).second) fail("names '" + gguf::printable(name) + "' twice");
+    }
+    const auto check = [&](const GGUFMap& file) {
+        for (const gguf::Tensor& tensor : file.tensors()) {
+            if (listed.count(tensor.name) == 0) fail("does not name '" + gguf::printable(tensor.name) + "'");
+        }
+    };
+    check(provider);
+    for (const Holder& holder : holders) check(holder.map());
     return names;
 }
 
@@ -54,13 +76,28 @@ std::vector<Piece> carried(const GGUFMap& file, const Entry& entry) {
     return pieces;
 }
 
+// The model's own value of a key that the shard replaced; nothing where it did not.
+const Entry* original_of(const GGUFMap& shard, const ShardFacts& facts, const Entry& entry) {
+    const Entry* original = shard.metadata().find(std::string(kSource) + entry.key);
+    if (original == nullptr) return nullptr;
+    const bool like = original->type == entry.type && original->is_array == entry.is_array &&
+                      original->count == entry.count && original->type != gguf::ValueType::kString;
+    const Entry* arch = shard.metadata().find("general.architecture");
+    const bool is_count = arch != nullptr && entry.key == std::string(arch->as_string()) + ".expert_count";
+    if (!like || (is_count && original->as_uint() != facts.n_expert)) {
+        throw Error(shard.path() + ": " + gguf::printable(original->key) +
+                    " is no earlier value of that key; the file is damaged, write it again");
+    }
+    return original;
+}
+
 // `provider` has the trunk; `keep` says what the new file holds. The entries are left to the caller.
 NewFile put_together(const GGUFMap& provider, const ShardFacts& facts, const std::vector<Holder>& holders,
                      const std::vector<uint8_t>& keep, const std::vector<uint32_t>& n_expert_used) {
     NewFile file;
     file.version = provider.metadata().version;
     file.alignment = provider.metadata().alignment;
-    for (const std::string& name : tensor_order(provider, facts)) {
+    for (const std::string& name : tensor_order(provider, facts, holders)) {
         const ExpertTensor* expert = nullptr;
         for (const Holder& holder : holders) {
             if (expert == nullptr) expert = holder.find(name);
@@ -104,7 +141,8 @@ std::vector<SegmentList> merge_segments(const std::vector<const GGUFMap*>& shard
         if (provider == nullptr && facts.kind != ShardKind::kExperts) provider = shard;
         if (facts.kind != ShardKind::kTrunk) holders.emplace_back(*shard, facts.keep, facts.n_expert);
     }
-    if (provider == nullptr) throw Error(shards.front()->path() + ": holds experts only; the file of the trunk is missing");
+    if (provider == nullptr)
+        throw Error(shards.front()->path() + ": holds experts only; the file of the trunk is missing");
     for (const uint32_t layer : first.layers) {
         const std::string ids = missing(holders, layer, first.n_expert);
         if (!ids.empty()) {
@@ -118,7 +156,7 @@ std::vector<SegmentList> merge_segments(const std::vector<const GGUFMap*>& shard
     NewFile file = put_together(*provider, facts_of(*provider), holders, all, used);
     for (const Entry& entry : provider->metadata().entries) {
         if (is_of_file(entry.key)) continue;
-        const Entry* original = provider->metadata().find(std::string(kSource) + entry.key);
+        const Entry* original = original_of(*provider, first, entry);
         if (original == nullptr) {
             file.entries.push_back(carried(*provider, entry));
         } else {
@@ -140,8 +178,7 @@ SegmentList join_segments(const GGUFMap& trunk, const GGUFMap& experts) {
     }
     check_same_model(trunk, trunk_facts, experts, facts);
     const std::vector<Holder> holders{{experts, facts.keep, facts.n_expert}};
-    NewFile file =
-        put_together(trunk, trunk_facts, holders, facts.keep, holders.front().layout().n_expert_used);
+    NewFile file = put_together(trunk, trunk_facts, holders, facts.keep, holders.front().layout().n_expert_used);
     for (const Entry& entry : trunk.metadata().entries) {
         if (is_of_file(entry.key)) continue;
         const Entry* own = experts.metadata().find(entry.key);

@@ -36,8 +36,8 @@ def plan_groups(
     """
     source = model if isinstance(model, GGUFMap) else GGUFMap(model)
     identity = identify(source)
-    if identity.n_expert == 0:
-        raise MoeshardError(f"{source.path}: is a dense model: it has no experts to take out")
+    if not identity.moe_layers:
+        raise MoeshardError(f"{source.path}: has no experts to take out: it is a dense model, or a trunk")
     shape = (identity.n_layer, identity.n_expert, identity.moe_layers)
     keeps = group_experts(
         mode,

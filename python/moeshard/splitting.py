@@ -99,8 +99,8 @@ def split(
     """
     source = model if isinstance(model, GGUFMap) else GGUFMap(model)
     identity = identify(source)
-    if identity.n_expert == 0:
-        raise MoeshardError(f"{source.path}: is a dense model: it has no experts to take out")
+    if not identity.moe_layers:
+        raise MoeshardError(f"{source.path}: has no experts to take out: it is a dense model, or a trunk")
     single = not isinstance(keeps, Plan) and not _is_list(keeps)
     if single and trunk_once:
         raise MoeshardError("trunk_once needs several keeps, or a folder to write to; give a list of keeps")

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import gguf
 import numpy as np
 import numpy.typing as npt
+import pytest
 from hypothesis import strategies as st
+
+from moeshard import MoeshardError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "gguf"))
 
@@ -27,6 +32,7 @@ __all__ = [
     "keep_of",
     "new_source",
     "partitions",
+    "refused",
     "small_source",
     "sources",
 ]
@@ -76,14 +82,16 @@ class Source:
         path.write_bytes(self.gguf.build())
         return path
 
-    def write_parts(self, folder: Path, n_parts: int) -> Path:
-        """Write it as several files; return the first."""
+    def write_parts(self, folder: Path, n_parts: int, version: int | None = None) -> Path:
+        """Write it as several files; return the first. All of them name the version."""
         tensors = self.gguf.tensors
         bounds = [round(i * len(tensors) / n_parts) for i in range(n_parts + 1)]
         paths = [folder / f"model-{i + 1:05}-of-{n_parts:05}.gguf" for i in range(n_parts)]
         for i, path in enumerate(paths):
             part = replace(self.gguf, entries=list(self.gguf.entries) if i == 0 else [])
             part.tensors = tensors[bounds[i] : bounds[i + 1]]
+            if version is not None:
+                part.kv("general.version", gb.U32, version)
             part.kv("split.no", gb.U16, i).kv("split.count", gb.U16, n_parts)
             part.kv("split.tensors.count", gb.I32, len(tensors))
             if i > 0 and part.alignment != 32:
@@ -227,3 +235,16 @@ def keep_of(source: Source, *experts: int) -> Keep:
     keep = np.zeros((source.n_layer, source.n_expert), dtype=bool)
     keep[:, list(experts)] = True
     return keep
+
+
+@contextmanager
+def refused(folder: Path, message: str) -> Iterator[None]:
+    """The block raises, and leaves the folder as it was."""
+
+    def files() -> dict[str, int]:
+        return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+    before = files()
+    with pytest.raises(MoeshardError, match=message):
+        yield
+    assert files() == before

@@ -22,7 +22,7 @@ from moeshard import GGUFMap, _core
 from moeshard._core import SegmentList
 
 NOTES = [("fingerprint", "of this model")]
-several = settings(deadline=None, max_examples=60)
+several = settings(deadline=None, max_examples=40)
 
 
 @contextmanager
