@@ -95,8 +95,8 @@ std::vector<Part> divide(const NewFile& file, uint64_t max_file_size, const std:
         std::vector<std::vector<Piece>> entries;
         entries.push_back(split_entry("split.no", ValueType::kUint16, number(static_cast<uint16_t>(no))));
         entries.push_back(split_entry("split.count", ValueType::kUint16, number(static_cast<uint16_t>(count))));
-        entries.push_back(split_entry("split.tensors.count", ValueType::kInt32,
-                                      number(static_cast<int32_t>(file.tensors.size()))));
+        entries.push_back(
+            split_entry("split.tensors.count", ValueType::kInt32, number(static_cast<int32_t>(file.tensors.size()))));
         return entries;
     };
     std::vector<std::vector<Piece>> aligned;  // other parts carry nothing else of the model's metadata
@@ -108,8 +108,8 @@ std::vector<Part> divide(const NewFile& file, uint64_t max_file_size, const std:
     const uint64_t other_head = kCounts + entries_size(aligned) + entries_size(numbers(0, 0));
 
     if (file.tensors.empty()) {
-        throw Error(name + ": a file of at most " + std::to_string(max_file_size) + " bytes is too small for a header of " +
-                    std::to_string(first_head) + " bytes; allow larger files");
+        throw Error(name + ": a file of at most " + std::to_string(max_file_size) +
+                    " bytes is too small for a header of " + std::to_string(first_head) + " bytes; allow larger files");
     }
     std::vector<Part> parts;
     uint64_t head = 0;

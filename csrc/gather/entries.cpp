@@ -1,7 +1,9 @@
 // The encoding of metadata entries.
 #include <cstring>
+#include <limits>
 
 #include "assemble.hpp"
+#include "checked.hpp"
 
 namespace moeshard::gather {
 
@@ -15,6 +17,14 @@ std::string number(T value) {
 }
 
 std::string text(std::string_view value) { return number<uint64_t>(value.size()) + std::string(value); }
+
+// Of the types that a count can have.
+uint64_t largest(gguf::ValueType type) {
+    if (type == gguf::ValueType::kBool) return 1;
+    const bool is_signed = type == gguf::ValueType::kInt8 || type == gguf::ValueType::kInt16 ||
+                           type == gguf::ValueType::kInt32 || type == gguf::ValueType::kInt64;
+    return std::numeric_limits<uint64_t>::max() >> (64 - 8 * gguf::size_of(type) + (is_signed ? 1 : 0));
+}
 
 std::string type_number(gguf::ValueType type) { return number(static_cast<uint32_t>(type)); }
 
@@ -46,10 +56,16 @@ std::string uints_entry(std::string_view key, const std::vector<uint32_t>& value
 
 std::string replaced_entry(const gguf::Entry& like, const std::vector<uint64_t>& values) {
     const size_t width = gguf::size_of(like.type);
+    const uint64_t most = largest(like.type);
     std::string bytes;
     for (uint64_t i = 0; i < like.count; ++i) {
         const uint64_t value = values.size() == 1 ? values.front() : values.at(i);
-        bytes += number(value).substr(0, width);  // GGUF files are little-endian, and so is every machine that runs this
+        if (value > most) {
+            throw Error("metadata key '" + gguf::printable(like.key) + "' is of type " + gguf::name(like.type) +
+                        ", which cannot hold " + std::to_string(value));
+        }
+        // GGUF files are little-endian, and so is every machine that runs this.
+        bytes += number(value).substr(0, width);
     }
     return like.is_array ? array_entry_head(like.key, like.type, like.count) + bytes
                          : scalar_entry(like.key, like.type, bytes);

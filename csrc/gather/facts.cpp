@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "checked.hpp"
+#include "counts.hpp"
 
 namespace moeshard {
 
@@ -76,12 +77,14 @@ std::optional<ShardFacts> shard_facts(const gguf::GGUFMap& file) {
     const std::vector<uint64_t> layers = reader.uints(kLayers);
     reader.check_ids(kLayers, layers.data(), layers.data() + layers.size(), layout.n_layer);
     facts.layers.assign(layers.begin(), layers.end());
+    if (facts.kind != ShardKind::kTrunk && facts.layers != expert_layers(layout)) {
+        reader.fail(kLayers, "does not name the layers of which the file holds experts");
+    }
 
     facts.keep.assign(static_cast<size_t>(facts.n_layer) * facts.n_expert, 1);
     const std::vector<uint64_t> kept = facts.kind == ShardKind::kTrunk ? std::vector<uint64_t>() : reader.uints(kKept);
     const size_t n_keep = layers.empty() ? 0 : kept.size() / layers.size();
-    if (kept.size() != n_keep * layers.size() ||
-        (facts.kind != ShardKind::kTrunk && n_keep != layout.n_expert)) {
+    if (kept.size() != n_keep * layers.size() || (facts.kind != ShardKind::kTrunk && n_keep != layout.n_expert)) {
         reader.fail(kKept, "does not hold as many ids for each layer as the file has experts");
     }
     for (size_t i = 0; i < layers.size(); ++i) {

@@ -21,14 +21,18 @@ struct Slice {
     uint64_t number;  // in that file
 };
 
-Slice find_slice(const std::vector<Holder>& holders, const std::string& name, uint32_t layer, uint64_t slice) {
+Slice find_slice(const std::vector<Holder>& holders, const std::string& name, uint32_t layer, uint64_t slice,
+                 uint32_t step) {
     for (const Holder& holder : holders) {
         const ExpertTensor* facts = holder.find(name);
-        if (facts == nullptr) continue;
-        const uint32_t step = experts_per_slice(holder.layout(), *facts);
+        if (facts == nullptr || experts_per_slice(holder.layout(), *facts) != step) continue;
         if (!holder.holds(layer, static_cast<uint32_t>(slice * step))) continue;
         uint64_t number = 0;
         for (uint64_t i = 0; i < slice; ++i) number += holder.holds(layer, static_cast<uint32_t>(i * step));
+        if (number >= facts->count) {
+            throw Error(holder.map().path() + ": tensor '" + gguf::printable(name) +
+                        "' holds fewer experts than the file says; it is damaged, write it again");
+        }
         return {&holder, facts, number};
     }
     throw Error("tensor '" + gguf::printable(name) + "': expert " + std::to_string(slice) + " is in none of the files");
@@ -93,8 +97,8 @@ NewTensor copy_tensor(const gguf::GGUFMap& map, const gguf::Tensor& tensor) {
 
 NewTensor gather_tensor(const std::vector<Holder>& holders, const std::string& name, const uint8_t* row,
                         uint32_t n_used) {
-    const auto first =
-        std::find_if(holders.begin(), holders.end(), [&](const Holder& holder) { return holder.find(name) != nullptr; });
+    const auto first = std::find_if(holders.begin(), holders.end(),
+                                    [&](const Holder& holder) { return holder.find(name) != nullptr; });
     if (first == holders.end()) throw Error("tensor '" + gguf::printable(name) + "' is in none of the files");
     const ExpertTensor& facts = *first->find(name);
     if (facts.role == Role::kExpertIds) return gather_table(*first, facts, row, n_used);
@@ -105,11 +109,11 @@ NewTensor gather_tensor(const std::vector<Holder>& holders, const std::string& n
     uint64_t count = 0;
     for (uint64_t i = 0; i * step < first->n_expert(); ++i) {
         if (row[i * step] == 0) continue;
-        const Slice slice = find_slice(holders, name, facts.layer, i);
+        const Slice slice = find_slice(holders, name, facts.layer, i, step);
         const gguf::Tensor& tensor = slice.holder->map().tensors()[slice.facts->tensor];
         if (tensor.type != like.type || slice.facts->slice_bytes != facts.slice_bytes) {
-            throw Error(slice.holder->map().path() + ": tensor '" + gguf::printable(name) + "' " + tensor.shape() + " (" +
-                        tensor.type_name() + ") is not that of " + first->map().path() +
+            throw Error(slice.holder->map().path() + ": tensor '" + gguf::printable(name) + "' " + tensor.shape() +
+                        " (" + tensor.type_name() + ") is not that of " + first->map().path() +
                         "; these are shards of different models");
         }
         const gguf::ByteRange range{tensor.offset + slice.number * facts.slice_bytes, facts.slice_bytes};

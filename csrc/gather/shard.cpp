@@ -14,9 +14,7 @@ using namespace gather;
 using gguf::Entry;
 using gguf::GGUFMap;
 
-FileRange range_of(const GGUFMap& model, const Entry& entry) {
-    return {model.parts().front().mapping, entry.range};
-}
+FileRange range_of(const GGUFMap& model, const Entry& entry) { return {model.parts().front().mapping, entry.range}; }
 
 // New values of the counts of experts; nothing where a key keeps its own.
 class NewCounts {
@@ -32,7 +30,8 @@ public:
 
     // nullptr where `key` is not replaced.
     const std::string* find(const std::string& key) const {
-        const auto at = std::find_if(values_.begin(), values_.end(), [&](const auto& value) { return value.first == key; });
+        const auto at =
+            std::find_if(values_.begin(), values_.end(), [&](const auto& value) { return value.first == key; });
         return at == values_.end() ? nullptr : &at->second;
     }
 
@@ -44,10 +43,16 @@ private:
         const bool same = values.size() == 1
                               ? std::all_of(own.begin(), own.end(), [&](uint64_t v) { return v == values.front(); })
                               : own == values;
-        if (!same) values_.emplace_back(key, replaced_entry(*entry, values));
+        if (same) return;
+        try {
+            values_.emplace_back(key, replaced_entry(*entry, values));
+        } catch (const Error& error) {
+            throw Error(model.path() + ": " + error.what());
+        }
     }
 
-    // A list keeps the numbers of layers that the shard does not change, those without experts among them.
+    // A list keeps the numbers of layers that the shard does not change, those without experts among them; more than
+    // there are experts would be refused even there.
     void set_used(const GGUFMap& model, const MoeLayout& layout, const Counts& counts) {
         const std::string key = layout.arch + ".expert_used_count";
         const Entry* entry = model.metadata().find(key);
@@ -58,6 +63,7 @@ private:
                 const bool applies = !entry->is_array || layer == i;
                 if (applies && counts.n_expert_used[layer] != 0) values[i] = counts.n_expert_used[layer];
             }
+            values[i] = std::min<uint64_t>(values[i], counts.n_expert);
         }
         set(model, key, values);
     }
@@ -154,7 +160,8 @@ std::vector<SegmentList> shard_segments(const GGUFMap& model, const Keep& keep, 
     const MoeLayout layout = moe_layout(model);
     if (layout.tensors.empty()) throw Error(model.path() + ": is a dense model: it has no experts to take out");
     if (model.metadata().find(kKind) != nullptr) {
-        throw Error(model.path() + ": is itself a shard; take experts out of the whole model, or merge its shards first");
+        throw Error(model.path() +
+                    ": is itself a shard; take experts out of the whole model, or merge its shards first");
     }
     ShardFacts facts;
     facts.kind = params.kind;

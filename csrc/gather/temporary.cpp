@@ -38,7 +38,8 @@ void remove_stale(const std::string& folder, const std::string& prefix) {
     const std::string ending = kEnding;
     while (const dirent* entry = ::readdir(dir)) {
         const std::string name = entry->d_name;
-        if (name.size() != prefix.size() + kRandomLetters + ending.size() || name.compare(0, prefix.size(), prefix) != 0 ||
+        if (name.size() != prefix.size() + kRandomLetters + ending.size() ||
+            name.compare(0, prefix.size(), prefix) != 0 ||
             name.compare(name.size() - ending.size(), ending.size(), ending) != 0) {
             continue;
         }

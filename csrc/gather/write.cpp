@@ -25,9 +25,9 @@ namespace {
 
 using gather::TemporaryFile;
 
-constexpr uint64_t kTaskBytes = 32 << 20;   // progress is seen, and work shared, in steps of this
-constexpr uint64_t kTableBytes = 4 << 20;   // converted at once
-constexpr int kMostJobs = 4;                // more only wait for the disk
+constexpr uint64_t kTaskBytes = 32 << 20;  // progress is seen, and work shared, in steps of this
+constexpr uint64_t kTableBytes = 4 << 20;  // converted at once
+constexpr int kMostJobs = 4;               // more only wait for the disk
 
 // A part of a segment.
 struct Task {

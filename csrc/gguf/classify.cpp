@@ -99,7 +99,7 @@ std::optional<ExpertTensor> Classifier::operator()(const Tensor& tensor) const {
         }
         return named_expert(tensor, name);
     }
-    if (!in_block || layout_.n_expert == 0 || is_known_trunk(name.stem)) return std::nullopt;
+    if (!in_block || layout_.n_expert == 0 || is_shard_ || is_known_trunk(name.stem)) return std::nullopt;
     // A part of a block that is not known: trunk if it has no room for experts.
     const bool has_room =
         std::any_of(tensor.ne.begin(), tensor.ne.end(), [&](uint64_t n) { return n > 0 && n % layout_.n_expert == 0; });
@@ -166,7 +166,7 @@ std::optional<ExpertTensor> Classifier::router(const Tensor& tensor, const Name&
 }
 
 ExpertTensor Classifier::ids(const Tensor& tensor, const Name& name) const {
-    if (!holds_integers(tensor) || tensor.ne[0] != layout_.n_expert_used[name.layer]) {
+    if (!holds_integers(tensor) || tensor.nbytes == 0 || tensor.ne[0] != layout_.n_expert_used[name.layer]) {
         fail(tensor, "should hold the ids of " + std::to_string(layout_.n_expert_used[name.layer]) +
                          " experts per token as integers");
     }

@@ -11,8 +11,10 @@ namespace moeshard {
 class Classifier {
 public:
     // The counts of `layout` must be set; it and `name`, which stands for the file, must outlive the classifier.
-    Classifier(const MoeLayout& layout, uint64_t n_embd, const std::string& name)
-        : layout_(layout), n_embd_(n_embd), name_(name) {}
+    // `is_shard`: what is not known was found to be trunk in the whole model; by the fewer experts of a shard, sizes
+    // that are their multiples are a coincidence.
+    Classifier(const MoeLayout& layout, uint64_t n_embd, bool is_shard, const std::string& name)
+        : layout_(layout), n_embd_(n_embd), is_shard_(is_shard), name_(name) {}
 
     // Nothing for the trunk. The index of the tensor is left to the caller.
     std::optional<ExpertTensor> operator()(const gguf::Tensor& tensor) const;
@@ -30,6 +32,7 @@ private:
 
     const MoeLayout& layout_;
     const uint64_t n_embd_;
+    const bool is_shard_;
     const std::string& name_;
 };
 

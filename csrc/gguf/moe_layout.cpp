@@ -35,6 +35,9 @@ public:
         const Entry* arch = directory.find("general.architecture");
         if (arch == nullptr) fail("has no general.architecture: not a model");
         arch_ = get(*arch, [](const Entry& entry) { return std::string(entry.as_string()); });
+        // Messages are full of it.
+        if (arch_ != gguf::printable(arch_))
+            fail("general.architecture is '" + gguf::printable(arch_) + "', which is no name");
     }
 
     const std::string& arch() const { return arch_; }
@@ -200,7 +203,8 @@ MoeLayout moe_layout(const Directory& directory, const std::vector<Tensor>& tens
     MoeLayout layout;
     read_counts(metadata, layout);
     read_used(metadata, layout);
-    const Classifier classifier(layout, metadata.uint("embedding_length", 0), file);
+    const bool is_shard = directory.find("moeshard.kind") != nullptr;
+    const Classifier classifier(layout, metadata.uint("embedding_length", 0), is_shard, file);
     for (size_t i = 0; i < tensors.size(); ++i) {
         if (std::optional<ExpertTensor> expert = classifier(tensors[i])) {
             expert->tensor = i;
