@@ -137,6 +137,13 @@ void register_context(py::module_& m) {
         .def_property_readonly("n_ctx", &Context::n_ctx)
         .def_property_readonly("n_seq_max", &Context::n_seq_max)
         .def_property_readonly("n_graph_reuses", &Context::n_graph_reuses)
+        .def_property_readonly(
+            "memory",
+            [](const Context& context) {
+                const moeshard::MemoryUse use = context.memory();
+                return py::make_tuple(use.model, use.context, use.compute);
+            },
+            "(model, context, compute): bytes allocated, or that a simulated model would allocate")
         .def("n_past", &Context::n_past, py::arg("seq") = 0)
         .def(
             "set_keep",

@@ -82,8 +82,8 @@ std::vector<SegmentList> merge(const std::vector<std::shared_ptr<GGUFMap>>& shar
     return moeshard::merge_segments(maps, max_file_size);
 }
 
-void write_all(const std::vector<const SegmentList*>& lists, const std::vector<std::filesystem::path>& paths, bool force,
-           int32_t jobs, const std::optional<py::function>& progress) {
+void write_all(const std::vector<const SegmentList*>& lists, const std::vector<std::filesystem::path>& paths,
+               bool force, int32_t jobs, const std::optional<py::function>& progress) {
     if (lists.size() != paths.size()) {
         throw Error(std::to_string(lists.size()) + " files need as many paths, got " + std::to_string(paths.size()));
     }
@@ -153,12 +153,13 @@ void register_gather(py::module_& m) {
                 return paths;
             },
             "paths of the files that ranges are read from")
-        .def("read", &read_bytes, py::arg("offset"), py::arg("size"), "Return bytes of the file that the segments make.")
+        .def("read", &read_bytes, py::arg("offset"), py::arg("size"),
+             "Return bytes of the file that the segments make.")
         .def("moe_layout", &layout_of, "How the tensors of the file depend on its experts.");
 
     py::class_<ShardFacts>(m, "ShardFacts", "What a shard says about itself.")
-        .def_property_readonly("kind", [](const ShardFacts& self) { return moeshard::name(self.kind); },
-                               "'shard', 'trunk' or 'experts'")
+        .def_property_readonly(
+            "kind", [](const ShardFacts& self) { return moeshard::name(self.kind); }, "'shard', 'trunk' or 'experts'")
         .def_readonly("n_layer", &ShardFacts::n_layer)
         .def_readonly("n_expert", &ShardFacts::n_expert, "of the whole model")
         .def_readonly("layers", &ShardFacts::layers, "layers with experts, ascending")

@@ -307,7 +307,8 @@ void register_gguf(py::module_& m) {
     register_infos(m);
     register_layout(m);
     register_mappings(m);
-    py::class_<GGUFMap, std::shared_ptr<GGUFMap>>(m, "GGUFMap", py::dynamic_attr(), R"(A GGUF file, or all parts of one, mapped for reading.
+    py::class_<GGUFMap, std::shared_ptr<GGUFMap>>(m, "GGUFMap", py::dynamic_attr(),
+                                                  R"(A GGUF file, or all parts of one, mapped for reading.
 
 Nothing is read but the header until a tensor is looked at. Views stay valid without the map.)")
         .def(py::init([](const std::filesystem::path& path) {

@@ -15,13 +15,14 @@ using moeshard::Routing;
 namespace {
 
 std::shared_ptr<Model> load(const std::string& path, const moeshard::SegmentList* segments, int32_t n_gpu_layers,
-                            bool mmap, bool check_tensors, uint32_t n_expert_used,
+                            bool mmap, bool check_tensors, uint32_t n_expert_used, bool simulate,
                             const std::optional<py::function>& progress) {
     ModelParams params;
     params.n_gpu_layers = n_gpu_layers;
     params.mmap = mmap;
     params.check_tensors = check_tensors;
     params.n_expert_used = n_expert_used;
+    params.simulate = simulate;
     params.progress = [&progress](float fraction) {
         const py::gil_scoped_acquire gil;
         if (PyErr_CheckSignals() != 0) return false;
@@ -49,8 +50,9 @@ void register_model(py::module_& m) {
         .def_property_readonly("moe_layers", &Routing::moe_layers);
 
     py::class_<Model, std::shared_ptr<Model>>(m, "Model", "A loaded model.")
-        .def(py::init(&load), py::arg("path"), py::arg("segments") = nullptr, py::kw_only(), py::arg("n_gpu_layers") = -1, py::arg("mmap") = true,
-             py::arg("check_tensors") = false, py::arg("n_expert_used") = 0, py::arg("progress") = py::none())
+        .def(py::init(&load), py::arg("path"), py::arg("segments") = nullptr, py::kw_only(),
+             py::arg("n_gpu_layers") = -1, py::arg("mmap") = true, py::arg("check_tensors") = false,
+             py::arg("n_expert_used") = 0, py::arg("simulate") = false, py::arg("progress") = py::none())
         .def_property_readonly("path", &Model::path)
         .def_property_readonly("routing", &Model::routing, py::return_value_policy::reference_internal)
         .def_property_readonly("description", &Model::description)

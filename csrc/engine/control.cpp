@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "hook_state.hpp"
+#include "llama-ext.h"
 
 namespace moeshard::hook {
 
@@ -37,5 +38,15 @@ void stop_trace(llama_context* ctx) {
 }
 
 void enable_masks(llama_context* ctx) { attach(ctx); }
+
+MemoryUse memory_of(const llama_context* ctx) {
+    MemoryUse sum;
+    for (const auto& [type, use] : llama_get_memory_breakdown(ctx)) {
+        sum.model += use.model;
+        sum.context += use.context;
+        sum.compute += use.compute;
+    }
+    return sum;
+}
 
 }  // namespace moeshard::hook

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "moeshard/context.hpp"
 #include "moeshard/keep.hpp"
 #include "moeshard/trace.hpp"
 
@@ -23,5 +24,8 @@ void stop_trace(llama_context* ctx);
 
 // Prepares `ctx` for masks, so that its first one rebuilds nothing.
 void enable_masks(llama_context* ctx);
+
+// What `ctx` and its model have allocated, or would have for a model that only simulates it. All devices together.
+MemoryUse memory_of(const llama_context* ctx);
 
 }  // namespace moeshard::hook

@@ -148,7 +148,8 @@ std::vector<Part> divide(const NewFile& file, uint64_t max_file_size, const std:
 
 }  // namespace
 
-std::vector<SegmentList> assemble(NewFile file, uint64_t max_file_size, const std::string& name) {
+std::vector<SegmentList> assemble(NewFile file, uint64_t max_file_size, const std::string& name,
+                                  const std::vector<const gguf::GGUFMap*>& models) {
     Part whole{file.entries, 0, file.tensors.size()};
     uint64_t size = kCounts + entries_size(file.entries);
     for (const NewTensor& tensor : file.tensors) size += info_size(tensor);
@@ -158,7 +159,12 @@ std::vector<SegmentList> assemble(NewFile file, uint64_t max_file_size, const st
     std::vector<Part> parts{whole};
     if (max_file_size != 0 && size > max_file_size) parts = divide(file, max_file_size, name);
     std::vector<SegmentList> lists;
-    for (Part& part : parts) lists.push_back(lay_out(file, part));
+    for (Part& part : parts) {
+        SegmentList& list = lists.emplace_back(lay_out(file, part));
+        for (const gguf::GGUFMap* model : models) {
+            for (const gguf::Part& source : model->parts()) list.add_source(source.mapping);
+        }
+    }
     return lists;
 }
 

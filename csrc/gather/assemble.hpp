@@ -43,8 +43,10 @@ struct NewFile {
 };
 
 // One file; or, where that would be larger than `max_file_size` (0: no limit), several as llama.cpp names and numbers
-// them (-00001-of-0000N). Throws Error where a single tensor is too large for a part.
-std::vector<SegmentList> assemble(NewFile file, uint64_t max_file_size, const std::string& name);
+// them (-00001-of-0000N). All files of `models` become sources, also those that nothing is taken from: none may be
+// written over. Throws Error where a single tensor is too large for a part.
+std::vector<SegmentList> assemble(NewFile file, uint64_t max_file_size, const std::string& name,
+                                  const std::vector<const gguf::GGUFMap*>& models);
 
 // Encoded entries of a header.
 std::string scalar_entry(std::string_view key, gguf::ValueType type, std::string_view value);

@@ -34,8 +34,8 @@ private:
 // A tensor as it is.
 NewTensor copy_tensor(const gguf::GGUFMap& map, const gguf::Tensor& tensor);
 
-// An expert tensor with the experts of `row`, (n_expert,), each from the first of `holders` that has it. `n_used` is the
-// experts per token where the tensor is a table of expert ids. Throws Error where an expert is in none of them.
+// An expert tensor with the experts of `row`, (n_expert,), each from the first of `holders` that has it. `n_used` is
+// the experts per token where the tensor is a table of expert ids. Throws Error where an expert is in none of them.
 NewTensor gather_tensor(const std::vector<Holder>& holders, const std::string& name, const uint8_t* row,
                         uint32_t n_used);
 

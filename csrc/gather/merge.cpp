@@ -166,7 +166,7 @@ std::vector<SegmentList> merge_segments(const std::vector<const GGUFMap*>& shard
                                    : scalar_entry(entry.key, original->type, bytes));
         }
     }
-    return assemble(std::move(file), max_file_size, provider->path());
+    return assemble(std::move(file), max_file_size, provider->path(), shards);
 }
 
 SegmentList join_segments(const GGUFMap& trunk, const GGUFMap& experts) {
@@ -192,7 +192,7 @@ SegmentList join_segments(const GGUFMap& trunk, const GGUFMap& experts) {
             file.entries.push_back(carried(experts, entry));
         }
     }
-    return std::move(assemble(std::move(file), 0, trunk.path()).front());
+    return std::move(assemble(std::move(file), 0, trunk.path(), {&trunk, &experts}).front());
 }
 
 }  // namespace moeshard

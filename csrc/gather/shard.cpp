@@ -169,13 +169,14 @@ std::vector<SegmentList> shard_segments(const GGUFMap& model, const Keep& keep, 
     facts.n_expert = layout.n_expert;
     facts.layers = expert_layers(layout);
     facts.notes = params.notes;
-    if (params.kind == ShardKind::kTrunk) {
-        return assemble(trunk_file(model, layout, std::move(facts)), params.max_file_size, model.path());
-    }
+    const auto laid_out = [&](NewFile file) {
+        return assemble(std::move(file), params.max_file_size, model.path(), {&model});
+    };
+    if (params.kind == ShardKind::kTrunk) return laid_out(trunk_file(model, layout, std::move(facts)));
     const Counts counts = count_experts(layout, keep, params, model.path());
     const uint8_t* rows = keep.row(0);
     facts.keep.assign(rows, rows + static_cast<size_t>(layout.n_layer) * layout.n_expert);
-    return assemble(shard_file(model, layout, counts, std::move(facts)), params.max_file_size, model.path());
+    return laid_out(shard_file(model, layout, counts, std::move(facts)));
 }
 
 std::string part_path(const std::string& path, size_t index, size_t count) {

@@ -11,6 +11,7 @@
 #include <condition_variable>
 #include <cstring>
 #include <exception>
+#include <filesystem>
 #include <memory>
 #include <mutex>
 #include <set>
@@ -83,10 +84,18 @@ void run(const Task& task, const SegmentList& list, const TemporaryFile& file) {
     }
 }
 
+// One name for all ways to write it. The last part is not resolved: a link is replaced, not what it points to.
+std::string canonical(const std::string& path) {
+    const std::filesystem::path given(path);
+    std::error_code failed;
+    const std::filesystem::path folder = std::filesystem::weakly_canonical(gather::folder_of(path), failed);
+    return failed ? path : (folder / given.filename()).string();
+}
+
 void check_outputs(const std::vector<Output>& outputs, bool force) {
     std::set<std::string> names;
     for (const Output& output : outputs) {
-        if (!names.insert(output.path).second) throw Error(output.path + ": would be written twice");
+        if (!names.insert(canonical(output.path)).second) throw Error(output.path + ": would be written twice");
         struct stat status {};
         if (::stat(output.path.c_str(), &status) != 0) {
             if (errno == ENOENT || errno == ENOTDIR) continue;  // the folder is looked at when the file is made
@@ -169,6 +178,18 @@ private:
     std::exception_ptr error_;
 };
 
+// All files get their names, or none does. Where existing files may be replaced what they were is lost, so then those
+// that have their names keep them.
+void publish(const std::vector<std::unique_ptr<TemporaryFile>>& files, bool force) {
+    size_t n_published = 0;
+    try {
+        for (; n_published < files.size(); ++n_published) files[n_published]->publish(force);
+    } catch (...) {
+        for (size_t i = 0; i < n_published && !force; ++i) ::unlink(files[i]->path().c_str());
+        throw;
+    }
+}
+
 // A name in a folder is on the disk when the folder is.
 void flush_folder(const std::string& folder) {
     const int fd = ::open(folder.c_str(), O_RDONLY | O_CLOEXEC);
@@ -191,10 +212,8 @@ void write_files(const std::vector<Output>& outputs, const WriteParams& params) 
     for (const auto& file : files) file->flush();
     for (const Output& output : outputs) output.segments->check_sources();
     std::set<std::string> folders;
-    for (const auto& file : files) {
-        file->publish(params.force);
-        folders.insert(gather::folder_of(file->path()));
-    }
+    publish(files, params.force);
+    for (const auto& file : files) folders.insert(gather::folder_of(file->path()));
     for (const std::string& folder : folders) flush_folder(folder);
 }
 

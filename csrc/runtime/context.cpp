@@ -94,6 +94,8 @@ int32_t Context::n_past(int32_t seq) const {
     return past[static_cast<size_t>(seq)];
 }
 
+MemoryUse Context::memory() const { return hook::memory_of(ctx); }
+
 void Context::set_keep(const Keep* keep, int32_t seq) {
     if (seq >= 0) n_past(seq);  // exists
     hook::set_mask(ctx, seq, keep);

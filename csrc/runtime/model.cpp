@@ -45,6 +45,8 @@ llama_model_params native(const ModelParams& params) {
     native.n_gpu_layers = params.n_gpu_layers;
     native.load_mode = params.mmap ? LLAMA_LOAD_MODE_MMAP : LLAMA_LOAD_MODE_NONE;
     native.check_tensors = params.check_tensors;
+    native.no_alloc = params.simulate;
+    if (params.simulate) native.load_mode = LLAMA_LOAD_MODE_NONE;
     native.progress_callback = report_progress;
     native.progress_callback_user_data = const_cast<std::function<bool(float)>*>(&params.progress);
     return native;

@@ -48,7 +48,8 @@ RoutingStatistics::RoutingStatistics(int32_t n_seq, std::vector<int32_t> layers,
 
 void RoutingStatistics::add(const UbatchTrace& trace) {
     for (const int32_t seq : trace.seq) {
-        if (seq < 0 || seq >= n_seq_) throw Error("statistics of sequence " + std::to_string(seq) + " were not asked for");
+        if (seq < 0 || seq >= n_seq_)
+            throw Error("statistics of sequence " + std::to_string(seq) + " were not asked for");
     }
     for (const LayerTrace& layer : trace.layers) {
         const auto at = std::find(layers_.begin(), layers_.end(), layer.layer);

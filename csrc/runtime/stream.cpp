@@ -55,7 +55,9 @@ std::unique_ptr<std::FILE, CloseFile> open_stream(const SegmentList& segments) {
         });
 #else
     cookie_io_functions_t functions{};
-    functions.read = [](void* c, char* out, size_t size) -> ssize_t { return static_cast<Cursor*>(c)->read(out, size); };
+    functions.read = [](void* c, char* out, size_t size) -> ssize_t {
+        return static_cast<Cursor*>(c)->read(out, size);
+    };
     functions.seek = [](void* c, off64_t* offset, int whence) {
         const int64_t target = static_cast<Cursor*>(c)->seek(*offset, whence);
         if (target < 0) return -1;

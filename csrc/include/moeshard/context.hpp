@@ -25,6 +25,13 @@ struct ContextParams {
     int32_t n_threads = 0;   // 0: as many as the processors this process may use
 };
 
+// Bytes.
+struct MemoryUse {
+    uint64_t model = 0;    // weights
+    uint64_t context = 0;  // keys and values of attention, or other state
+    uint64_t compute = 0;  // intermediate results
+};
+
 // For which tokens of an input the logits are computed.
 enum class Outputs { none, last, all };
 
@@ -52,6 +59,8 @@ public:
     int32_t n_ctx() const;  // per sequence
     int32_t n_seq_max() const;
     int32_t n_past(int32_t seq) const;  // tokens that the sequence holds
+    // Of this context and its model. A model that was loaded with ModelParams::simulate says what it would take.
+    MemoryUse memory() const;
 
     // From the next decode on, routes the tokens of `seq` to kept experts only; null clears. seq < 0: all sequences
     // that have no keep of their own. Rebuilds no graph. Throws Error as Keep::check does.

@@ -23,6 +23,8 @@ struct ModelParams {
     // Experts per token instead of what the file says, in every layer that routes; 0: as the file says. Only for files
     // with one number for all layers.
     uint32_t n_expert_used = 0;
+    // Reads the header only and allocates nothing, to ask a Context how much memory it would take. Computes nothing.
+    bool simulate = false;
     // Called with the fraction loaded; returning false stops the load, which then throws Error.
     std::function<bool(float)> progress;
 };
@@ -32,8 +34,8 @@ class Model : public std::enable_shared_from_this<Model> {
 public:
     // `path` names a GGUF file or the first part (-00001-of-0000N.gguf) of one. Throws Error.
     static std::shared_ptr<Model> load(const std::string& path, const ModelParams& params = {});
-    // A model that is no file: what `segments` say is read into memory, and nothing else of their sources. `name` stands
-    // for the model in messages and is its path().
+    // A model that is no file: what `segments` say is read into memory, and nothing else of their sources. `name`
+    // stands for the model in messages and is its path().
     static std::shared_ptr<Model> load(const SegmentList& segments, const std::string& name,
                                        const ModelParams& params = {});
     ~Model();

@@ -9,8 +9,8 @@
 
 namespace moeshard {
 
-// Of the tokens of sequences 0 .. n_seq-1 in some layers of a model. Arrays are row-major; a *weight* is what an expert's
-// output is multiplied by, a *norm* the L2 norm of that output before.
+// Of the tokens of sequences 0 .. n_seq-1 in some layers of a model. Arrays are row-major; a *weight* is what an
+// expert's output is multiplied by, a *norm* the L2 norm of that output before.
 class RoutingStatistics {
 public:
     // `scores_are_logits`: the router's scores have yet to go through a softmax (gpt-oss).
