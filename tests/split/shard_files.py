@@ -242,7 +242,7 @@ def refused(folder: Path, message: str) -> Iterator[None]:
     """The block raises, and leaves the folder as it was."""
 
     def files() -> dict[str, int]:
-        return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+        return {str(path): path.lstat().st_mtime_ns for path in folder.rglob("*")}
 
     before = files()
     with pytest.raises(MoeshardError, match=message):
