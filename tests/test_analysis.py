@@ -8,7 +8,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from conftest import Cli
+from command_line import Cli
 
 import moeshard
 from moeshard import MoeshardError

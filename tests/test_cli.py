@@ -14,7 +14,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from conftest import Cli, Result
+from command_line import Cli, Result
 
 import moeshard
 from moeshard.cli import output
