@@ -268,6 +268,21 @@ void register_layout(py::module_& m) {
         .def_readonly("per_expert_bytes", &MoeLayout::per_expert_bytes, "per layer: of one expert");
 }
 
+py::bytes read_part(const Part& part, uint64_t offset, uint64_t size) {
+    const uint64_t end = part.mapping->bytes().size;
+    if (offset > end || size > end - offset) {
+        throw moeshard::Error(part.path + ": a read of " + std::to_string(size) + " bytes at " +
+                              std::to_string(offset) + " reaches past the end of the file, " + std::to_string(end) +
+                              " bytes");
+    }
+    std::string bytes(size, '\0');
+    {
+        const py::gil_scoped_release nogil;
+        part.mapping->read(offset, reinterpret_cast<uint8_t*>(bytes.data()), size);
+    }
+    return bytes;
+}
+
 void register_infos(py::module_& m) {
     py::class_<Tensor>(m, "TensorInfo", "What the directory of a GGUF says about a tensor.")
         .def_readonly("name", &Tensor::name)
@@ -288,6 +303,8 @@ void register_infos(py::module_& m) {
         .def_property_readonly("version", [](const Part& part) { return part.directory.version; })
         .def_property_readonly("alignment", [](const Part& part) { return part.directory.alignment; })
         .def_property_readonly("data_offset", [](const Part& part) { return part.directory.data_offset; })
+        .def("read", &read_part, py::arg("offset"), py::arg("size"),
+             "Return bytes of the file that was opened, whatever has its name by now; read, not looked at in the map.")
         .def_property_readonly(
             "metadata_range", [](const Part& part) { return range_of(part.directory.metadata); },
             "(offset, size) of all metadata entries")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from contextlib import ExitStack
 
 from moeshard._core import GGUFMap
 from moeshard.plan import ModelIdentity
@@ -21,15 +20,15 @@ def fingerprint(model: GGUFMap) -> str:
     Parts do not matter: the same model in one file or in several has one fingerprint.
     """
     digest = hashlib.sha256()
-    # Read, not looked at in the map: there, each look makes the kernel read megabytes around it.
-    with ExitStack() as stack:
-        files = [stack.enter_context(open(part.path, "rb", buffering=0)).fileno() for part in model.parts]
-        for key, (offset, size) in model.parts[0].entry_ranges.items():
-            if not key.startswith(_OF_FILES):
-                digest.update(os.pread(files[0], size, offset))
-        for info in model.tensor_infos:
-            digest.update(f"{info.name} {info.type} {info.shape}\n".encode())
-            digest.update(os.pread(files[info.part], min(SAMPLE_BYTES, info.nbytes), info.offset))
+    # Read, not looked at in the map: there, each look makes the kernel read megabytes around it. And read from what is
+    # open, which need not be what has the name by now.
+    parts = model.parts
+    for key, (offset, size) in parts[0].entry_ranges.items():
+        if not key.startswith(_OF_FILES):
+            digest.update(parts[0].read(offset, size))
+    for info in model.tensor_infos:
+        digest.update(f"{info.name} {info.type} {info.shape}\n".encode())
+        digest.update(parts[info.part].read(info.offset, min(SAMPLE_BYTES, info.nbytes)))
     return digest.hexdigest()
 
 

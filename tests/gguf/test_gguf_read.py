@@ -99,6 +99,18 @@ def test_byte_ranges_of_metadata(write):
     assert part.data_offset == len(g.header()) + -len(g.header()) % 32
 
 
+def test_bytes_of_the_opened_file(write):
+    path = write(Gguf().tensor("a", (4,)), "old.gguf")
+    part, data = moeshard.GGUFMap(path).parts[0], path.read_bytes()
+    write(Gguf().tensor("b", (8,)), "new.gguf").rename(path)
+    assert part.read(0, len(data)) == data
+    assert part.read(7, 5) == data[7:12]
+    assert part.read(len(data), 0) == b""
+    for offset, size in ((0, len(data) + 1), (len(data) + 1, 0), (5, 2**63), (2**63, 2**63)):
+        with pytest.raises(moeshard.MoeshardError, match="past the end of the file"):
+            part.read(offset, size)
+
+
 @pytest.mark.parametrize("alignment", [1, 8, 64, 4096])
 def test_alignment(write, alignment):
     g = Gguf(alignment=alignment).kv("general.alignment", gb.U32, alignment)
