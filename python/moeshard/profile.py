@@ -87,22 +87,25 @@ class Profile:
                 sums += values[chosen].sum(axis=0, dtype=np.float64) / tokens
         return sums
 
-    def ranking(self, what: str = "saliency", domains: Sequence[str] | None = None) -> Doubles:
-        """Return float64 (n_layer, E) of scores to rank experts by; NaN in layers that were not looked at.
+    def scores(self, what: str = "saliency", domains: Sequence[str] | None = None) -> Doubles:
+        """Return float64 (M, E) to rank the experts of each layer by.
 
         `what` is ``saliency``, ``mass``, ``count``, or ``reap``: mean of weight · norm over the tokens that chose the
         expert (arXiv 2510.13999).
         """
-        if what == "reap":
-            count = self.total("count", domains)
-            scores = self.total("saliency", domains) / np.maximum(count, np.finfo(np.float64).tiny)
-            scores[count == 0] = 0
-        elif what in ("saliency", "mass", "count"):
-            scores = self.total(what, domains)
-        else:
+        if what in ("saliency", "mass", "count"):
+            return self.total(what, domains)
+        if what != "reap":
             raise MoeshardError(f"unknown ranking '{what}'; choose saliency, mass, count or reap")
+        count = self.total("count", domains)
+        scores = self.total("saliency", domains) / np.maximum(count, np.finfo(np.float64).tiny)
+        scores[count == 0] = 0
+        return scores
+
+    def ranking(self, what: str = "saliency", domains: Sequence[str] | None = None) -> Doubles:
+        """Return float64 (n_layer, E): `scores`, with NaN in layers that were not looked at."""
         rows = np.full((self.model.n_layer, self.n_expert), np.nan)
-        rows[self.layers] = scores
+        rows[self.layers] = self.scores(what, domains)
         return rows
 
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:

@@ -54,7 +54,7 @@ def ranked(profile: Profile, sizes: Sequence[int]) -> list[Rows]:
 
 def reap(profile: Profile, sizes: Sequence[int]) -> list[Rows]:
     """The same best experts by their mean contribution where chosen (REAP, arXiv 2510.13999) on every node."""
-    return [best(profile.ranking("reap")[profile.layers], size) for size in sizes]
+    return [best(profile.scores("reap"), size) for size in sizes]
 
 
 def snake(profile: Profile, sizes: Sequence[int]) -> list[Rows]:
@@ -82,6 +82,7 @@ def balanced(profile: Profile, sizes: Sequence[int]) -> list[Rows]:
             keeps[node][row, expert] = True
             load[node] += values[expert]
             left[node] -= 1
+        _fill(keeps, row, values, sizes)
     return keeps
 
 
@@ -110,7 +111,7 @@ def coactivation(profile: Profile, sizes: Sequence[int]) -> list[Rows]:
         shared = np.logical_and.reduce([keep[row] for keep in keeps])
         rest = np.flatnonzero(~shared)
         points = _spectral(together[row][np.ix_(rest, rest)], len(sizes))
-        centres = points[np.linspace(0, len(rest) - 1, len(sizes)).astype(int)]
+        centres = points[np.linspace(0, len(rest) - 1, len(sizes)).astype(int)].copy()
         owner = np.full(len(rest), -1)
         for _ in range(30):
             cost = ((points[:, None] - centres[None]) ** 2).sum(axis=2)[:, slots]
@@ -120,9 +121,12 @@ def coactivation(profile: Profile, sizes: Sequence[int]) -> list[Rows]:
             if np.array_equal(new, owner):
                 break
             owner = new
-            centres = np.stack([points[owner == node].mean(axis=0) for node in range(len(sizes))])
+            for node in range(len(sizes)):
+                if (owner == node).any():
+                    centres[node] = points[owner == node].mean(axis=0)
         for node, keep in enumerate(keeps):
             keep[row, rest[owner == node]] = True
+        _fill(keeps, row, scores[row], sizes)
     return keeps
 
 

@@ -1,0 +1,113 @@
+"""`moeshard plan`: which node holds which experts?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moeshard.cli.options import ForceOption, JsonOption, ModelArgument, parse_size
+
+if TYPE_CHECKING:
+    from moeshard import Plan
+
+
+def plan(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The plan to write, a JSON file.")],
+    profile: Annotated[Path, typer.Option(help="What `moeshard analyze` measured.")],
+    groups: Annotated[int | None, typer.Option(min=1, help="So many nodes, each with --keep experts.")] = None,
+    keep: Annotated[int | None, typer.Option(min=1, help="Experts per layer of each node.")] = None,
+    nodes: Annotated[
+        str | None, typer.Option(help="Memory of each node, such as 24GiB,64GiB; each is given what fits.")
+    ] = None,
+    strategy: Annotated[
+        str,
+        typer.Option(help="islands, contiguous, balanced, ranked, snake, shared-core, reap or coactivation."),
+    ] = "islands",
+    ctx: Annotated[int, typer.Option(min=1, help="Tokens of context that a node has room for, per sequence.")] = 4096,
+    parallel: Annotated[int, typer.Option(min=1, help="Sequences at once on a node.")] = 1,
+    experts_used: Annotated[
+        int | None, typer.Option(min=1, show_default="as the model", help="Experts per token on every node.")
+    ] = None,
+    cover: Annotated[bool, typer.Option("--cover", help="islands: every expert lives on some node.")] = False,
+    restarts: Annotated[int, typer.Option(min=1, help="islands: random beginnings, of which the best counts.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="islands: of these beginnings.")] = 0,
+    core: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="shared-core: part of a node that is the same everywhere.")
+    ] = 0.5,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Choose the experts of each node by a profile, and say what each captures of the traffic.
+
+    No model is run and no weight is read. `moeshard split --plan` writes the shards.
+    """
+    if (nodes is None) == (groups is None or keep is None) or (nodes is not None and (groups or keep)):
+        raise typer.BadParameter("give either --groups with --keep, or --nodes")
+
+    from moeshard import MoeshardError
+    from moeshard.budget import Use
+    from moeshard.cli.output import print_json
+    from moeshard.embedded import resolve_model
+    from moeshard.planner import make_plan
+    from moeshard.profile import read_profile
+
+    if out.exists() and not force:
+        raise MoeshardError(f"{out}: exists already; choose another name, or replace it with --force")
+    options: dict[str, Any] = {}
+    if strategy == "islands":
+        options = {"restarts": restarts, "seed": seed, "cover": cover}
+    elif strategy == "shared-core":
+        options = {"core": core}
+    made = make_plan(
+        resolve_model(model),
+        read_profile(profile),
+        n_keep=None if groups is None or keep is None else [keep] * groups,
+        budgets=None if nodes is None else [parse_size(part) for part in nodes.split(",")],
+        strategy=strategy,
+        use=Use(n_ctx=ctx, n_seq=parallel),
+        n_expert_used=experts_used,
+        **options,
+    )
+    made.write(out, force=force)
+    if as_json:
+        print_json(
+            {"plan": str(out), "strategy": strategy, "nodes": [_facts(made, index) for index in range(len(made.nodes))]}
+        )
+    else:
+        _report(made, out)
+
+
+def _facts(made: Plan, index: int) -> dict[str, Any]:
+    node = made.nodes[index]
+    return {"name": node.name, "n_expert": made.parameters["n_keep"][index], **node.facts}
+
+
+def _report(made: Plan, out: Path) -> None:
+    from rich.table import Table
+
+    from moeshard.cli.output import console, size
+
+    domains = list(made.nodes[0].facts["captured"])
+    table = Table(
+        title="What each node holds, and its share of each domain's saliency",
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        padding=(0, 2, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column("node")
+    for header in ("experts", "memory", *domains):
+        table.add_column(header, justify="right", no_wrap=True)
+    for index, node in enumerate(made.nodes):
+        facts = _facts(made, index)
+        shares = [f"{facts['captured'][name]:.0%}" for name in domains]
+        experts = f"{facts['n_expert']} of {made.model.n_expert}"
+        table.add_row(node.name, experts, size(facts["memory"]["total"]), *shares)
+    console().print(table)
+    typer.secho(
+        f"[{made.strategy}; {out}; write the shards with: moeshard split MODEL -o DIR --plan {out}]", dim=True, err=True
+    )
