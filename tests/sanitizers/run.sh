@@ -27,7 +27,8 @@ ASAN_OPTIONS=$common:detect_leaks=1 "$(dirname "$core")/consumer_asan" python/mo
 
 # The interpreter and its extension modules leave memory to the end of the process, so leaks are looked for above and
 # by tests/lifetime/test_growth.py.
-[ $# -gt 0 ] || set -- -q tests/lifetime tests/gguf tests/robustness tests/test_model.py
+[ $# -gt 0 ] || set -- -q tests/lifetime tests/gguf tests/robustness tests/test_model.py \
+    tests/split/test_faults.py tests/split/test_outputs.py tests/split/test_shard_*.py tests/split/test_merge_bad.py
 LD_PRELOAD=$runtime ASAN_OPTIONS=$common:detect_leaks=0 MOESHARD_TEST_CORE=$PWD/$core python -m pytest "$@" || failed=1
 
 if [ -n "$(ls "$reports")" ]; then
