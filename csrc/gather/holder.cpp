@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "checked.hpp"
+#include "facts.hpp"
 #include "ggml.h"
 
 namespace moeshard::gather {
@@ -45,7 +46,9 @@ NewTensor gather_table(const Holder& holder, const ExpertTensor& facts, const ui
                     tensor.type_name() + ", only i32 is known; update moeshard");
     }
     NewTensor out = copy_tensor(holder.map(), tensor);
-    const gguf::Entry* original = holder.map().metadata().find(table_key(tensor.name));
+    // What a model says about a table that was not taken from another one is not about its own.
+    const gguf::Directory& metadata = holder.map().metadata();
+    const gguf::Entry* original = metadata.find(kKind) == nullptr ? nullptr : metadata.find(table_key(tensor.name));
     const uint64_t rows = tensor.nbytes / tensor.row_bytes;
     FileRange from = std::get<FileRange>(out.data.front());
     uint32_t n_in = static_cast<uint32_t>(tensor.ne[0]);

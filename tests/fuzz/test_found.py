@@ -54,18 +54,34 @@ def test_unknown_parts_of_the_trunk_stay_trunk_in_a_shard(ne: tuple[int, ...], t
     assert merged.read(0, merged.size) == Path(whole.path).read_bytes()
 
 
-@pytest.mark.parametrize(("rows", "used"), [(9, 2), (0, 2), (9, 0)], ids=["good", "no rows", "no ids"])
-def test_tables_of_no_ids(rows: int, used: int, tmp_path: Path) -> None:
+def hashed(*used: int, rows: int = 9) -> Gguf:
+    """A model of two layers, the first of which looks experts up."""
     g = Gguf().kv("general.architecture", gb.STRING, "deepseek4").kv("deepseek4.block_count", gb.U32, 2)
     g.kv("deepseek4.expert_count", gb.U32, N_EXPERT).kv("deepseek4.expert_gating_func", gb.U32, 4)
-    g.array("deepseek4.expert_used_count", gb.U32, [used, 2])
-    gb.moe_tensors(g, range(2), n_expert=N_EXPERT).tensor("blk.0.ffn_gate_tid2eid.weight", (used, rows), "i32")
-    whole = write(g, tmp_path / "model.gguf")
+    g.array("deepseek4.expert_used_count", gb.U32, list(used))
+    gb.moe_tensors(g, range(2), n_expert=N_EXPERT).tensor("blk.0.ffn_gate_tid2eid.weight", (used[0], rows), "i32")
+    ids = np.arange(used[0] * rows, dtype=np.int32) % N_EXPERT
+    g.tensors[-1].data = ids.tobytes()
+    return g
+
+
+@pytest.mark.parametrize(("rows", "used"), [(9, 2), (0, 2), (9, 0)], ids=["good", "no rows", "no ids"])
+def test_tables_of_no_ids(rows: int, used: int, tmp_path: Path) -> None:
+    whole = write(hashed(used, 2, rows=rows), tmp_path / "model.gguf")
     if rows and used:
         assert whole.moe_layout().hash_layers == [0]
     else:
         with pytest.raises(moeshard.MoeshardError, match=f"should hold the ids of {used} experts per token"):
             whole.moe_layout()
+
+
+def test_a_table_of_another_file(tmp_path: Path) -> None:
+    key = "moeshard.source.tensor.blk.0.ffn_gate_tid2eid.weight"
+    shards = []
+    for name, g in {"good": hashed(2, 2), "stray": hashed(2, 2).array(key, gb.I32, [7] * 36)}.items():
+        (shard,) = _core.shard_segments(write(g, tmp_path / f"{name}.gguf"), keep_of(2, range(4)))
+        shards.append(shard.read(shard.header_size, shard.size - shard.header_size))
+    assert shards[0] == shards[1]
 
 
 def test_used_experts_of_a_layer_that_has_none(tmp_path: Path) -> None:
