@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 from command_line import Cli
+
+# A shell that starts the tests in the background has Ctrl-C ignored in them, and in all processes that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def use_core(path: str) -> None:
