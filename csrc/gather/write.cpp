@@ -26,9 +26,10 @@ namespace {
 
 using gather::TemporaryFile;
 
-constexpr uint64_t kTaskBytes = 32 << 20;  // progress is seen, and work shared, in steps of this
-constexpr uint64_t kTableBytes = 4 << 20;  // converted at once
-constexpr int kMostJobs = 4;               // more only wait for the disk
+constexpr uint64_t kTaskBytes = 8 << 20;    // progress is seen, and work shared, in steps of this
+constexpr uint64_t kAheadBytes = 16 << 20;  // read before they are copied
+constexpr uint64_t kTableBytes = 4 << 20;   // converted at once
+constexpr int kMostJobs = 4;                // more only wait for the disk
 
 // A part of a segment.
 struct Task {
@@ -61,7 +62,7 @@ std::vector<Task> tasks_of(const std::vector<Output>& outputs) {
     return tasks;
 }
 
-void run(const Task& task, const SegmentList& list, const TemporaryFile& file) {
+void run(const Task& task, const SegmentList& list, const TemporaryFile& file, gather::Copier& copier) {
     const uint64_t offset = task.segment->offset + task.at;
     switch (task.segment->kind) {
         case Segment::Kind::kLiteral: {
@@ -70,8 +71,8 @@ void run(const Task& task, const SegmentList& list, const TemporaryFile& file) {
             break;
         }
         case Segment::Kind::kRange:
-            gather::copy_range(*list.sources()[task.segment->source], task.segment->from + task.at, file.fd(),
-                               file.path(), offset, task.size);
+            copier.copy_range(*list.sources()[task.segment->source], task.segment->from + task.at, file.fd(),
+                              file.path(), offset, task.size);
             break;
         case Segment::Kind::kExpertIds: {
             std::vector<uint8_t> bytes(task.size);
@@ -90,6 +91,24 @@ std::string canonical(const std::string& path) {
     std::error_code failed;
     const std::filesystem::path folder = std::filesystem::weakly_canonical(gather::folder_of(path), failed);
     return failed ? path : (folder / given.filename()).string();
+}
+
+// Whatever does not share blocks with its source. A sparse one may need no space at all.
+void reserve(const SegmentList& list, const TemporaryFile& file) {
+    for (const auto& source : list.sources()) {
+        if (source->is_sparse()) return;
+    }
+    uint64_t begin = 0;
+    const auto reserve_up_to = [&](uint64_t end) {
+        if (end > begin) gather::reserve(file.fd(), file.path(), begin, end - begin);
+    };
+    for (const Segment& segment : list.segments()) {
+        const bool is_range = segment.kind == Segment::Kind::kRange;
+        if (!is_range || !gather::may_share(segment.from, segment.offset, segment.size)) continue;
+        reserve_up_to(segment.offset);
+        begin = segment.end();
+    }
+    reserve_up_to(list.size());
 }
 
 void check_outputs(const std::vector<Output>& outputs, bool force) {
@@ -146,10 +165,10 @@ public:
 private:
     void work() {
         try {
-            for (size_t i = next_++; i < tasks_.size() && !stop_; i = next_++) {
-                const Task& task = tasks_[i];
-                moeshard::run(task, *outputs_[task.output].segments, *files_[task.output]);
-                done_ += task.size;
+            gather::Copier copier;
+            while (const Task* task = take()) {
+                moeshard::run(*task, *outputs_[task->output].segments, *files_[task->output], copier);
+                done_ += task->size;
             }
         } catch (...) {
             stop_with(std::current_exception());
@@ -157,6 +176,22 @@ private:
         const std::lock_guard<std::mutex> lock(mutex_);
         --running_;
         changed_.notify_one();
+    }
+
+    // nullptr when nothing is left to do.
+    const Task* take() {
+        const std::lock_guard<std::mutex> lock(take_mutex_);
+        if (stop_ || next_ == tasks_.size()) return nullptr;
+        const Task& task = tasks_[next_++];
+        taken_ += task.size;
+        for (; ahead_ < tasks_.size() && ahead_bytes_ < taken_ + kAheadBytes; ++ahead_) {
+            const Task& later = tasks_[ahead_];
+            ahead_bytes_ += later.size;
+            if (later.segment->kind != Segment::Kind::kRange) continue;
+            const gguf::Mapping& source = *outputs_[later.output].segments->sources()[later.segment->source];
+            gather::read_ahead(source, later.segment->from + later.at, later.size);
+        }
+        return &task;
     }
 
     void stop_with(std::exception_ptr error) {
@@ -169,7 +204,11 @@ private:
     const std::vector<std::unique_ptr<TemporaryFile>>& files_;
     std::vector<Task> tasks_;
     uint64_t total_ = 0;
-    std::atomic<size_t> next_{0};
+    std::mutex take_mutex_;  // for the four that follow
+    size_t next_ = 0;
+    size_t ahead_ = 0;  // tasks whose bytes are being read
+    uint64_t taken_ = 0;
+    uint64_t ahead_bytes_ = 0;
     std::atomic<uint64_t> done_{0};
     std::atomic<bool> stop_{false};
     std::mutex mutex_;
@@ -206,6 +245,7 @@ void write_files(const std::vector<Output>& outputs, const WriteParams& params) 
     std::vector<std::unique_ptr<TemporaryFile>> files;
     for (const Output& output : outputs) {
         files.push_back(std::make_unique<TemporaryFile>(output.path, output.segments->size()));
+        reserve(*output.segments, *files.back());
     }
     const int processors = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
     Crew(outputs, files).run(params.jobs > 0 ? params.jobs : std::min(processors, kMostJobs), params.progress);
