@@ -6,6 +6,7 @@ import hashlib
 import os
 
 from moeshard._core import GGUFMap
+from moeshard.keep import expert_layers
 from moeshard.plan import ModelIdentity
 
 # Of each tensor so many bytes are looked at: two fine-tunings of one model differ in nearly all of them, and a model of
@@ -42,5 +43,5 @@ def identify(model: GGUFMap) -> ModelIdentity:
         fingerprint=fingerprint(model),
         n_layer=layout.n_layer,
         n_expert=layout.n_expert,
-        moe_layers=sorted({tensor.layer for tensor in layout.tensors}),
+        moe_layers=expert_layers(layout),
     )

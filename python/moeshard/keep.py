@@ -27,7 +27,7 @@ from typing import Any, Union
 import numpy as np
 import numpy.typing as npt
 
-from moeshard._core import MoeshardError
+from moeshard._core import MoeLayout, MoeshardError
 
 Keep = npt.NDArray[np.bool_]
 KeepSpec = Union[str, "os.PathLike[str]", npt.ArrayLike, Set[int]]
@@ -80,6 +80,11 @@ def parse_keep(spec: KeepSpec, n_layer: int, n_expert: int, *, moe_layers: Seque
         f"keep '{spec}' is neither a list of experts nor a file; write ids from 0 to {n_expert - 1} such as "
         f"'{_example(n_expert)}', or the path of an existing file with a line per layer"
     )
+
+
+def expert_layers(layout: MoeLayout) -> list[int]:
+    """Return the layers of which a file holds experts, ascending."""
+    return sorted({tensor.layer for tensor in layout.tensors})
 
 
 def format_keep(keep: npt.ArrayLike) -> str:

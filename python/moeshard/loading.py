@@ -73,12 +73,11 @@ def _file(path: str) -> Origin:
 
 
 def _part_of(path: str, keep: KeepSpec, n_expert_used: int) -> Origin:
-    from moeshard.keep import parse_keep
+    from moeshard.keep import expert_layers, parse_keep
 
     file = GGUFMap(path)
     layout = file.moe_layout()
-    layers = sorted({tensor.layer for tensor in layout.tensors})
-    held = parse_keep(keep, layout.n_layer, layout.n_expert, moe_layers=layers)
+    held = parse_keep(keep, layout.n_layer, layout.n_expert, moe_layers=expert_layers(layout))
     return Origin(path, _core.shard_segments(file, held, n_expert_used=n_expert_used)[0], held)
 
 

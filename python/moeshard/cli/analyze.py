@@ -132,20 +132,11 @@ def _facts(profile: Profile, found: Verdict, out: Path) -> dict[str, Any]:
 
 
 def _report(profile: Profile, found: Verdict, out: Path) -> None:
-    from rich.table import Table
-
-    from moeshard.cli.output import console
+    from moeshard.cli.output import console, plain_table
     from moeshard.reliability import concentration
 
     tops = _tops(profile)
-    table = Table(
-        title="Share of a layer's gate mass that its best experts carry",
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        padding=(0, 2, 0, 0),
-        pad_edge=False,
-    )
+    table = plain_table("Share of a layer's gate mass that its best experts carry")
     table.add_column("layer", justify="right")
     for top in tops:
         table.add_column(f"{top}", justify="right")

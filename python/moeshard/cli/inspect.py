@@ -89,18 +89,9 @@ def _routing(found: Inspection) -> str:
 
 
 def _tensors(found: Inspection) -> Table:
-    from rich.table import Table
+    from moeshard.cli.output import plain_table, size
 
-    from moeshard.cli.output import size
-
-    table = Table(
-        title="Tensors that depend on the experts",
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        padding=(0, 2, 0, 0),
-        pad_edge=False,
-    )
+    table = plain_table("Tensors that depend on the experts")
     for header in ("tensor", "layers", "role", "type", "shape"):
         table.add_column(header, overflow="fold")
     for header in ("bytes", "per expert"):

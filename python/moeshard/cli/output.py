@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 # What takes no longer than this shows no progress bar.
 PATIENCE_SECONDS = 0.5
@@ -24,6 +25,13 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(highlight=False)
+
+
+def plain_table(title: str | None = None) -> Table:
+    """Return an empty table without lines."""
+    from rich.table import Table
+
+    return Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), pad_edge=False)
 
 
 def print_json(value: Any) -> None:

@@ -86,19 +86,10 @@ def _facts(made: Plan, index: int) -> dict[str, Any]:
 
 
 def _report(made: Plan, out: Path) -> None:
-    from rich.table import Table
-
-    from moeshard.cli.output import console, size
+    from moeshard.cli.output import console, plain_table, size
 
     domains = list(made.nodes[0].facts["captured"])
-    table = Table(
-        title="What each node holds, and its share of each domain's saliency",
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        padding=(0, 2, 0, 0),
-        pad_edge=False,
-    )
+    table = plain_table("What each node holds, and its share of each domain's saliency")
     table.add_column("node")
     for header in ("experts", "memory", *domains):
         table.add_column(header, justify="right", no_wrap=True)

@@ -128,9 +128,10 @@ def split(
 
 def _read_keep(source: GGUFMap, text: str, balance: bool) -> Keep:
     from moeshard import balanced_keep, parse_keep
+    from moeshard.keep import expert_layers
 
     layout = source.moe_layout()
-    layers = sorted({tensor.layer for tensor in layout.tensors})
+    layers = expert_layers(layout)
     keep = parse_keep(text, layout.n_layer, layout.n_expert, moe_layers=layers)
     if not balance:
         return keep
@@ -161,13 +162,11 @@ def _plan_is_new(plan: Plan, out: Path, given: Path | None, force: bool) -> bool
 
 
 def _report(source: GGUFMap, written: list[ShardFile], seconds: float, dry_run: bool) -> None:
-    from rich.table import Table
-
-    from moeshard.cli.output import console, size
+    from moeshard.cli.output import console, plain_table, size
 
     whole = sum(part.size for part in source.parts)
     n_expert = source.moe_layout().n_expert
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table = plain_table()
     table.add_column("file", overflow="fold")
     for header in ("experts", "bytes", "of the model"):
         table.add_column(header, justify="right", no_wrap=True)
