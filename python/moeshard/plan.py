@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from moeshard._core import MoeshardError
+from moeshard.documents import check_version, expect, read_document, take, write_document
 from moeshard.files import write_atomically
 from moeshard.keep import Keep, format_ids, format_row, parse_row
 
@@ -26,17 +25,6 @@ _MAX_EXPERTS = 2**20
 _PLAN_KEYS = ("moeshard_plan", "model", "strategy", "parameters", "nodes")
 _MODEL_KEYS = ("name", "arch", "fingerprint", "n_layer", "n_expert", "moe_layers")
 _NODE_KEYS = ("name", "n_expert_used", "keep")
-
-_T = TypeVar("_T")
-_JSON_WORDS: dict[type, str] = {
-    dict: "an object",
-    list: "a list",
-    str: "a text",
-    int: "an integer",
-    float: "a number",
-    bool: "true or false",
-    type(None): "null",
-}
 
 
 @dataclass(frozen=True)
@@ -121,10 +109,7 @@ class Plan:
             "nodes": [_node_to_json(node, self.model) for node in self.nodes],
             **self.extra,
         }
-        try:
-            return json.dumps(document, indent=2, allow_nan=False) + "\n"
-        except (TypeError, ValueError, RecursionError) as error:
-            raise MoeshardError(f"cannot write the plan as JSON: {error}; use plain values in it") from error
+        return write_document(document, "plan")
 
     def write(self, path: str | os.PathLike[str], force: bool = False) -> None:
         """Write the plan to a file, which appears whole or not at all.
@@ -163,18 +148,11 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
         MoeshardError: the file cannot be read, is no plan, or is of another version; naming the file and the place in
             it, such as ``nodes[2].keep["5"]``.
     """
-    name = os.fspath(path)
+    document = read_document(path, "plan")
     try:
-        with open(name, "rb") as file:
-            text = file.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise MoeshardError(f"cannot read plan '{name}': it is not text; expected JSON in UTF-8") from error
-    except (OSError, ValueError) as error:  # ValueError: a path that no system call takes
-        raise MoeshardError(f"cannot read plan '{name}': {getattr(error, 'strerror', None) or error}") from error
-    try:
-        return _from_json(_load(text))
+        return _from_json(document)
     except MoeshardError as error:
-        raise MoeshardError(f"plan '{name}': {error}") from error
+        raise MoeshardError(f"plan '{os.fspath(path)}': {error}") from error
 
 
 def _check_model(model: ModelIdentity) -> None:
@@ -228,51 +206,17 @@ def _node_to_json(node: PlanNode, model: ModelIdentity) -> dict[str, Any]:
     return {"name": node.name, **used, "keep": keep, **node.facts}
 
 
-def _load(text: str) -> dict[str, Any]:
-    """Parse JSON into an object, without what Python takes beyond JSON or would pass over."""
-
-    def finite(number: str) -> float:
-        value = float(number)
-        if not math.isfinite(value):
-            raise MoeshardError(f"it holds the number {number}; numbers must be finite")
-        return value
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in result:
-                raise MoeshardError(f"the key '{key}' stands twice in the same object")
-            result[key] = value
-        return result
-
-    try:
-        document = json.loads(text, parse_float=finite, parse_constant=finite, object_pairs_hook=once)
-    except RecursionError as error:
-        raise MoeshardError("it is nested deeper than any plan") from error
-    except ValueError as error:
-        raise MoeshardError(f"it is not JSON, or damaged: {error}") from error
-    return _expect(document, dict, "the file")
-
-
 def _from_json(document: dict[str, Any]) -> Plan:
-    if "moeshard_plan" not in document:
-        raise MoeshardError(
-            f'it is no plan: the key "moeshard_plan" is missing (for this version, with the value {VERSION})'
-        )
-    version = _take(document, "moeshard_plan", int)
-    if version != VERSION:
-        raise MoeshardError(
-            f"moeshard_plan: it is of version {version}, but this moeshard reads version {VERSION}; update moeshard"
-        )
-    model = _model_from_json(_take(document, "model", dict))
+    check_version(document, "moeshard_plan", VERSION, "plan")
+    model = _model_from_json(take(document, "model", dict))
     nodes = [
-        _node_from_json(_expect(node, dict, f"nodes[{index}]"), model, f"nodes[{index}]")
-        for index, node in enumerate(_take(document, "nodes", list))
+        _node_from_json(expect(node, dict, f"nodes[{index}]"), model, f"nodes[{index}]")
+        for index, node in enumerate(take(document, "nodes", list))
     ]
     return Plan(
         nodes=nodes,
-        strategy=_take(document, "strategy", str),
-        parameters=_take(document, "parameters", dict),
+        strategy=take(document, "strategy", str),
+        parameters=take(document, "parameters", dict),
         model=model,
         extra=_other(document, _PLAN_KEYS),
     )
@@ -280,14 +224,14 @@ def _from_json(document: dict[str, Any]) -> Plan:
 
 def _model_from_json(value: dict[str, Any]) -> ModelIdentity:
     model = ModelIdentity(
-        name=_take(value, "name", str, "model"),
-        arch=_take(value, "arch", str, "model"),
-        fingerprint=_take(value, "fingerprint", str, "model"),
-        n_layer=_take(value, "n_layer", int, "model"),
-        n_expert=_take(value, "n_expert", int, "model"),
+        name=take(value, "name", str, "model"),
+        arch=take(value, "arch", str, "model"),
+        fingerprint=take(value, "fingerprint", str, "model"),
+        n_layer=take(value, "n_layer", int, "model"),
+        n_expert=take(value, "n_expert", int, "model"),
         moe_layers=[
-            _expect(layer, int, f"model.moe_layers[{index}]")
-            for index, layer in enumerate(_take(value, "moe_layers", list, "model"))
+            expect(layer, int, f"model.moe_layers[{index}]")
+            for index, layer in enumerate(take(value, "moe_layers", list, "model"))
         ],
         facts=_other(value, _MODEL_KEYS),
     )
@@ -297,10 +241,10 @@ def _model_from_json(value: dict[str, Any]) -> ModelIdentity:
 
 
 def _node_from_json(value: dict[str, Any], model: ModelIdentity, where: str) -> PlanNode:
-    used = None if value.get("n_expert_used") is None else _take(value, "n_expert_used", int, where)
+    used = None if value.get("n_expert_used") is None else take(value, "n_expert_used", int, where)
     return PlanNode(
-        name=_take(value, "name", str, where),
-        keep=_keep_from_json(_take(value, "keep", dict, where), model, f"{where}.keep"),
+        name=take(value, "name", str, where),
+        keep=_keep_from_json(take(value, "keep", dict, where), model, f"{where}.keep"),
         n_expert_used=used,
         facts=_other(value, _NODE_KEYS),
     )
@@ -318,7 +262,7 @@ def _keep_from_json(rows: dict[str, Any], model: ModelIdentity, where: str) -> K
                 f"{format_ids(model.moe_layers)}"
             )
         missing.remove(layer)
-        keep[layer] = parse_row(_expect(row, str, place), place, model.n_expert)
+        keep[layer] = parse_row(expect(row, str, place), place, model.n_expert)
     if missing:
         absent = sorted(missing)
         raise MoeshardError(
@@ -326,21 +270,6 @@ def _keep_from_json(rows: dict[str, Any], model: ModelIdentity, where: str) -> K
             f'for each, such as "{absent[0]}": "all"'
         )
     return keep
-
-
-def _take(source: dict[str, Any], key: str, kind: type[_T], parent: str = "") -> _T:
-    """Return a value of an object, or say that it is missing or of another type."""
-    place = f"{parent}.{key}" if parent else key
-    if key not in source:
-        raise MoeshardError(f"{place}: is missing; expected {_JSON_WORDS[kind]}")
-    return _expect(source[key], kind, place)
-
-
-def _expect(value: object, kind: type[_T], place: str) -> _T:
-    # Python counts true and false among the integers.
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise MoeshardError(f"{place}: expected {_JSON_WORDS[kind]}, got {_JSON_WORDS[type(value)]}")
-    return value
 
 
 def _other(source: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
