@@ -14,7 +14,8 @@ import moeshard
 from moeshard import MoeshardError
 from moeshard.analysis import analyze
 from moeshard.profile import Profile, read_profile
-from moeshard.reliability import concentration, share_errors, shares, verdict
+from moeshard.reliability import concentration, mean_entropy, share_errors, shares, summed_concentration, tops, verdict
+from moeshard.strategies import super_experts
 from moeshard.traffic import Domain, read_texts, sequences
 
 WINDOW = 64
@@ -95,6 +96,36 @@ def test_totals_count_domains_alike(profile: Profile) -> None:
     reap = profile.ranking("reap")
     chosen = profile.total("count") > 0
     np.testing.assert_allclose(reap[chosen], (profile.total("saliency")[chosen] / profile.total("count")[chosen]))
+
+
+def test_concentration_is_that_of_each_layer(profile: Profile) -> None:
+    n_layer, n_expert = profile.layers.size, profile.n_expert
+    assert tops(n_expert) == [1, 32, 48, 64, 96, 128] and tops(8) == [1, 8] and tops(384)[-2:] == [96, 384]
+    mass = np.zeros((n_layer, n_expert))
+    entropy = np.zeros(n_layer)
+    for index in range(len(profile.domains)):
+        rows = profile.domain == index
+        mass += profile.mass[rows].sum(axis=0) / profile.n_tokens[rows].sum() / len(profile.domains)
+        entropy += profile.entropy[rows].sum(axis=0) / profile.n_tokens[rows].sum() / len(profile.domains)
+    found = concentration(profile, [1, 5, n_expert])
+    for row, values in enumerate(mass):
+        wanted = [sum(sorted(values, reverse=True)[:top]) / values.sum() for top in (1, 5, n_expert)]
+        np.testing.assert_allclose(found[row], wanted, rtol=1e-5)
+    np.testing.assert_allclose(mean_entropy(profile), entropy, rtol=1e-5)
+    # One list of ids for all layers holds no more than the sums over ids say, and less than a list for each layer.
+    by_id = (mass / mass.sum(axis=1, keepdims=True)).mean(axis=0)
+    ids = np.argsort(-by_id)[:32]
+    held = (mass[:, ids].sum(axis=1) / mass.sum(axis=1)).mean()
+    np.testing.assert_allclose(summed_concentration(profile, [32, n_expert]), [held, 1], rtol=1e-5)
+    assert held < concentration(profile, [32]).mean() - 0.02
+
+
+def test_super_experts_stand_out_in_their_layer(profile: Profile) -> None:
+    assert not super_experts(profile).any()
+    loud = Profile(**vars(profile))
+    loud.peak = profile.peak.copy()
+    loud.peak[0, 1, 7] = 11 * np.median(profile.peak.max(axis=0)[1])
+    assert np.argwhere(super_experts(loud)).tolist() == [[1, 7]]
 
 
 def test_survives_a_file(profile: Profile, tmp_path: Path) -> None:
@@ -278,7 +309,9 @@ def test_command_line(cli: Cli, tmp_path: Path) -> None:
     arguments = ("analyze", "tinymoe", "-o", out, "-n", 1024, "--window", 64, "--threads", 1)
     done = cli(*arguments, "--export-ranking", ranking, "--layers", "1-2")
     assert done.code == 0
-    assert "even" in done.out and "rank correlation" in " ".join(done.out.split())
+    said = " ".join(done.out.split())
+    assert "even" in said and "rank correlation" in said and " ± " in said and "super experts" in said
+    assert "by id" in said and "nothing to do with each other" in said
     assert ranking.read_text().startswith("layer,expert,score\n1,0,")
     assert read_profile(out).layers.tolist() == [1, 2]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p.npz", "r.csv"]
@@ -287,6 +320,13 @@ def test_command_line(cli: Cli, tmp_path: Path) -> None:
     assert set(facts["domains"]) == {"cpp", "de", "en", "fr", "py"}
     assert set(facts["domains"].values()) == {1024}
     assert facts["concentration"]["0"][-1] == 1
+    measured = read_profile(out)
+    np.testing.assert_allclose(facts["summed_over_ids"], summed_concentration(measured, facts["tops"]))
+    np.testing.assert_allclose(list(facts["entropy"].values()), mean_entropy(measured))
+    best = facts["most_salient"]["1"]
+    assert best["expert"] == shares(measured)[1].argmax()
+    assert best["share"] == shares(measured)[1].max() and 0 < best["standard_error"] < best["share"]
+    assert facts["super_experts"] == []
 
     text = tmp_path / "mine.txt"
     text.write_text(moeshard.embedded_text("fr")[:8000])

@@ -76,7 +76,7 @@ class Profile:
     def total(self, what: str, domains: Sequence[str] | None = None) -> Doubles:
         """Return float64 (M, E): the sum of ``count``, ``mass`` or ``saliency`` over sequences of these domains.
 
-        Every domain counts as much as any other, however many of its tokens were seen.
+        Of ``entropy`` float64 (M,). Every domain counts as much as any other, however many of its tokens were seen.
         """
         values = getattr(self, what)
         sums = np.zeros(values.shape[1:])

@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 from moeshard.profile import Doubles, Profile
 
+TOPS = (1, 32, 48, 64, 96)
+"""Of how many best experts the share is shown, beside that of all."""
 RESAMPLES = 200
 HALVINGS = 20
 
@@ -62,6 +64,30 @@ def concentration(profile: Profile, tops: Sequence[int], what: str = "mass") -> 
     cumulative = np.cumsum(values, axis=1) / np.maximum(values.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
     best: Doubles = cumulative[:, [min(top, profile.n_expert) - 1 for top in tops]]
     return best
+
+
+def tops(n_expert: int) -> list[int]:
+    """Return those of `TOPS` that say something where a layer has `n_expert` experts, and `n_expert` itself."""
+    return [top for top in TOPS if top < n_expert] + [n_expert]
+
+
+def summed_concentration(profile: Profile, tops: Sequence[int], what: str = "mass") -> Doubles:
+    """Return float64 (len(tops),): the share that the best 1, 32, … ids have of the mass summed over layers by id.
+
+    The older view of concentration, and a misleading one: experts of one id in two layers have nothing to do with each
+    other, so the sums are nearly even however concentrated each layer is. It is also what a node holds of the mass that
+    keeps these ids in every layer.
+    """
+    by_id = np.sort(shares(profile, what).mean(axis=0))[::-1]
+    best: Doubles = np.cumsum(by_id)[[min(top, profile.n_expert) - 1 for top in tops]]
+    return best
+
+
+def mean_entropy(profile: Profile) -> Doubles:
+    """Return float64 (M,): entropy of each layer's router, nats, mean over tokens; domains count alike."""
+    measured = np.unique(profile.domain[profile.n_tokens > 0]).size
+    entropy: Doubles = profile.total("entropy") / max(1, measured)
+    return entropy
 
 
 def shares(profile: Profile, what: str = "saliency") -> Doubles:

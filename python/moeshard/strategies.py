@@ -28,10 +28,16 @@ def best(scores: Doubles, size: int) -> Rows:
     return keep
 
 
+def peak_ratios(profile: Profile) -> Doubles:
+    """Return float64 (M, E): the norm of each expert's largest output, in medians of its layer."""
+    peak = profile.peak.max(axis=0).astype(np.float64)
+    ratios: Doubles = peak / np.maximum(np.median(peak, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    return ratios
+
+
 def super_experts(profile: Profile) -> Rows:
     """Return bool (M, E): experts with outputs far larger than any other's (arXiv 2507.23279)."""
-    peak = profile.peak.max(axis=0)
-    found: Rows = peak > SUPER_EXPERT * np.median(peak, axis=1, keepdims=True)
+    found: Rows = peak_ratios(profile) > SUPER_EXPERT
     return found
 
 

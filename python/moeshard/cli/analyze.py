@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from moeshard.profile import Profile
     from moeshard.reliability import Verdict
 
-TOPS = (1, 32, 48, 64, 96)
 MICRO_TOKENS = 4096
 """Of each domain, with --micro."""
 
@@ -107,49 +107,98 @@ def _parse_layers(text: str, n_layer: int) -> list[int]:
     return np.flatnonzero(parse_row(text, f"--layers '{text}'", n_layer)).tolist()
 
 
-def _tops(profile: Profile) -> list[int]:
-    return [top for top in TOPS if top < profile.n_expert] + [profile.n_expert]
-
-
 def _facts(profile: Profile, found: Verdict, out: Path) -> dict[str, Any]:
-    from moeshard.reliability import concentration
+    from moeshard.reliability import concentration, mean_entropy, summed_concentration, tops
 
+    layers = profile.layers.tolist()
+    shown = tops(profile.n_expert)
     return {
         "profile": str(out),
         "domains": {
             name: int(profile.n_tokens[profile.domain == index].sum()) for index, name in enumerate(profile.domains)
         },
         "seconds": profile.facts["seconds"],
-        "tops": _tops(profile),
-        "concentration": {
-            int(layer): row.tolist()
-            for layer, row in zip(profile.layers, concentration(profile, _tops(profile)), strict=True)
+        "tops": shown,
+        "concentration": dict(zip(layers, concentration(profile, shown).tolist(), strict=True)),
+        "summed_over_ids": summed_concentration(profile, shown).tolist(),
+        "entropy": dict(zip(layers, mean_entropy(profile).tolist(), strict=True)),
+        "most_salient": {
+            layer: {"expert": expert, "share": share, "standard_error": error}
+            for layer, (expert, share, error) in zip(layers, _most_salient(profile), strict=True)
         },
+        "super_experts": [
+            {"layer": layer, "expert": expert, "times_median": ratio} for layer, expert, ratio in _super(profile)
+        ],
         "spread": found.spread,
         "agreement": found.agreement,
         "verdict": str(found),
     }
 
 
+def _most_salient(profile: Profile) -> list[tuple[int, float, float]]:
+    """Of each layer the expert of most saliency, its share, and the standard error of that."""
+    from moeshard.reliability import share_errors, shares
+
+    share, errors = shares(profile), share_errors(profile)
+    return [
+        (int(own.argmax()), float(own.max()), float(error[own.argmax()]))
+        for own, error in zip(share, errors, strict=True)
+    ]
+
+
+def _super(profile: Profile) -> list[tuple[int, int, float]]:
+    """Layer, expert, and how many times the layer's median its largest output is, of each super expert."""
+    import numpy as np
+
+    from moeshard.strategies import peak_ratios, super_experts
+
+    ratios = peak_ratios(profile)
+    return [
+        (int(profile.layers[row]), int(expert), float(ratios[row, expert]))
+        for row, expert in np.argwhere(super_experts(profile))
+    ]
+
+
 def _report(profile: Profile, found: Verdict, out: Path) -> None:
     from moeshard.cli.output import console, plain_table
-    from moeshard.reliability import concentration
+    from moeshard.reliability import concentration, mean_entropy, summed_concentration, tops
 
-    tops = _tops(profile)
+    shown = tops(profile.n_expert)
     table = plain_table("Share of a layer's gate mass that its best experts carry")
     table.add_column("layer", justify="right")
-    for top in tops:
+    for top in shown:
         table.add_column(f"{top}", justify="right")
-    even = [f"{top / profile.n_expert:.0%}" for top in tops]
-    for layer, row in zip(profile.layers, concentration(profile, tops), strict=True):
-        table.add_row(str(layer), *(f"{share:.0%}" for share in row))
-    table.add_row("even", *even, style="dim")
+    table.add_column("entropy", justify="right")
+    table.add_column("most salient expert")
+    rows = zip(
+        profile.layers, concentration(profile, shown), mean_entropy(profile), _most_salient(profile), strict=True
+    )
+    for layer, row, entropy, (best, share, error) in rows:
+        salient = f"{best}: {share:.1%} ± {error:.1%}"
+        table.add_row(str(layer), *(f"{part:.0%}" for part in row), f"{entropy:.2f}", salient)
+    even = [f"{top / profile.n_expert:.0%}" for top in shown]
+    table.add_row("even", *even, f"{math.log(profile.n_expert):.2f}", f"{1 / profile.n_expert:.1%}", style="dim")
+    by_id = summed_concentration(profile, shown)
+    table.add_row("by id", *(f"{part:.0%}" for part in by_id), style="dim")
     console().print(table)
+    typer.echo(
+        "by id: mass summed over layers, as older tools rank experts. Expert 5 of one layer and expert 5 of another "
+        "have nothing to do with each other: such sums are nearly even whatever each layer does, and ids chosen by "
+        "them hold no more than this in the layers."
+    )
     typer.echo()
     typer.echo(str(found))
+    typer.echo(_say_super(_super(profile)))
     seconds = max(profile.facts["seconds"], 1e-9)
     typer.secho(
         f"[{found.n_tokens} tokens of {', '.join(profile.domains)}; {found.n_tokens / seconds:.0f} tokens/s; {out}]",
         dim=True,
         err=True,
     )
+
+
+def _say_super(experts: list[tuple[int, int, float]]) -> str:
+    if not experts:
+        return "No super experts: no expert's outputs are far larger than is usual in its layer."
+    listed = ", ".join(f"{expert} of layer {layer} ({ratio:.0f}x)" for layer, expert, ratio in experts)
+    return f"Super experts, with outputs many times their layer's median, which islands never drops: {listed}."
