@@ -1,12 +1,14 @@
-"""What nodes lose against the whole model, teacher-forced, before any of them exists: each keep is a mask.
+"""What nodes lose against the whole model, teacher-forced: masks on it, before any node exists, or the nodes' shards.
 
-The whole model and all nodes read the same text in the same batches, a sequence each. A sequence begins with a prompt,
-by which its session is placed on a node; losses are those of what follows.
+The whole model and all nodes read the same text window by window; those that are masks on one model do so in the same
+batches, a sequence each. A window begins with a prompt, by which its session is placed on a node; losses are those of
+what follows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,11 +17,13 @@ import numpy.typing as npt
 
 from moeshard._core import MoeshardError
 from moeshard.keep import Keep
+from moeshard.nodes import NodeModel, masked_nodes
 from moeshard.perplexity import text_windows
 from moeshard.traffic import Domain
 
 if TYPE_CHECKING:
     from moeshard.model import Model
+    from moeshard.session import Session
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -36,7 +40,7 @@ Progress = Callable[[int, int], object]
 
 @dataclass(frozen=True, eq=False)
 class Losses:
-    """S windows of text under the whole model and G keeps; T tokens are predicted in each."""
+    """S windows of text under the whole model and on G nodes, each with a keep; T tokens are predicted in each."""
 
     domains: list[str]
     domain: Ints
@@ -105,17 +109,19 @@ def measure_losses(
     keeps: Sequence[Keep],
     domains: Sequence[Domain],
     *,
+    nodes: Sequence[NodeModel] | None = None,
     n_windows: int | None = None,
     window: int = WINDOW,
     n_prompt: int = PROMPT,
     progress: Progress | None = None,
 ) -> Losses:
-    """Predict text under the whole model and under each keep.
+    """Predict text under the whole model and under each keep, in one pass. No more than one window is held at a time.
 
     Args:
-        model: the whole model; keeps are masks on it.
+        model: the whole model.
         keeps: bool (n_layer, n_expert) each.
         domains: text that nothing was chosen by.
+        nodes: what computes for each keep, of `moeshard.nodes`; None: masks on the model.
         n_windows: per domain, evenly spread over it; None: all that fit.
         window: tokens predicted in each.
         n_prompt: of them, so many are the prompt.
@@ -126,7 +132,8 @@ def measure_losses(
     """
     if not 0 < n_prompt < window:
         raise MoeshardError(f"a prompt of {n_prompt} tokens does not fit a window of {window}; leave some to predict")
-    windows, owners = _windows(model, domains, window, n_windows)
+    nodes = masked_nodes(model, keeps) if nodes is None else nodes
+    windows, owners = cut_windows(model, domains, window, n_windows)
     shape = (len(keeps), len(windows), window)
     losses = Losses(
         [domain.name for domain in domains],
@@ -138,26 +145,28 @@ def measure_losses(
         np.empty(shape, dtype=bool),
         np.empty(shape[:2]),
     )
-    step = max(1, min(window, _LOGIT_BYTES // ((1 + len(keeps)) * model.n_vocab * 4)))
-    with model.session(n_seq=1 + len(keeps), n_ctx=window) as session:
-        for index, keep in enumerate(keeps):
-            session.set_keep(keep, 1 + index)
+    with ExitStack() as stack:
+        runs = [_Run(stack, found, own, window) for found, own in _by_model(model, nodes)]
+        held = 1 + max(len(run.seqs) for run in runs)  # the whole model's beside those of a run
+        step = max(1, min(window, _LOGIT_BYTES // (held * model.n_vocab * 4)))
         for row, tokens in enumerate(windows):
-            session.reset()
+            for run in runs:
+                run.session.reset()
             for at in range(0, window, step):
                 piece = slice(at, min(at + step, window))
-                inputs = tokens[:-1][piece]
-                logits = session.decode(dict.fromkeys(range(1 + len(keeps)), inputs), "all")
-                _compare(losses, row, piece, logits, tokens[1:][piece])
+                _predict(losses, row, piece, runs, tokens)
             if progress is not None:
                 progress(row + 1, len(windows))
     losses.captured[:] = _captured(model, keeps, [tokens[:n_prompt] for tokens in windows])
     return losses
 
 
-def _windows(
+def cut_windows(
     model: Model, domains: Sequence[Domain], window: int, n_windows: int | None
 ) -> tuple[list[npt.NDArray[np.int32]], list[int]]:
+    """Return arrays int32 (window + 1,), and the index of the domain of each; arguments of `measure_losses`."""
+    if not domains:
+        raise MoeshardError("there is no text to predict")
     windows, owners = [], []
     for index, domain in enumerate(domains):
         found: list[npt.NDArray[np.int32]] = []
@@ -173,23 +182,60 @@ def _windows(
     return windows, owners
 
 
-def _compare(losses: Losses, row: int, piece: slice, logits: dict[int, Floats], targets: npt.NDArray[np.int32]) -> None:
-    """Enter the predictions of some tokens of one window; `logits` are (n, n_vocab), the whole model's first."""
+def _by_model(model: Model, nodes: Sequence[NodeModel]) -> list[tuple[Model, list[tuple[int | None, Keep | None]]]]:
+    """What runs on each model: indices of nodes with their masks, None for the whole model itself, which is first."""
+    found: dict[int, tuple[Model, list[tuple[int | None, Keep | None]]]] = {id(model): (model, [(None, None)])}
+    for index, node in enumerate(nodes):
+        found.setdefault(id(node.model), (node.model, []))[1].append((index, node.keep))
+    return list(found.values())
+
+
+class _Run:
+    """A session in which the nodes of one model read the same tokens, a sequence each."""
+
+    def __init__(self, stack: ExitStack, model: Model, own: list[tuple[int | None, Keep | None]], window: int) -> None:
+        self.seqs = [index for index, _ in own]
+        self.session: Session = stack.enter_context(model.session(n_seq=len(own), n_ctx=window))
+        for seq, (_, keep) in enumerate(own):
+            if keep is not None:
+                self.session.set_keep(keep, seq)
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """The whole model's predictions of n tokens."""
+
+    logits: Floats
+    norm: Floats
+    """Logarithm of the sum of their exponentials (n,)."""
+    probs: Floats
+    likeliest: Ints
+
+
+def _predict(losses: Losses, row: int, piece: slice, runs: list[_Run], window: npt.NDArray[np.int32]) -> None:
+    """Enter the predictions of some tokens of one window."""
+    targets = window[1:][piece]
     token = np.arange(targets.size)
-    whole = logits[0]
-    whole_norm = _log_sum_exp(whole)
-    probs = np.exp(whole - whole_norm[:, None])
-    likeliest = whole.argmax(axis=1)
-    losses.full[row, piece] = whole_norm - whole[token, targets]
-    for index in range(len(losses.groups)):
-        own = logits[1 + index]
-        norm = _log_sum_exp(own)
-        losses.groups[index, row, piece] = norm - own[token, targets]
-        losses.kl[index, row, piece] = np.einsum("tv,tv->t", probs, whole - own) - whole_norm + norm
-        losses.same[index, row, piece] = own.argmax(axis=1) == likeliest
+    whole: _Whole | None = None
+    for run in runs:
+        logits = run.session.decode(dict.fromkeys(range(len(run.seqs)), window[:-1][piece]), "all")
+        for seq, index in enumerate(run.seqs):
+            own = logits.pop(seq)
+            norm = log_sum_exp(own)
+            loss = norm - own[token, targets]
+            if index is None:
+                whole = _Whole(own, norm, np.exp(own - norm[:, None]), own.argmax(axis=1))
+                losses.full[row, piece] = loss
+                continue
+            assert whole is not None  # it is the first of the first run
+            kl = np.einsum("tv,tv->t", whole.probs, whole.logits - own) - whole.norm + norm
+            losses.groups[index, row, piece] = loss
+            losses.kl[index, row, piece] = kl
+            losses.same[index, row, piece] = own.argmax(axis=1) == whole.likeliest
 
 
-def _log_sum_exp(logits: Floats) -> Floats:
+def log_sum_exp(logits: Floats) -> Floats:
+    """Return float32 (n,) of logits (n, n_vocab)."""
     peak = logits.max(axis=1)
     norm: Floats = peak + np.log(np.exp(logits - peak[:, None]).sum(axis=1))
     return norm

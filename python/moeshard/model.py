@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -77,10 +77,23 @@ class Model:
         if n_ctx is not None and n_ctx < 1:
             raise MoeshardError(f"n_ctx must be positive, got {n_ctx}")
         self._n_ctx = n_ctx or min(self._native.n_ctx_train or DEFAULT_CTX, DEFAULT_CTX)
+        self._load_options: dict[str, Any] = {"n_gpu_layers": n_gpu_layers, "mmap": mmap}
         self._context_options = {"n_batch": n_batch, "n_ubatch": n_ubatch, "n_threads": n_threads}
         self._idle: list[_core.Context] = []
         self._lock = threading.Lock()
         self._masks = threading.local()
+
+    def sibling(self, path: str | os.PathLike[str] | None = None, *, n_expert_used: int | None = None) -> Model:
+        """Load another file, or the same with other experts per token, to run as this model does.
+
+        A file that is mapped twice takes its memory once; on a GPU its weights are there twice.
+        """
+        return Model(self.path if path is None else path, n_expert_used=n_expert_used, **self.load_options)
+
+    @property
+    def load_options(self) -> dict[str, Any]:
+        """How to load another model that is to run as this one does: further arguments of `Model`."""
+        return {"n_ctx": self._n_ctx, **self._load_options, **self._context_options}
 
     # What the model is.
 
@@ -171,6 +184,10 @@ class Model:
     def detokenize(self, tokens: Tokens, *, special: bool = False) -> str:
         """Return the text of the tokens; bytes that are no UTF-8 become U+FFFD. `special` shows control tokens."""
         return self._native.detokenize(as_tokens(tokens), special).decode("utf-8", errors="replace")
+
+    def is_end(self, token: int) -> bool:
+        """Whether the model ends its answer with this token."""
+        return self._native.is_end_of_generation(token)
 
     def chat_prompt(self, messages: Sequence[Message], *, template: str = "") -> str:
         """Format messages ``{"role": …, "content": …}`` as the model's chat template does, ready for its answer.

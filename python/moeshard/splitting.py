@@ -23,6 +23,7 @@ Progress = Callable[[int, int], object]
 """Called with the bytes done and those of the whole; what it raises ends the work and is raised again."""
 
 TRUNK = "trunk"
+TRUNK_FILE = "trunk.gguf"
 PLAN_FILE = "plan.json"
 
 
@@ -128,14 +129,13 @@ def lay_out(
     max_file_size: int,
 ) -> list[Shards]:
     """Lay the shards of `nodes` out; arguments as of `split`. Reads headers and writes nothing."""
-    stem = _stem(source.path)
     folder = os.fspath(out)
     laid_out = []
     if trunk_once:
         files = _core.shard_segments(
             source, None, kind=TRUNK, max_file_size=max_file_size, notes=notes_of(plan.model, plan, None)
         )
-        laid_out.append(_shards(TRUNK, TRUNK, files, os.path.join(folder, "trunk.gguf"), 0))
+        laid_out.append(_shards(TRUNK, TRUNK, files, os.path.join(folder, TRUNK_FILE), 0))
     kind = "experts" if trunk_once else "shard"
     for node in nodes:
         files = _core.shard_segments(
@@ -147,7 +147,7 @@ def lay_out(
             max_file_size=max_file_size,
             notes=notes_of(plan.model, plan, node),
         )
-        path = folder if single else os.path.join(folder, f"{stem}.{node.name}.gguf")
+        path = folder if single else os.path.join(folder, shard_name(source.path, node.name))
         n_expert = int(node.keep[plan.model.moe_layers[0]].sum())
         laid_out.append(_shards(node.name, kind, files, path, n_expert))
     return laid_out
@@ -216,9 +216,9 @@ def _shards(name: str, kind: str, files: list[SegmentList], path: str, n_expert:
     return Shards(facts, files)
 
 
-def _stem(path: str) -> str:
-    """Of ``dir/model-00001-of-00003.gguf``: ``model``."""
-    return re.sub(r"-\d{5,}-of-\d{5,}$", "", Path(path).stem)
+def shard_name(model: str, node: str) -> str:
+    """Return what the shard of a node is called: for ``dir/model-00001-of-00003.gguf``, ``model.NODE.gguf``."""
+    return re.sub(r"-\d{5,}-of-\d{5,}$", "", Path(model).stem) + f".{node}.gguf"
 
 
 def _make_folder(path: str | os.PathLike[str]) -> None:
