@@ -18,6 +18,8 @@ _HOME = {
     "Generation": "moeshard.generation",
     "Model": "moeshard.model",
     "MoeshardError": "moeshard._core",
+    "Placed": "moeshard.placement",
+    "Placement": "moeshard.placement",
     "Plan": "moeshard.plan",
     "PlanNode": "moeshard.plan",
     "Ranking": "moeshard.ranking",
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from moeshard.merging import merge
     from moeshard.model import Model
     from moeshard.paths import cmake_dir, include_dir
+    from moeshard.placement import Placed, Placement
     from moeshard.plan import Plan, PlanNode, read_plan
     from moeshard.planning import plan_groups
     from moeshard.ranking import Ranking, read_ranking, write_ranking
@@ -65,6 +68,8 @@ __all__ = [
     "Generation",
     "Model",
     "MoeshardError",
+    "Placed",
+    "Placement",
     "Plan",
     "PlanNode",
     "Ranking",

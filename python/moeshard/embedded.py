@@ -7,6 +7,7 @@ held-out text for that and keeps the second for scoring, so that nothing is ever
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +30,13 @@ def embedded_model() -> Path:
 def resolve_model(name: str) -> Path:
     """Return the path that a MODEL argument means: the embedded model for ``tinymoe``, else the path itself."""
     return embedded_model() if name == MODEL_NAME else Path(name)
+
+
+def model_name(path: str | os.PathLike[str]) -> str:
+    """Return what `resolve_model` finds this model by again, from any folder: ``tinymoe``, else the absolute path."""
+    embedded = _data() / "tinymoe.gguf"
+    same = embedded.is_file() and os.path.exists(path) and embedded.samefile(path)
+    return MODEL_NAME if same else os.path.abspath(path)
 
 
 def embedded_domains() -> list[str]:

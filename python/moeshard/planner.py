@@ -12,6 +12,7 @@ import numpy as np
 
 from moeshard._core import GGUFMap, MoeshardError
 from moeshard.budget import Memory, Use, largest_keep, shard_memory
+from moeshard.embedded import model_name
 from moeshard.fingerprint import identify
 from moeshard.islands import islands
 from moeshard.keep import Keep
@@ -122,7 +123,7 @@ def make_plan(
             facts["budget"] = budgets[index]
         nodes.append(PlanNode(f"node-{index}", keep, n_expert_used, facts))
     parameters = {"n_keep": list(n_keep), "domains": profile.domains, **vars(use), **options}
-    return Plan(nodes, strategy, parameters, identity)
+    return Plan(nodes, strategy, parameters, replace(identity, facts={"path": model_name(source.path)}))
 
 
 def captured(profile: Profile, keep: Keep, domains: Sequence[str] | None = None) -> float:

@@ -1,10 +1,13 @@
-"""The command line: ``moeshard inspect``, ``generate`` and ``demo``."""
+"""The command line: ``moeshard inspect``, ``generate``, ``plan`` and others; ``moeshard --help`` lists them."""
 
 from __future__ import annotations
 
 
 def main() -> None:
-    """Run the command line of this process and exit: 0 done, 1 a MoeshardError, 2 wrong usage, 130 interrupted."""
+    """Run the command line of this process and exit.
+
+    Exit codes: 0 done, 1 a MoeshardError, 2 wrong usage, 3 (``place``) no node is good enough, 130 interrupted.
+    """
     try:
         from moeshard.cli.app import app
 

@@ -17,6 +17,7 @@ from moeshard.cli.demo import demo
 from moeshard.cli.generate import generate
 from moeshard.cli.inspect import inspect
 from moeshard.cli.merge import merge
+from moeshard.cli.place import place
 from moeshard.cli.plan import plan
 from moeshard.cli.split import split
 from moeshard.cli.verify import verify
@@ -83,6 +84,7 @@ app.command(short_help="Show architecture, routing and sizes of a model.")(inspe
 app.command(short_help="Generate text with all experts or some.")(generate)
 app.command(short_help="Measure which experts some text uses.")(analyze)
 app.command(short_help="Choose the experts of each node by a profile.")(plan)
+app.command(short_help="Say which node should have a session.")(place)
 app.command(short_help="Write shards: GGUF files with some of the experts.")(split)
 app.command(short_help="Compare a shard with the model it was taken from.")(verify)
 app.command(short_help="Put shards together again.")(merge)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeshard.cli.options import JsonOption, ModelArgument
+from moeshard.cli.options import GpuLayersOption, JsonOption, ModelArgument, ThreadsOption
+from moeshard.cli.prompts import ChatOption, PromptFileOption, PromptOption, SystemOption, apply_template, read_prompt
 
 if TYPE_CHECKING:
     from moeshard.generation import Generation
@@ -20,17 +20,8 @@ MAX_SEED = 2**32 - 2  # the engine takes the one above for "a random one"
 
 def generate(
     model: ModelArgument,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="The text to continue, or with --chat to answer.")
-    ] = None,
-    file: Annotated[
-        Path | None,
-        typer.Option(
-            "--file",
-            "-f",
-            help="Read the prompt from a file, '-' for stdin; one line break at its end is dropped.",
-        ),
-    ] = None,
+    prompt: PromptOption = None,
+    file: PromptFileOption = None,
     keep: Annotated[
         str | None,
         typer.Option(
@@ -55,36 +46,29 @@ def generate(
         int | None, typer.Option(min=0, max=MAX_SEED, show_default="random", help="For the same text again.")
     ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Format the prompt with the model's chat template.")] = False,
-    system: Annotated[str | None, typer.Option(help="The system message, with --chat.")] = None,
-    threads: Annotated[int, typer.Option(min=0, help="Threads that compute; 0: one per processor.")] = 0,
+    chat: ChatOption = False,
+    system: SystemOption = None,
+    threads: ThreadsOption = 0,
     ctx: Annotated[
         int | None, typer.Option(min=1, show_default="the model's, at most 4096", help="Tokens of context.")
     ] = None,
-    gpu_layers: Annotated[int, typer.Option(help="Layers on the GPU, where there is one; -1: all.")] = -1,
+    gpu_layers: GpuLayersOption = -1,
     as_json: JsonOption = False,
 ) -> None:
     """Generate text, as it comes, with all experts or only those of --keep.
 
     The text goes to stdout, speed and seed to stderr.
     """
-    if (prompt is None) == (file is None):
-        raise typer.BadParameter("give the prompt with either --prompt or --file")
-    if system is not None and not chat:
-        raise typer.BadParameter("--system needs --chat")
+    text = read_prompt(prompt, file, chat, system)
 
     from random import SystemRandom
 
     from moeshard.cli.loading import load_model
 
-    text = prompt if file is None else _read_prompt(file)
-    assert text is not None
     seed = SystemRandom().randrange(MAX_SEED) if seed is None else seed
     loaded = load_model(model, n_ctx=ctx, n_threads=threads, n_gpu_layers=gpu_layers)
     mask = None if keep is None else loaded.keep(keep)
-    if chat:
-        messages = [] if system is None else [{"role": "system", "content": system}]
-        text = loaded.chat_prompt([*messages, {"role": "user", "content": text}])
+    text = apply_template(loaded, text, chat, system)
     answer = loaded.generate(
         text,
         mask,
@@ -105,17 +89,6 @@ def generate(
     else:
         _stream(answer)
         _report(answer, loaded, mask, seed)
-
-
-def _read_prompt(file: Path) -> str:
-    try:
-        data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
-        text = data.decode("utf-8")
-    except OSError as error:
-        raise typer.BadParameter(f"cannot read the prompt from '{file}': {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise typer.BadParameter(f"the prompt in '{file}' is not UTF-8 text: {error}") from error
-    return text.removesuffix("\n").removesuffix("\r")
 
 
 def _stream(answer: Generation) -> None:

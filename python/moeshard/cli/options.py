@@ -30,6 +30,10 @@ ModelArgument = Annotated[
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text for people.")]
 
+ThreadsOption = Annotated[int, typer.Option(min=0, help="Threads that compute; 0: one per processor.")]
+
+GpuLayersOption = Annotated[int, typer.Option(help="Layers on the GPU, where there is one; -1: all.")]
+
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
 
 JobsOption = Annotated[int, typer.Option(min=0, help="Threads that copy; 0: as many as are useful.")]
