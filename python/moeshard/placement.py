@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moeshard._core import GGUFMap, MoeshardError
+from moeshard._core import MoeshardError
 from moeshard.embedded import resolve_model
-from moeshard.fingerprint import identify
 from moeshard.model import Model
+from moeshard.nodes import plan_nodes
 from moeshard.plan import Plan, read_plan
-from moeshard.probing import Lanes, Probed, Tokens, by_loss, by_saliency, saliency
+from moeshard.probing import Probed, Tokens, by_loss, by_saliency, prompt_losses, saliency
 from moeshard.session import as_tokens
 
 LOSS, SALIENCY = "loss", "saliency"
@@ -130,10 +130,9 @@ class Placement:
             path = planned_model(self.plan) if model is None else model
             model = Model(path, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
         self.model = model
-        self._check_model()
         self.min_quality, self.min_captured = min_quality, min_captured
         self.min_tokens, self.max_tokens = min_tokens, max_tokens
-        self._lanes = Lanes(model, self.plan.nodes)
+        self._nodes = plan_nodes(model, self.plan)
 
     @property
     def names(self) -> list[str]:
@@ -166,20 +165,12 @@ class Placement:
             return place_by_saliency(self.names, wanted, held, min_captured=self.min_captured, **limits)
         if seen.size < 2:
             raise MoeshardError("the prompt is one token: none follows that could be predicted; use probe 'saliency'")
-        losses = self._lanes.losses(seen, self.max_tokens)
+        losses = prompt_losses(self.model, self._nodes, seen, self.max_tokens)
         return place_by_loss(self.names, losses[1:], losses[0], min_quality=self.min_quality, **limits)
 
     def place_many(self, prompts: Sequence[str | Tokens | Sequence[int]], probe: str = LOSS) -> list[Placed]:
         """Place several sessions, one after the other; see `place`."""
         return [self.place(prompt, probe) for prompt in prompts]
-
-    def _check_model(self) -> None:
-        self.plan.check(identify(GGUFMap(self.model.path)))
-        if self.model.n_expert != self.plan.model.n_expert:
-            raise MoeshardError(
-                f"{self.model.path}: only {self.model.n_expert} of {self.plan.model.n_expert} experts are loaded, but "
-                f"nodes are compared with the whole model; load it without keep"
-            )
 
 
 def planned_model(plan: Plan) -> Path:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from moeshard.evaluation import log_sum_exp
 from moeshard.keep import Keep
-from moeshard.plan import PlanNode
+from moeshard.nodes import NodeModel
 
 if TYPE_CHECKING:
     from moeshard.model import Model
@@ -69,42 +70,35 @@ def by_saliency(wanted: Doubles, held: Doubles) -> Probed:
     return Probed(share.mean(axis=1), influence.mean(axis=1))
 
 
-class Lanes:
-    """The whole model and nodes as masks on it, side by side; nodes that use other numbers of experts per token than
-    the model run on a model of their own, from the same file."""
+def prompt_losses(model: Model, nodes: Sequence[NodeModel], tokens: Tokens, n_ctx: int) -> Floats:
+    """Predict a prompt on the whole model and on all nodes, those of one model in the same batches.
 
-    def __init__(self, model: Model, nodes: Sequence[PlanNode]):
-        self._keeps = [node.keep for node in nodes]
-        # Of each lane, what its sequences are: nodes, or -1 for the whole model.
-        lanes: dict[int | None, list[int]] = {None: [-1]}
-        for index, node in enumerate(nodes):
-            used = node.n_expert_used
-            same = used is None or all(model.routing.n_expert_used[layer] == used for layer in model.moe_layers)
-            lanes.setdefault(None if same else used, []).append(index)
-        self._lanes = [(model.sibling(n_expert_used=used) if used else model, rows) for used, rows in lanes.items()]
+    Args:
+        model: the whole model.
+        nodes: of `moeshard.nodes`.
+        tokens: int32 (T + 1,).
+        n_ctx: tokens of the longest prompt to come: contexts are kept for the next one.
 
-    def losses(self, tokens: Tokens, n_ctx: int) -> Floats:
-        """Return float32 (1 + G, T): what predicting each of the T tokens after the first costs the whole model, and
-        each node, nats. `n_ctx` is the most tokens that any prompt has: contexts are kept for the next one."""
-        found = np.empty((1 + len(self._keeps), tokens.size - 1), dtype=np.float32)
-        for model, rows in self._lanes:
-            step = max(1, LOGIT_BYTES // (len(rows) * model.n_vocab * 4))
-            with model.session(n_seq=len(rows), n_ctx=n_ctx) as session:
-                for seq, node in enumerate(rows):
-                    session.set_keep(None if node < 0 else self._keeps[node], seq)
-                for at in range(0, tokens.size - 1, step):
-                    inputs, targets = tokens[:-1][at : at + step], tokens[1:][at : at + step]
-                    for seq, logits in session.decode(dict.fromkeys(range(len(rows)), inputs), "all").items():
-                        chosen = logits[np.arange(targets.size), targets]
-                        found[1 + rows[seq], at : at + step] = log_sum_exp(logits) - chosen
-        return found
-
-
-def log_sum_exp(logits: Floats) -> Floats:
-    """Return float32 (n,) of logits (n, n_vocab)."""
-    peak = logits.max(axis=1)
-    norm: Floats = peak + np.log(np.exp(logits - peak[:, None]).sum(axis=1))
-    return norm
+    Returns:
+        float32 (1 + G, T): what each token but the first costs the whole model, and each node, nats.
+    """
+    found = np.empty((1 + len(nodes), tokens.size - 1), dtype=np.float32)
+    rows: dict[int, list[tuple[Model, Keep | None, int]]] = {id(model): [(model, None, 0)]}
+    for row, node in enumerate(nodes, 1):
+        rows.setdefault(id(node.model), []).append((node.model, node.keep, row))
+    for own in rows.values():
+        shared = own[0][0]
+        step = max(1, LOGIT_BYTES // (len(own) * shared.n_vocab * 4))
+        with shared.session(n_seq=len(own), n_ctx=n_ctx) as session:
+            for seq, (_, keep, _) in enumerate(own):
+                session.set_keep(keep, seq)
+            for at in range(0, tokens.size - 1, step):
+                inputs, targets = tokens[:-1][at : at + step], tokens[1:][at : at + step]
+                logits = session.decode(dict.fromkeys(range(len(own)), inputs), "all")
+                for seq, (_, _, row) in enumerate(own):
+                    chosen = logits[seq][np.arange(targets.size), targets]
+                    found[row, at : at + step] = log_sum_exp(logits[seq]) - chosen
+    return found
 
 
 def saliency(model: Model, keeps: Sequence[Keep], tokens: Tokens) -> tuple[Doubles, Doubles]:
