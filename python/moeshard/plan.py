@@ -103,7 +103,7 @@ class Plan:
         """
         document = {
             "moeshard_plan": VERSION,
-            "model": {key: getattr(self.model, key) for key in _MODEL_KEYS} | self.model.facts,
+            "model": model_to_json(self.model),
             "strategy": self.strategy,
             "parameters": self.parameters,
             "nodes": [_node_to_json(node, self.model) for node in self.nodes],
@@ -153,6 +153,34 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
         return _from_json(document)
     except MoeshardError as error:
         raise MoeshardError(f"plan '{os.fspath(path)}': {error}") from error
+
+
+def model_to_json(model: ModelIdentity) -> dict[str, Any]:
+    """Return the object ``model`` of a plan file, or of another file that is about a model."""
+    return {key: getattr(model, key) for key in _MODEL_KEYS} | model.facts
+
+
+def model_from_json(value: dict[str, Any]) -> ModelIdentity:
+    """Read what `model_to_json` wrote.
+
+    Raises:
+        MoeshardError: naming the key that is missing, of another type or out of range.
+    """
+    model = ModelIdentity(
+        name=take(value, "name", str, "model"),
+        arch=take(value, "arch", str, "model"),
+        fingerprint=take(value, "fingerprint", str, "model"),
+        n_layer=take(value, "n_layer", int, "model"),
+        n_expert=take(value, "n_expert", int, "model"),
+        moe_layers=[
+            expect(layer, int, f"model.moe_layers[{index}]")
+            for index, layer in enumerate(take(value, "moe_layers", list, "model"))
+        ],
+        facts=_other(value, _MODEL_KEYS),
+    )
+    # Before any node: their arrays are as large as the model says.
+    _check_model(model)
+    return model
 
 
 def _check_model(model: ModelIdentity) -> None:
@@ -208,7 +236,7 @@ def _node_to_json(node: PlanNode, model: ModelIdentity) -> dict[str, Any]:
 
 def _from_json(document: dict[str, Any]) -> Plan:
     check_version(document, "moeshard_plan", VERSION, "plan")
-    model = _model_from_json(take(document, "model", dict))
+    model = model_from_json(take(document, "model", dict))
     nodes = [
         _node_from_json(expect(node, dict, f"nodes[{index}]"), model, f"nodes[{index}]")
         for index, node in enumerate(take(document, "nodes", list))
@@ -220,24 +248,6 @@ def _from_json(document: dict[str, Any]) -> Plan:
         model=model,
         extra=_other(document, _PLAN_KEYS),
     )
-
-
-def _model_from_json(value: dict[str, Any]) -> ModelIdentity:
-    model = ModelIdentity(
-        name=take(value, "name", str, "model"),
-        arch=take(value, "arch", str, "model"),
-        fingerprint=take(value, "fingerprint", str, "model"),
-        n_layer=take(value, "n_layer", int, "model"),
-        n_expert=take(value, "n_expert", int, "model"),
-        moe_layers=[
-            expect(layer, int, f"model.moe_layers[{index}]")
-            for index, layer in enumerate(take(value, "moe_layers", list, "model"))
-        ],
-        facts=_other(value, _MODEL_KEYS),
-    )
-    # Before any node: their arrays are as large as the model says.
-    _check_model(model)
-    return model
 
 
 def _node_from_json(value: dict[str, Any], model: ModelIdentity, where: str) -> PlanNode:
