@@ -37,7 +37,7 @@ CONFIGS = {
     "tinymoe": Config("qwen3moe"),
     # Shaped as Kimi-K2, which llama.cpp runs as deepseek2.
     "tinymoe-sigmoid": Config(
-        "deepseek2", width=160, layers=4, heads=4, kv_heads=4, qk_norm=False, sigmoid=True, gate_scale=2.0,
+        "deepseek2", width=128, layers=4, heads=4, kv_heads=4, qk_norm=False, sigmoid=True, gate_scale=2.0,
         shared_width=32, dense_layers=1, dense_width=512, q_rank=96, kv_rank=64,
     ),
     # Shaped as Mixtral, which llama.cpp runs as llama.
