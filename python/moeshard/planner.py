@@ -96,7 +96,7 @@ def make_plan(
     """
     source = model if isinstance(model, GGUFMap) else GGUFMap(model)
     identity = identify(source)
-    _check_profile(profile, identity, source.path)
+    check_profile(profile, identity, source.path)
     if (n_keep is None) == (budgets is None):
         raise MoeshardError("give either the number of experts or the memory of each node")
     use = use or Use()
@@ -140,7 +140,8 @@ def _facts(profile: Profile, keep: Keep, memory: Memory) -> dict[str, Any]:
     }
 
 
-def _check_profile(profile: Profile, identity: ModelIdentity, path: str) -> None:
+def check_profile(profile: Profile, identity: ModelIdentity, path: str) -> None:
+    """Raise a `MoeshardError` where a profile is not of this model, which lies in `path`."""
     if profile.model != identity:
         raise MoeshardError(f"the profile is of {profile.model}, not of {path}: {identity}; analyze this model")
 

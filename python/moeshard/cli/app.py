@@ -13,7 +13,9 @@ import typer
 from typer.core import TyperGroup
 
 from moeshard.cli.analyze import analyze
+from moeshard.cli.curve import curve
 from moeshard.cli.demo import demo
+from moeshard.cli.evaluate import evaluate
 from moeshard.cli.generate import generate
 from moeshard.cli.inspect import inspect
 from moeshard.cli.merge import merge
@@ -83,7 +85,9 @@ def moeshard(
 app.command(short_help="Show architecture, routing and sizes of a model.")(inspect)
 app.command(short_help="Generate text with all experts or some.")(generate)
 app.command(short_help="Measure which experts some text uses.")(analyze)
+app.command(short_help="Measure what is lost by how many experts are kept.")(curve)
 app.command(short_help="Choose the experts of each node by a profile.")(plan)
+app.command(short_help="Measure what the nodes of a plan lose.")(evaluate)
 app.command(short_help="Say which node should have a session.")(place)
 app.command(short_help="Write shards: GGUF files with some of the experts.")(split)
 app.command(short_help="Compare a shard with the model it was taken from.")(verify)

@@ -1,0 +1,154 @@
+"""`moeshard curve`: what does a node lose by how many experts it holds?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moeshard.cli.options import ForceOption, GpuLayersOption, JsonOption, ModelArgument, ThreadsOption
+
+if TYPE_CHECKING:
+    from moeshard.curve import Curve
+    from moeshard.profile import Profile
+    from moeshard.traffic import Domain
+
+
+def curve(
+    model: ModelArgument,
+    profile: Annotated[Path, typer.Option(help="What `moeshard analyze` measured; experts are chosen by it.")],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]FILE",
+            show_default="the embedded held-out texts",
+            help="A text to predict; several of one NAME make one domain. Not one that the profile was made from.",
+        ),
+    ] = None,
+    chat: Annotated[
+        list[Path] | None, typer.Option(help='Chats, a line of JSON each: {"messages": [{"role", "content"}, …]}.')
+    ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            show_default="multiples of the experts that a token uses, a quarter, half, all",
+            help="Experts per layer to try, such as 16,32,64.",
+        ),
+    ] = None,
+    strategies: Annotated[
+        str,
+        typer.Option(
+            help="How they are chosen, several after commas: ranked (per layer, by saliency), one-list (the same ids "
+            "in every layer), contiguous, or another strategy of plan."
+        ),
+    ] = "ranked",
+    windows: Annotated[int, typer.Option(min=2, help="Windows of each domain.")] = 8,
+    window: Annotated[int, typer.Option(min=2, help="Tokens predicted in a window.")] = 256,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens at its beginning that do not count.")] = 64,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write all figures as JSON.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write a table of them.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw the curve (needs moeshard[report]).")] = None,
+    threads: ThreadsOption = 0,
+    gpu_layers: GpuLayersOption = -1,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure what a model loses by how many experts per layer it keeps, with masks, before any file is written.
+
+    Held-out text is predicted with all experts and with each number of them, side by side. Intervals are of 95 %.
+    """
+    sizes = None if keep is None else _parse_sizes(keep)
+
+    from moeshard import MoeshardError
+    from moeshard.cli.loading import load_model
+    from moeshard.cli.output import print_json, progress
+    from moeshard.curve import measure_curve
+    from moeshard.files import write_atomically
+    from moeshard.profile import read_profile
+    from moeshard.traffic import embedded_traffic, read_texts
+
+    for path in (out, csv, png):
+        if path is not None and path.exists() and not force:
+            raise MoeshardError(f"{path}: exists already; choose another name, or replace it with --force")
+    if png is not None:
+        from moeshard.report.drawing import require_matplotlib
+
+        require_matplotlib()
+    measured = read_profile(profile)
+    loaded = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers)
+    domains = read_texts(text or [], chat or [], model=loaded) or embedded_traffic("heldout")
+    _warn_of_seen(measured, domains)
+    with progress() as update:
+        found = measure_curve(
+            loaded,
+            measured,
+            domains,
+            sizes=sizes,
+            strategies=[name.strip() for name in strategies.split(",")],
+            n_windows=windows,
+            window=window,
+            n_prompt=prompt,
+            progress=lambda done, total: update("predicting", done / total),
+        )
+    if out is not None:
+        found.save(out, force=force)
+    if csv is not None:
+        write_atomically(csv, found.to_csv(), force=force)
+    if png is not None:
+        write_atomically(png, draw_png(found), force=force)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        _report(found, [path for path in (out, csv, png) if path is not None])
+
+
+def _parse_sizes(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"--keep '{text}': expected numbers of experts such as 16,32,64") from error
+
+
+def _warn_of_seen(profile: Profile, domains: list[Domain]) -> None:
+    seen = set(profile.facts.get("texts", {}).values())
+    for domain in domains:
+        if domain.digest in seen:
+            typer.secho(
+                f"warning: the profile was made from text '{domain.name}' too: what is lost on other text is more",
+                fg=typer.colors.YELLOW,
+                err=True,
+            )
+
+
+def draw_png(found: Curve) -> bytes:
+    from moeshard.curve_figure import HEIGHT, draw_curve
+    from moeshard.report.drawing import render
+    from moeshard.report.figure import Panel
+
+    return render(Panel("loss by experts kept", lambda canvas: draw_curve(canvas, found), HEIGHT), "curve")[1]
+
+
+def _report(found: Curve, written: list[Path]) -> None:
+    from moeshard.cli.output import console, plain_table
+    from moeshard.curve import rule_of_thumb
+
+    table = plain_table("What is lost by how many experts per layer are kept")
+    table.add_column("chosen by")
+    for header in ("experts", "of all", "x top-k", "nats per token", "perplexity x", "interval"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for name, points in found.strategies.items():
+        for point in points:
+            low, high = point.scores.ratio_ci
+            share = f"{point.keep / found.model.n_expert:.0%}"
+            measured = (f"{point.scores.excess:+.3f}", f"{point.scores.ratio:.2f}", f"{low:.2f} to {high:.2f}")
+            table.add_row(name, f"{point.keep}", share, f"{found.times_top_k(point):g}", *measured)
+        table.add_section()
+    console().print(table)
+    typer.echo()
+    typer.echo("The rule of thumb, 4 to 8 times the experts that a token uses, measured:")
+    for sentence in rule_of_thumb(found):
+        typer.echo(sentence)
+    tokens = sum(found.settings["windows"].values()) * (found.settings["window"] - found.settings["prompt"])
+    files = "".join(f"; {path}" for path in written)
+    typer.secho(f"[{tokens} tokens of {', '.join(found.domains)}{files}]", dim=True, err=True)
