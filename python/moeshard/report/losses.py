@@ -1,0 +1,299 @@
+"""Figures of what is lost: the measured curve, node by node, as placed, and answers that end in loops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moeshard.curve import RULE, Curve, rule_of_thumb
+from moeshard.curve_figure import HEIGHT, draw_curve
+from moeshard.evaluation_record import Evaluation
+from moeshard.plan import Plan
+from moeshard.report.drawing import COLOURS, FAINT, MARK, intervals, matrix
+from moeshard.report.figure import Cell, Figure, Panel, Table, between, counted, percent
+from moeshard.report.nodes import held
+from moeshard.scoring import Scores
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
+
+_ROW = 0.26
+"""Inches of a line with a dot and its interval."""
+
+
+def nats(value: float) -> str:
+    """Write nats per token."""
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"
+
+
+def short_nats(value: float) -> str:
+    """Write nats per token for a small cell."""
+    return f"{value:.2f}"
+
+
+def loss_curve(curve: Curve, plan: Plan | None, evaluation: Evaluation | None) -> Figure:
+    """Return the measured loss by the experts kept, with the nodes of a plan on it where theirs is known."""
+    n_expert = curve.model.n_expert
+    nodes: list[tuple[str, float, Scores]] = []
+    if plan is not None and evaluation is not None:
+        sizes = [n_expert * held(plan, node) for node in plan.nodes]
+        nodes = [(group.name, size, group.scores) for group, size in zip(evaluation.groups, sizes, strict=True)]
+        nodes.append(("as placed", float(np.mean(sizes)), evaluation.placed))
+
+    def draw(canvas: Canvas) -> None:
+        draw_curve(canvas, curve)
+        if nodes:
+            _mark(canvas.axes[0], nodes)
+
+    lines: list[list[Cell]] = []
+    for name, points in curve.strategies.items():
+        for point in points:
+            own, fraction, times = point.scores, point.keep / n_expert, curve.times_top_k(point)
+            lines.append(
+                [
+                    *(name, point.keep, percent(fraction), f"{times:.3g}", nats(own.excess)),
+                    *(between(own.excess_ci, nats), f"{own.ratio:.3g}"),
+                ]
+            )
+    rows: list[list[Cell]] = [
+        [name, point.keep, point.keep / n_expert, curve.times_top_k(point), *_numbers(point.scores)]
+        for name, points in curve.strategies.items()
+        for point in points
+    ]
+    rows += [
+        [name, round(size, 3), size / n_expert, size / curve.n_expert_used, *_numbers(scores)]
+        for name, size, scores in nodes
+    ]
+    used = curve.n_expert_used
+    says = [
+        f"A rule of thumb says that {RULE[0]} to {RULE[1]} times the experts that a token uses are enough: "
+        f"{RULE[0] * used} to {RULE[1] * used} of {n_expert} here. Measured, for one node that serves all domains:",
+        *rule_of_thumb(curve),
+    ]
+    if evaluation is not None and nodes:
+        says.append(
+            f"The plan's nodes together, each session where it is placed, lose {nats(evaluation.placed.excess)} nats "
+            f"per token (star)."
+        )
+    header = ["strategy", "kept", "fraction", "times top-k", "loss", "interval", "perplexity ratio"]
+    return Figure(
+        "keep-fraction-loss",
+        "What a part of the experts costs",
+        says,
+        [Panel("loss by experts kept, for a node that serves all domains", draw, HEIGHT)],
+        Table(["experts", "keep", "fraction", "times_top_k", "nll", "excess", "low", "high"], rows),
+        [("Loss over the full model, nats per token", Table(header, lines))],
+    )
+
+
+def _mark(axes: Axes, nodes: Sequence[tuple[str, float, Scores]]) -> None:
+    """Mark nodes on a curve, the last one being all of them together."""
+    low, high = axes.get_xlim()
+    sizes = [size for _, size, _ in nodes]
+    axes.set_xlim(min(low, 0.93 * min(sizes)), max(high, 1.07 * max(sizes)))
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(bottom, max(top, *(1.05 * scores.excess_ci[1] for _, _, scores in nodes)))
+    for index, (_, size, scores) in enumerate(nodes):
+        below, above = scores.excess_ci
+        spread = [[max(0.0, scores.excess - below)], [max(0.0, above - scores.excess)]]
+        together = index == len(nodes) - 1
+        label = "the plan, as placed" if together else "its nodes, each for all domains" if index == 0 else None
+        style: dict[str, Any] = {"fmt": "D", "color": FAINT, "markersize": 4, "zorder": 4}
+        if together:
+            style = {"fmt": "*", "color": MARK, "markersize": 12, "zorder": 5}
+        axes.errorbar([size], [scores.excess], spread, capsize=2, label=label, **style)
+    previous = axes.get_legend()
+    title = "" if previous is None else previous.get_title().get_text()
+    axes.legend(loc="upper right", title=title, alignment="left")
+
+
+def _numbers(scores: Scores) -> list[float]:
+    return [scores.nll, scores.excess, *scores.excess_ci]
+
+
+def loss_matrix(evaluation: Evaluation) -> Figure:
+    """Return what each node loses in each domain."""
+    names, domains = [group.name for group in evaluation.groups], evaluation.domains
+    excess = np.array([[group.scores.domains[name].excess for group in evaluation.groups] for name in domains])
+    best = excess.argmin(axis=1)
+    marked = np.arange(len(names))[None] == best[:, None]
+
+    def draw(canvas: Canvas) -> None:
+        matrix(canvas, excess, domains, names, short_nats, marked=marked if len(names) > 1 else None, reverse=True)
+
+    rows: list[list[Cell]] = []
+    lines: list[list[Cell]] = []
+    for i, domain in enumerate(domains):
+        line: list[Cell] = [domain]
+        for j, group in enumerate(evaluation.groups):
+            own = group.scores.domains[domain]
+            rows.append([domain, group.name, *_numbers(own), int(best[i] == j)])
+            line.append(f"{nats(own.excess)} ({between(own.excess_ci, nats)})")
+        lines.append(line)
+    least, worst = int(excess.min(axis=1).argmin()), int(excess.min(axis=1).argmax())
+    says = [
+        f"The node loses from {nats(excess.min())} ({domains[least]}) to {nats(excess.max())} ({domains[worst]}) nats "
+        f"per token over the full model."
+    ]
+    if len(names) > 1:
+        says = [
+            f"On its best node (framed) a domain loses {nats(excess.min(axis=1).mean())} nats per token over the full "
+            f"model on average, on its worst {nats(excess.max(axis=1).mean())}. Served worst even there is "
+            f"{domains[worst]} ({nats(excess[worst].min())})."
+        ]
+    return Figure(
+        "losses",
+        "What each node loses in each domain",
+        says,
+        [Panel("loss over the full model by domain and node, nats per token", draw, 1.1 + 0.28 * len(domains))],
+        Table(["domain", "node", "nll", "excess", "low", "high", "best"], rows),
+        [
+            (
+                f"Nats per token over the full model, with intervals of {percent(evaluation.settings.confidence)}",
+                Table(["domain", *names], lines),
+            )
+        ],
+    )
+
+
+def comparison(evaluation: Evaluation) -> Figure:
+    """Return the full model, the oracle, sessions as placed, hashed sessions, and each node by itself."""
+    ways = list(_ways(evaluation))
+
+    def draw(canvas: Canvas) -> None:
+        axes = canvas.add_subplot()
+        intervals(
+            axes,
+            [name for name, _, _ in ways],
+            [scores.excess for _, scores, _ in ways],
+            [scores.excess_ci for _, scores, _ in ways],
+            [colour for _, _, colour in ways],
+        )
+        axes.axvline(0, color=FAINT, linewidth=0.8)
+        axes.set_xlabel("loss over the full model, nats per token")
+
+    rows: list[list[Cell]] = []
+    lines: list[list[Cell]] = []
+    for name, own, _ in ways:
+        agreement = own.agreement
+        numbers: list[Cell] = [own.nll, *own.nll_ci, own.excess, *own.excess_ci]
+        texts: list[Cell] = [
+            nats(own.nll),
+            f"{nats(own.excess)} ({between(own.excess_ci, nats)})",
+            f"{own.perplexity:.4g}",
+            f"{own.ratio:.3g} ({between(own.ratio_ci, lambda value: f'{value:.3g}')})",
+        ]
+        if agreement is None:
+            numbers += ["", "", ""]
+            texts += ["", "", ""]
+        else:
+            numbers += [agreement.kl, agreement.kl_p99, agreement.top1]
+            texts += [nats(agreement.kl), nats(agreement.kl_p99), percent(agreement.top1)]
+        rows.append([name, *numbers])
+        lines.append([name, *texts])
+    header = ["", "loss", "over full", "perplexity", "ratio", "KL mean", "KL 99%", "same top token"]
+    probes: list[list[Cell]] = [
+        [
+            name,
+            nats(own.excess),
+            percent(own.right),
+            f"{nats(own.regret)} ({between(own.regret_ci, nats)})",
+        ]
+        for name, own in evaluation.probes.items()
+    ]
+    tables = [("Loss in nats per token", Table(header, lines))]
+    if probes:
+        tables.append(
+            (
+                "How well a prompt says where its session belongs",
+                Table(["probe", "over full", "right", "regret"], probes),
+            )
+        )
+    return Figure(
+        "comparison",
+        "What sessions lose",
+        _say_comparison(evaluation),
+        [Panel("loss over the full model, with intervals", draw, 0.8 + _ROW * len(ways))],
+        Table(
+            ["way", "nll", "nll_low", "nll_high", "excess", "low", "high", "kl", "kl_p99", "top1"],
+            rows,
+        ),
+        tables,
+    )
+
+
+def _ways(evaluation: Evaluation) -> Iterator[tuple[str, Scores, str]]:
+    yield "full model", evaluation.full, FAINT
+    yield "oracle", evaluation.oracle, COLOURS[2]
+    yield "as placed", evaluation.placed, MARK
+    yield "hashed", evaluation.hashed, COLOURS[1]
+    for group in evaluation.groups:
+        yield group.name, group.scores, COLOURS[0]
+
+
+def _say_comparison(evaluation: Evaluation) -> list[str]:
+    placed, hashed, oracle = evaluation.placed, evaluation.hashed, evaluation.oracle
+    confidence = percent(evaluation.settings.confidence)
+    if len(evaluation.groups) == 1:
+        return [
+            f"The node loses {nats(placed.excess)} nats per token ({between(placed.excess_ci, nats)}, {confidence} "
+            f"interval) over the full model: its perplexity is {placed.ratio:.2f} times as large."
+        ]
+    says = [
+        f"Placed by their first {counted(evaluation.settings.prompt, 'token')}, sessions lose {nats(placed.excess)} "
+        f"nats per token ({between(placed.excess_ci, nats)}, {confidence} interval) over the full model: perplexity is "
+        f"{placed.ratio:.2f} times as large. Sent to nodes at random, as hashing does, they lose {nats(hashed.excess)}."
+    ]
+    own = evaluation.probes[evaluation.probe]
+    says.append(
+        f"The probe ({evaluation.probe}) finds the best node for {percent(own.right)} of the sessions. An oracle that "
+        f"knows it for all would lose {nats(oracle.excess)}: the probe loses {nats(own.regret)} more "
+        f"({between(own.regret_ci, nats)})."
+    )
+    return says
+
+
+def loops(evaluation: Evaluation) -> Figure | None:
+    """Return how often answers end in loops; None where none were written."""
+    found = evaluation.loops
+    if found is None:
+        return None
+    rates = {"full model": found.full, **found.groups, "as placed": found.placed}
+    whole, placed = found.full, found.placed
+
+    def draw(canvas: Canvas) -> None:
+        axes = canvas.add_subplot()
+        axes.axvspan(100 * whole.ci[0], 100 * whole.ci[1], color=FAINT, alpha=0.18, linewidth=0)
+        intervals(
+            axes,
+            list(rates),
+            [100 * own.rate for own in rates.values()],
+            [[100 * end for end in own.ci] for own in rates.values()],
+            [FAINT, *[COLOURS[0]] * len(found.groups), MARK],
+        )
+        axes.set_xlabel("% of answers that are loops")
+
+    inside = whole.ci[0] <= placed.rate <= whole.ci[1]
+    where = "inside" if inside else "below" if placed.rate < whole.ci[0] else "above"
+    says = (
+        f"As placed, {percent(placed.rate)} of {counted(placed.n, 'answer')} of {counted(found.tokens, 'token')} are "
+        f"loops, {where} the interval of the full model's {percent(whole.rate)} ({between(whole.ci, percent)}, the "
+        f"grey band). The thresholds were learned on other answers of the full model, so what is flagged of its own "
+        f"are false alarms: a rate of {percent(found.false_alarms)}."
+    )
+    rows: list[list[Cell]] = [[name, own.rate, *own.ci, own.n] for name, own in rates.items()]
+    lines: list[list[Cell]] = [
+        [name, percent(own.rate), between(own.ci, percent), own.n] for name, own in rates.items()
+    ]
+    return Figure(
+        "loops",
+        "Answers that end in loops",
+        [says],
+        [Panel("share of answers that are loops, with intervals", draw, 0.8 + _ROW * len(rates))],
+        Table(["way", "rate", "low", "high", "answers"], rows),
+        [("Rate of loops", Table(["", "rate", "interval", "answers"], lines))],
+        [(f"A loop: {example.node}, {example.domain}", example.text) for example in found.examples],
+    )

@@ -1,0 +1,89 @@
+"""The files that a report is made from, recognised by what they hold."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moeshard._core import MoeshardError
+from moeshard.curve import Curve, read_curve
+from moeshard.documents import read_document
+from moeshard.evaluation_record import Evaluation, read_evaluation
+from moeshard.plan import ModelIdentity, Plan, read_plan
+from moeshard.profile import Profile, read_profile
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What there is to report on; at least one."""
+
+    profile: Profile | None = None
+    plan: Plan | None = None
+    evaluation: Evaluation | None = None
+    curve: Curve | None = None
+
+    @property
+    def model(self) -> ModelIdentity:
+        found = self.profile or self.plan or self.evaluation or self.curve
+        assert found is not None
+        return found.model
+
+
+def read_sources(paths: Sequence[str | os.PathLike[str]]) -> Sources:
+    """Read a profile, a plan, an evaluation and a curve, or some of them, in any order.
+
+    Raises:
+        MoeshardError: a file cannot be read or is none of these, there are two of a kind, or they are of different
+            models or nodes; it names the files.
+    """
+    if not paths:
+        raise MoeshardError("nothing to report on; give a profile, a plan, an evaluation or a curve")
+    found: dict[str, Any] = {}
+    names: dict[str, str] = {}
+    for path in paths:
+        name = os.fspath(path)
+        kind, value = _read(name)
+        if kind in found:
+            raise MoeshardError(f"'{names[kind]}' and '{name}' are both {_ARTICLES[kind]}; give one")
+        for other, known in found.items():
+            if known.model != value.model:
+                raise MoeshardError(
+                    f"'{names[other]}' is of the model {known.model}, but '{name}' is of {value.model}; give files of "
+                    f"one model"
+                )
+        found[kind], names[kind] = value, name
+    sources = Sources(**found)
+    if sources.plan is not None and sources.evaluation is not None:
+        planned, scored = (
+            [node.name for node in sources.plan.nodes],
+            [group.name for group in sources.evaluation.groups],
+        )
+        if planned != scored:
+            raise MoeshardError(
+                f"'{names['evaluation']}' is of the nodes {', '.join(scored)}, but '{names['plan']}' has "
+                f"{', '.join(planned)}; give the plan that was evaluated"
+            )
+    return sources
+
+
+_READERS: dict[str, Callable[[str], Any]] = {"plan": read_plan, "evaluation": read_evaluation, "curve": read_curve}
+_ARTICLES = {"profile": "a profile", "plan": "a plan", "evaluation": "an evaluation", "curve": "a curve"}
+
+
+def _read(name: str) -> tuple[str, Any]:
+    try:
+        if zipfile.is_zipfile(name):
+            return "profile", read_profile(name)
+    except OSError as error:
+        raise MoeshardError(f"cannot read '{name}': {error.strerror or error}") from error
+    document = read_document(name, "file")
+    for kind, read in _READERS.items():
+        if f"moeshard_{kind}" in document:
+            return kind, read(name)
+    raise MoeshardError(
+        f"'{name}' is no profile, plan, evaluation or curve; `moeshard analyze`, `plan`, `evaluate` and `curve` make "
+        f"these"
+    )

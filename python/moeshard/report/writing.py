@@ -1,0 +1,119 @@
+"""Writing a report: the page, and beside it a folder with its figures as PNG and their numbers as CSV."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from moeshard._core import MoeshardError
+from moeshard.files import write_atomically
+from moeshard.report.drawing import render, require_matplotlib
+from moeshard.report.figure import Figure, counted
+from moeshard.report.losses import comparison, loops, loss_curve, loss_matrix, nats
+from moeshard.report.nodes import captured_matrix, keep_curve, overlap
+from moeshard.report.page import Shown, write_page
+from moeshard.report.routing import concentrated, heat, outstanding
+from moeshard.report.sources import Sources
+
+
+def figures(sources: Sources) -> list[Figure]:
+    """Return the figures that can be made from what there is, in the order of the page."""
+    return [figure for figure in _figures(sources) if figure is not None]
+
+
+def _figures(sources: Sources) -> Iterator[Figure | None]:
+    profile, plan, evaluation, curve = sources.profile, sources.plan, sources.evaluation, sources.curve
+    if evaluation is not None:
+        yield comparison(evaluation)
+        yield loss_matrix(evaluation)
+    if plan is not None:
+        yield captured_matrix(plan, profile)
+        yield overlap(plan)
+    if evaluation is not None:
+        yield loops(evaluation)
+    if curve is not None:
+        yield loss_curve(curve, plan, evaluation)
+    if profile is not None:
+        yield keep_curve(profile, plan)
+        yield heat(profile)
+        yield concentrated(profile)
+        yield outstanding(profile)
+
+
+def folder_of(path: str | os.PathLike[str]) -> Path:
+    """Return the folder beside a page in which its PNG and CSV files are: ``report_files`` of ``report.html``."""
+    page = Path(path)
+    return page.with_name(f"{page.stem}_files")
+
+
+def write_report(sources: Sources, path: str | os.PathLike[str], *, force: bool = False) -> list[Figure]:
+    """Write a page, which needs nothing but itself, and a folder with its figures as PNG and their numbers as CSV.
+
+    Args:
+        sources: what to report on.
+        path: of the page; its folder must exist.
+        force: whether existing files are replaced. Other files in the folder are left alone.
+
+    Returns:
+        The figures of the page.
+
+    Raises:
+        MoeshardError: matplotlib is missing, there is nothing to show, or a file exists or cannot be written.
+    """
+    require_matplotlib()
+    page, folder = Path(path), folder_of(path)
+    for place in (page, folder):
+        if place.exists() and not force:
+            raise MoeshardError(
+                f"{place}: exists already; choose another name, or replace it with --force (force=True)"
+            )
+    made = figures(sources)
+    if not made:
+        raise MoeshardError("there is nothing to show: give a profile as well")
+    shown = []
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise MoeshardError(f"cannot make the folder '{folder}': {error.strerror or error}") from error
+    for figure in made:
+        pictures = []
+        for index, panel in enumerate(figure.panels):
+            svg, png = render(panel, figure.stem(index))
+            pictures.append(svg)
+            write_atomically(folder / f"{figure.stem(index)}.png", png, force=force)
+        write_atomically(folder / f"{figure.name}.csv", figure.data.to_csv(), force=force)
+        shown.append(Shown(figure, pictures))
+    write_atomically(
+        page, write_page(_title(sources), _subtitle(sources), _facts(sources), shown, folder.name), force=force
+    )
+    return made
+
+
+def _title(sources: Sources) -> str:
+    return sources.model.name or sources.model.arch
+
+
+def _subtitle(sources: Sources) -> str:
+    model = sources.model
+    routing = f"{counted(len(model.moe_layers), 'layer')} with {counted(model.n_expert, 'expert')} each"
+    return f"{model.arch}, {routing}; fingerprint {model.fingerprint}"
+
+
+def _facts(sources: Sources) -> list[tuple[str, str]]:
+    """What a reader wants to know first."""
+    profile, plan, evaluation = sources.profile, sources.plan, sources.evaluation
+    facts = []
+    if evaluation is not None:
+        facts.append(("lost as placed, nats per token", nats(evaluation.placed.excess)))
+        facts.append(("perplexity, times the full model's", f"{evaluation.placed.ratio:.2f}"))
+    if plan is not None:
+        kept = sorted({int(size) for node in plan.nodes for size in node.keep[plan.model.moe_layers].sum(axis=1)})
+        sizes = f"{kept[0]}" if len(kept) == 1 else f"{kept[0]} to {kept[-1]}"
+        facts.append(("plan", f"{counted(len(plan.nodes), 'node')}, {plan.strategy}"))
+        facts.append(("experts of a node, per layer", f"{sizes} of {plan.model.n_expert}"))
+    if profile is not None:
+        facts.append(
+            ("measured", f"{int(profile.n_tokens.sum()):,} tokens of {counted(len(profile.domains), 'domain')}")
+        )
+    return facts
