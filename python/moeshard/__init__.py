@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 # Names are looked up when first used: `import moeshard` costs next to nothing, and a command line that only prints its
 # help never loads the native library.
 _HOME = {
+    "Domain": "moeshard.traffic",
+    "Evaluation": "moeshard.evaluation_record",
     "GGUFMap": "moeshard._core",
     "Generation": "moeshard.generation",
     "Model": "moeshard.model",
@@ -31,14 +33,18 @@ _HOME = {
     "cmake_dir": "moeshard.paths",
     "embedded_model": "moeshard.embedded",
     "embedded_text": "moeshard.embedded",
+    "embedded_traffic": "moeshard.traffic",
+    "evaluate": "moeshard.evaluating",
     "format_keep": "moeshard.keep",
     "group_experts": "moeshard.grouping",
     "include_dir": "moeshard.paths",
     "merge": "moeshard.merging",
     "parse_keep": "moeshard.keep",
     "plan_groups": "moeshard.planning",
+    "read_evaluation": "moeshard.evaluation_record",
     "read_plan": "moeshard.plan",
     "read_ranking": "moeshard.ranking",
+    "read_texts": "moeshard.traffic",
     "split": "moeshard.splitting",
     "verify": "moeshard.verification",
     "write_ranking": "moeshard.ranking",
@@ -48,6 +54,8 @@ if TYPE_CHECKING:
     from moeshard._core import GGUFMap, MoeshardError
     from moeshard.balance import balanced_keep
     from moeshard.embedded import embedded_model, embedded_text
+    from moeshard.evaluating import evaluate
+    from moeshard.evaluation_record import Evaluation, read_evaluation
     from moeshard.generation import Generation
     from moeshard.grouping import group_experts
     from moeshard.keep import format_keep, parse_keep
@@ -61,9 +69,12 @@ if TYPE_CHECKING:
     from moeshard.session import Session
     from moeshard.splitting import ShardFile, split
     from moeshard.trace import Trace, TraceChunk
+    from moeshard.traffic import Domain, embedded_traffic, read_texts
     from moeshard.verification import verify
 
 __all__ = [
+    "Domain",
+    "Evaluation",
     "GGUFMap",
     "Generation",
     "Model",
@@ -82,14 +93,18 @@ __all__ = [
     "cmake_dir",
     "embedded_model",
     "embedded_text",
+    "embedded_traffic",
+    "evaluate",
     "format_keep",
     "group_experts",
     "include_dir",
     "merge",
     "parse_keep",
     "plan_groups",
+    "read_evaluation",
     "read_plan",
     "read_ranking",
+    "read_texts",
     "split",
     "verify",
     "write_ranking",

@@ -167,6 +167,9 @@ def cut_windows(
     """Return arrays int32 (window + 1,), and the index of the domain of each; arguments of `measure_losses`."""
     if not domains:
         raise MoeshardError("there is no text to predict")
+    names = [domain.name for domain in domains]
+    if len(set(names)) != len(names):
+        raise MoeshardError(f"two domains have one name: {', '.join(names)}")
     windows, owners = [], []
     for index, domain in enumerate(domains):
         found: list[npt.NDArray[np.int32]] = []

@@ -159,7 +159,8 @@ def rate_of(flags: Sequence[bool], confidence: float) -> Rate:
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return Rate(share, (max(0.0, middle - half), min(1.0, middle + half)), n)
+    # At the ends the interval reaches 0 and 1, but for rounding.
+    return Rate(share, (middle - half if share > 0 else 0.0, middle + half if share < 1 else 1.0), n)
 
 
 def measure_loops(

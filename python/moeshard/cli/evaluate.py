@@ -1,0 +1,132 @@
+"""`moeshard evaluate`: what do the nodes of a plan lose, and are sessions placed well?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moeshard.cli.options import ForceOption, GpuLayersOption, JsonOption, ModelArgument, ThreadsOption
+
+if TYPE_CHECKING:
+    from moeshard import Evaluation
+
+
+def evaluate(
+    model: ModelArgument,
+    plan: Annotated[Path, typer.Option(help="The nodes: what `moeshard plan` or `moeshard split` wrote.")],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]FILE",
+            show_default="the embedded held-out texts",
+            help="A text to predict; several of one NAME make one domain. Not one that the plan was made from.",
+        ),
+    ] = None,
+    chat: Annotated[
+        list[Path] | None, typer.Option(help='Chats, a line of JSON each: {"messages": [{"role", "content"}, …]}.')
+    ] = None,
+    shards: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Run the shards in this folder instead of masks on the model.")
+    ] = None,
+    probe: Annotated[
+        str,
+        typer.Option(
+            help="What places a session by its prompt. loss: the node that predicts it best. saliency: the one that "
+            "holds most of the experts that it wants."
+        ),
+    ] = "loss",
+    windows: Annotated[int, typer.Option(min=2, help="Windows of each domain, evenly spread over its text.")] = 16,
+    window: Annotated[int, typer.Option(min=2, help="Tokens predicted in a window.")] = 256,
+    prompt: Annotated[
+        int, typer.Option(min=1, help="Tokens at its beginning that place the session and do not count.")
+    ] = 64,
+    generate: Annotated[
+        int,
+        typer.Option(min=0, help="Look for degenerate loops in so many answers per domain and node; 0: in none."),
+    ] = 4,
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Length of an answer.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of the answers; 0: the likeliest token always.")] = 0.8,
+    seed: Annotated[int, typer.Option(min=0, help="Of the resampling, and the first one of the answers.")] = 0,
+    min_quality: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Exit with code 1 where the whole model's perplexity, divided by that as placed, is lower.",
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write all figures as JSON.")] = None,
+    threads: ThreadsOption = 0,
+    gpu_layers: GpuLayersOption = -1,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure what the nodes of a plan lose against the whole model, and how well sessions are placed on them.
+
+    The whole model and all nodes predict held-out text side by side: the first tokens of each window place its session
+    on a node, the others are scored. Nodes are masks on the whole model, so no shard is needed. Intervals are of 95 %.
+
+    The exit code is 0, or 1 for an error or a quality under --min-quality.
+    """
+    from moeshard import MoeshardError
+    from moeshard import evaluate as measure
+    from moeshard.answers import Sampling
+    from moeshard.cli.evaluation_tables import report
+    from moeshard.cli.loading import load_model
+    from moeshard.cli.output import print_json, progress
+    from moeshard.evaluation_record import PROBES
+    from moeshard.plan import read_plan
+    from moeshard.traffic import embedded_traffic, read_texts
+
+    known = {name: name for name in PROBES}
+    if probe not in known:
+        raise typer.BadParameter(f"--probe '{probe}': choose from {', '.join(PROBES)}")
+    if prompt >= window:
+        raise typer.BadParameter(f"--prompt {prompt} leaves nothing to predict of --window {window}")
+    # All that can be wrong is looked at before the work, not after it.
+    if out is not None and out.exists() and not force:
+        raise MoeshardError(f"{out}: exists already; choose another name, or replace it with --force")
+    if out is not None and not out.parent.is_dir():
+        raise MoeshardError(f"{out}: the folder '{out.parent}' does not exist; make it, or choose another one")
+    read_plan(plan)
+    loaded = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers)
+    domains = read_texts(text or [], chat or [], model=loaded) or embedded_traffic("heldout")
+    with progress() as update:
+        found = measure(
+            loaded,
+            plan,
+            domains,
+            shards=shards,
+            probe=known[probe],
+            n_windows=windows,
+            window=window,
+            n_prompt=prompt,
+            n_answers=generate,
+            n_tokens=tokens,
+            sampling=Sampling(temperature=temperature),
+            seed=seed,
+            progress=update,
+        )
+    if out is not None:
+        found.save(out, force=force)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        report(found)
+        if out is not None:
+            typer.secho(f"[{out}; show it with: moeshard report {out}]", dim=True, err=True)
+    if min_quality is not None:
+        _demand(found, min_quality)
+
+
+def _demand(found: Evaluation, min_quality: float) -> None:
+    from moeshard import MoeshardError
+
+    quality = found.placed.quality
+    if quality < min_quality:
+        raise MoeshardError(
+            f"placed.ratio: by {found.probe} perplexity is {found.placed.ratio:.3f} times the whole model's, a "
+            f"quality of {quality:.3f}, below the {min_quality:g} of --min-quality"
+        )
