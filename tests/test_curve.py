@@ -249,11 +249,12 @@ def test_command_line(
     small = (*base, "--windows", 2, "--window", 64, "--prompt", 16, "--keep", f"{half},{model.n_expert}")
     files = [tmp_path / name for name in ("c.json", "c.csv", "c.png")]
     written = (*small, "-o", files[0], "--csv", files[1], "--png", files[2])
-    done = cli(*written, "--strategies", "ranked,one-list")
-    assert done.code == 0 and "one-list" in done.out and f"{half}" in done.out and "rule of thumb" in done.out
-    assert max(map(len, done.out.split("rule of thumb")[0].splitlines())) <= 80
+    done = cli(*written, "--strategies", "ranked,contiguous")
+    table, rule = done.out.split("rule of thumb")
+    assert done.code == 0 and table.count("contiguous") == 2 and f" {half} " in table and "…" not in table
+    assert "ranked: " in rule
     assert files[2].read_bytes().startswith(b"\x89PNG") and files[1].read_text().startswith("strategy,keep")
-    assert list(read_curve(files[0]).strategies) == ["ranked", "one-list"]
+    assert list(read_curve(files[0]).strategies) == ["ranked", "contiguous"]
     again = cli(*written)
     assert again.code == 1 and "--force" in again.err
     told = json.loads(cli(*small, "--json").out)

@@ -82,8 +82,8 @@ def _scales(axes: Axes, curve: Curve, top: float) -> None:
     used, n_expert = curve.n_expert_used, curve.model.n_expert
     sizes = sorted({point.keep for points in curve.strategies.values() for point in points})
     plain = FuncFormatter(lambda value, _: f"{value:g}")
-    margin = (sizes[-1] / sizes[0]) ** 0.07 if len(sizes) > 1 else 1.2
-    axes.set_xlim(sizes[0] / margin, sizes[-1] * margin)
+    span = max(sizes[-1] / sizes[0], 2.0)
+    axes.set_xlim(sizes[0] / span**0.1, sizes[-1] * span**0.06)  # names stand at the left
     axes.set_ylim(-0.04 * max(top, 1e-3), 1.08 * max(top, 1e-3))
     axes.set_xticks(sizes, [f"{size}" for size in sizes])
     axes.xaxis.set_minor_locator(NullLocator())

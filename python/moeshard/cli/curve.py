@@ -134,8 +134,8 @@ def _report(found: Curve, written: list[Path]) -> None:
     from moeshard.curve import rule_of_thumb
 
     table = plain_table("What is lost by how many experts per layer are kept")
-    table.add_column("chosen by")
-    for header in ("experts", "of all", "x top-k", "nats per token", "perplexity x", "interval"):
+    table.add_column("chosen by", no_wrap=True)
+    for header in ("experts", "of all", "x top-k", "nats/token", "perplexity x", "interval"):
         table.add_column(header, justify="right", no_wrap=True)
     for name, points in found.strategies.items():
         for point in points:

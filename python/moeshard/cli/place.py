@@ -22,7 +22,7 @@ def place(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]",
+            metavar="MODEL",
             show_default=False,
             help="The whole model, a GGUF file or 'tinymoe'; by default the one that the plan was made from.",
         ),
