@@ -119,14 +119,21 @@ def _rewritten(value: str, name: str) -> str:
     return re.sub(r"(font: [^;]*?px) [^;]*", r"\1 sans-serif", value)
 
 
-def heat_map(canvas: Canvas, values: npt.NDArray[np.floating], limits: tuple[float, float], label: str) -> Axes:
-    """Draw a picture with one pixel per value, with a scale; return its axes."""
+def heat_map(canvas: Canvas, values: npt.NDArray[np.floating], top: float, label: str) -> Axes:
+    """Draw a picture with one pixel per value, and its scale from 0 to `top`; return its axes.
+
+    The scale is that of square roots: most values are small, and differ.
+    """
+    from matplotlib.colors import PowerNorm
+    from matplotlib.ticker import MaxNLocator
+
     axes = canvas.add_subplot()
+    scale = PowerNorm(0.5, vmin=0, vmax=top if top > 0 else 1)
     # Not interpolated: the SVG holds the picture pixel by pixel, and a browser enlarges it sharply.
-    image = axes.imshow(
-        values, aspect="auto", interpolation="none", vmin=limits[0], vmax=limits[1] if limits[1] > limits[0] else None
-    )
-    bar = canvas.colorbar(image, ax=axes, pad=0.015, aspect=30, fraction=0.05)
+    image = axes.imshow(values, aspect="auto", interpolation="none", norm=scale)
+    bar = canvas.colorbar(image, ax=axes, pad=0.015, aspect=30, fraction=0.05, extend="max")
+    bar.locator = MaxNLocator(5)
+    bar.update_ticks()
     bar.set_label(label)
     bar.outline.set_visible(False)
     for spine in axes.spines.values():
@@ -147,7 +154,8 @@ def matrix(
     """Draw numbers in coloured cells; `marked` ones have a frame."""
     axes = canvas.add_subplot()
     finite = values[np.isfinite(values)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    # From 0, so that small differences look small.
+    low, high = (min(0.0, float(finite.min())), float(finite.max())) if finite.size else (0.0, 1.0)
     image = axes.imshow(
         values,
         aspect="auto",
@@ -169,7 +177,7 @@ def matrix(
                 ha="center",
                 va="center",
                 fontsize=size,
-                color="#ffffff" if dark else "#000000",
+                color=INK if not np.isfinite(value) else "#ffffff" if dark else "#000000",
                 fontweight="bold" if chosen else "normal",
             )
             if chosen:

@@ -11,7 +11,7 @@ from moeshard.curve import RULE, Curve, rule_of_thumb
 from moeshard.curve_figure import HEIGHT, draw_curve
 from moeshard.evaluation_record import Evaluation
 from moeshard.plan import Plan
-from moeshard.report.drawing import COLOURS, FAINT, MARK, intervals, matrix
+from moeshard.report.drawing import COLOURS, FAINT, INK, MARK, intervals, matrix
 from moeshard.report.figure import Cell, Figure, Panel, Table, between, counted, percent
 from moeshard.report.nodes import held
 from moeshard.scoring import Scores
@@ -100,8 +100,8 @@ def _mark(axes: Axes, nodes: Sequence[tuple[str, float, Scores]]) -> None:
         below, above = scores.excess_ci
         spread = [[max(0.0, scores.excess - below)], [max(0.0, above - scores.excess)]]
         together = index == len(nodes) - 1
-        label = "the plan, as placed" if together else "its nodes, each for all domains" if index == 0 else None
-        style: dict[str, Any] = {"fmt": "D", "color": FAINT, "markersize": 4, "zorder": 4}
+        label = "the plan, as placed" if together else "each of its nodes, for all domains" if index == 0 else None
+        style: dict[str, Any] = {"fmt": "x", "color": INK, "markersize": 6, "markeredgewidth": 1.5, "zorder": 4}
         if together:
             style = {"fmt": "*", "color": MARK, "markersize": 12, "zorder": 5}
         axes.errorbar([size], [scores.excess], spread, capsize=2, label=label, **style)

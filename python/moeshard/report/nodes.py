@@ -119,15 +119,14 @@ def _say_curve(
     enough = int(np.argmax(share >= 0.9))
     says = [
         f"The best {sizes[quarter]} of {profile.n_expert} experts per layer hold {percent(share[quarter])} of the "
-        f"saliency of all domains together; {percent(share[enough])} take {sizes[enough]}. Bars are intervals of 95% "
-        f"over sequences. Saliency that is missing is a sign of loss, not a measure of it: `moeshard curve` measures "
-        f"that."
+        f"saliency of all domains together; to hold {percent(share[enough])} takes {sizes[enough]}. Bars are intervals of "
+        f"95% over sequences. Missing saliency hints at loss; moeshard curve measures the loss itself."
     ]
     if nodes:
         values = [value for _, _, value in nodes]
-        text = f"The nodes of the plan hold {percent(min(values))}"
+        text = f"The plan's node holds {percent(values[0])}"
         if len(values) > 1:
-            text += f" to {percent(max(values))}"
+            text = f"The plan's nodes hold {percent(min(values))} to {percent(max(values))}"
         text += " of the saliency of all domains"
         if placed is not None:
             text += f"; with each domain on its best node it is {percent(placed)}"
@@ -149,7 +148,7 @@ def captured_matrix(plan: Plan, profile: Profile | None) -> Figure | None:
 
     favourites = shares.argmax(axis=1)
     used = len(set(favourites.tolist()))
-    says = [f"The node holds {percent(shares.min())} to {percent(shares.max())} of a domain's saliency."]
+    says = [f"The node holds {percent(shares.mean())} of a domain's saliency on average."]
     if len(names) > 1:
         says = [
             f"On its best node (framed) {percent(shares.max(axis=1).mean())} of a domain's saliency is held on "
@@ -199,7 +198,8 @@ def overlap(plan: Plan) -> Figure | None:
     least, most = min(pairs), max(pairs)
     says = [
         f"Two nodes have {percent(common[others].mean())} of their experts in common on average; chosen by chance it "
-        f"would be {percent(chance)}." + (f" Most: {_pair(most)}; fewest: {_pair(least)}." if len(pairs) > 1 else ""),
+        f"would be {percent(chance)}."
+        + (f" Most: {_pair(most)}; fewest: {_pair(least)}." if most[0] - least[0] > 0.005 else ""),
         f"{percent(counts[-1])} of the experts are on every node, {percent(counts[1])} on one only, and "
         f"{percent(counts[0])} on none.",
     ]

@@ -17,7 +17,7 @@ _STYLE = """
 }
 * { box-sizing: border-box }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
-main { max-width: 52rem; margin: 0 auto; padding: 1.5rem 1rem 4rem }
+main { max-width: 56rem; margin: 0 auto; padding: 1.5rem 1rem 4rem }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; overflow-wrap: anywhere }
 h2 { font-size: 1.25rem; margin: 0 0 .5rem }
 p { margin: .4rem 0; overflow-wrap: anywhere }
@@ -39,10 +39,10 @@ figure svg * { stroke-linejoin: round }
 .choice { position: absolute; opacity: 0 }
 .panel { display: none }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; margin: .5rem 0 }
-th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
+th, td { padding: .2rem .5rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
 th:first-child, td:first-child { text-align: left }
 thead th { color: var(--faint); font-weight: 600 }
-caption { caption-side: top; text-align: left; color: var(--faint); padding: .3rem 0 }
+caption { caption-side: top; text-align: left; color: var(--faint); padding: .3rem 0; white-space: nowrap }
 details { margin: .6rem 0 }
 summary { cursor: pointer; color: var(--link) }
 pre { background: var(--raised); border-radius: .5rem; padding: .7rem .9rem; white-space: pre-wrap;
@@ -50,7 +50,7 @@ pre { background: var(--raised); border-radius: .5rem; padding: .7rem .9rem; whi
 @media print { .panel { display: block } .tabs { display: none } }
 """
 
-_LONG_TABLE = 12
+_LONG_TABLE = 8
 """Rows, beyond which a table is folded."""
 
 

@@ -38,10 +38,14 @@ def heat(profile: Profile) -> Figure:
     by_domain = [_share_of(profile, name) for name in profile.domains] if len(profile.domains) > 1 else []
     maps = [share, *by_domain]
     labels = ["all domains" if len(profile.domains) > 1 else "".join(profile.domains), *profile.domains][: len(maps)]
-    # A few experts far above all others would leave the rest dark; what is above the scale has its brightest colour.
-    top = float(np.quantile(np.concatenate([values.ravel() for values in maps]), 0.999))
-    height = min(7.5, 1.6 + 0.11 * profile.layers.size)
-    panels = [_heat_panel(profile, label, values, top, height) for label, values in zip(labels, maps, strict=True)]
+    # Domains have one scale, to be compared. What is above a scale has its brightest colour: a few experts far above
+    # all others would leave the rest dark.
+    tops_of = [_scale([share]), *[_scale(by_domain)] * len(by_domain)]
+    height = min(7.5, 2.0 + 0.1 * profile.layers.size)
+    panels = [
+        _heat_panel(profile, label, values, top, height)
+        for label, values, top in zip(labels, maps, tops_of, strict=True)
+    ]
     header = ["layer", "expert", "share", "standard_error", *(f"share {name}" for name in labels[1:])]
     rows: list[list[Cell]] = [
         [int(layer), expert, *(float(v[row, expert]) for v in (share, errors, *by_domain))]
@@ -53,6 +57,10 @@ def heat(profile: Profile) -> Figure:
     return Figure("heatmap", "Who carries the traffic", says, panels, Table(header, rows), [most])
 
 
+def _scale(maps: Sequence[Doubles]) -> float:
+    return float(np.quantile(np.concatenate([values.ravel() for values in maps]), 0.998)) if maps else 1.0
+
+
 def _share_of(profile: Profile, domain: str) -> Doubles:
     total = profile.total("saliency", [domain])
     share: Doubles = total / np.maximum(total.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
@@ -61,11 +69,11 @@ def _share_of(profile: Profile, domain: str) -> Doubles:
 
 def _heat_panel(profile: Profile, label: str, values: Doubles, top: float, height: float) -> Panel:
     def draw(canvas: Canvas) -> None:
-        axes = heat_map(canvas, 100 * values, (0, 100 * top), "% of the layer's saliency")
+        axes = heat_map(canvas, 100 * values, 100 * top, "% of saliency")
         axes.set_xlabel("expert")
         layer_axis(axes, profile)
         rows, experts = np.nonzero(super_experts(profile))
-        axes.plot(experts, rows, "o", markerfacecolor="none", markeredgecolor=MARK, markersize=7)
+        axes.plot(experts, rows, "o", markerfacecolor="none", markeredgecolor=MARK, markersize=8, markeredgewidth=2)
 
     return Panel(label, draw, height)
 
