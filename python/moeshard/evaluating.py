@@ -15,7 +15,7 @@ from moeshard.evaluation_record import PROBES, Evaluation, GroupScores, Probe, P
 from moeshard.loops import N_ANSWERS, N_TOKENS, Loops, Prompt, measure_loops
 from moeshard.nodes import NodeModel, plan_nodes
 from moeshard.plan import Plan, read_plan
-from moeshard.scoring import CONFIDENCE, RESAMPLES, Scorer
+from moeshard.scoring import CONFIDENCE, RESAMPLES, Scorer, check_windows
 from moeshard.traffic import Domain, embedded_traffic
 
 if TYPE_CHECKING:
@@ -85,18 +85,21 @@ def evaluate(
     texts = embedded_traffic("heldout") if domains is None else list(domains)
     nodes = plan_nodes(loaded, planned, shards)
 
-    # How the two parts of the work compare is known only roughly, and only once the windows are counted.
-    per_domain = n_answers * (2 + len(nodes)) * (n_prompt + _GENERATED_TOKEN * n_tokens)
-    reading = 1.0
+    windows, owners = cut_windows(loaded, texts, window, n_windows)
+    for index, domain in enumerate(texts):
+        check_windows(domain.name, owners.count(index), window)
+
+    reading = len(windows) * window * (1 + len(nodes))
+    writing = len(texts) * n_answers * (2 + len(nodes)) * (n_prompt + _GENERATED_TOKEN * n_tokens)
+    part = reading / (reading + writing)
 
     def read(done: int, total: int) -> None:
-        nonlocal reading
-        cost = total * window * (1 + len(nodes))
-        reading = cost / (cost + per_domain * len(texts))
-        _tell(progress, "reading", reading * done / total)
+        if progress is not None:
+            progress("reading", part * done / total)
 
     def wrote(done: int, total: int) -> None:
-        _tell(progress, "writing answers", reading + (1 - reading) * done / total)
+        if progress is not None:
+            progress("writing answers", part + (1 - part) * done / total)
 
     losses = measure_losses(
         loaded,
@@ -112,7 +115,6 @@ def evaluate(
     where = losses.placement(probe)
     loops: Loops | None = None
     if n_answers:
-        windows, owners = cut_windows(loaded, texts, window, n_windows)
         loops = measure_loops(
             loaded,
             {node.name: own for node, own in zip(planned.nodes, nodes, strict=True)},
@@ -158,11 +160,6 @@ def evaluate(
         probes={name: _judge(losses, scorer, name) for name in PROBES},
         loops=loops,
     )
-
-
-def _tell(progress: Progress | None, what: str, fraction: float) -> None:
-    if progress is not None:
-        progress(what, fraction)
 
 
 def _used(model: Model, nodes: Sequence[NodeModel]) -> dict[str, int | list[int]]:

@@ -136,6 +136,15 @@ def interval(source: dict[str, Any], key: str, where: str) -> Interval:
     return values[0], values[1]
 
 
+def check_windows(name: str, number: int, window: int) -> None:
+    """Raise a `MoeshardError` where a domain has too few windows (of so many predicted tokens) for an interval."""
+    if number < 2:
+        raise MoeshardError(
+            f"text '{name}' has {number} window of {window + 1} tokens, but an interval needs two or more; give more "
+            f"text, or a smaller window"
+        )
+
+
 class Scorer:
     """Scores of one set of `Losses`, all of them from the same draws of windows."""
 
@@ -164,11 +173,7 @@ class Scorer:
         self._draws = np.zeros((resamples, losses.domain.size))
         rng = np.random.default_rng(seed)
         for name, rows in zip(losses.domains, self._rows, strict=True):
-            if rows.size < 2:
-                raise MoeshardError(
-                    f"text '{name}' has {rows.size} window of {losses.full.shape[1] + 1} tokens, but an interval needs "
-                    f"two or more; give more text, or a smaller window"
-                )
+            check_windows(name, rows.size, losses.full.shape[1])
             draws = rng.multinomial(rows.size - 1, np.full(rows.size, 1 / rows.size), resamples)
             self._draws[:, rows] = draws / (rows.size - 1)
         self._full = losses.full_loss()
