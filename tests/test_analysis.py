@@ -13,6 +13,7 @@ from command_line import Cli
 import moeshard
 from moeshard import MoeshardError
 from moeshard.analysis import analyze
+from moeshard.embedded import embedded_domains
 from moeshard.profile import Profile, read_profile
 from moeshard.reliability import concentration, mean_entropy, share_errors, shares, summed_concentration, tops, verdict
 from moeshard.strategies import super_experts
@@ -61,13 +62,13 @@ def test_equals_brute_force(
     found = analyze(model, domains, window=WINDOW)
     for index, domain in enumerate(domains):
         rows = np.flatnonzero(found.domain == index)
-        peaks, pairs = np.zeros((4, 128)), np.zeros((4, 128, 128))
+        peaks, pairs = np.zeros((5, 128)), np.zeros((5, 128, 128))
         pieces = sequences(model, domain, WINDOW)
         assert found.n_tokens[rows].tolist() == [len(piece) for piece in pieces]
         for row, tokens in zip(rows, pieces, strict=True):
             trace = model.trace(tokens, probs=True, norms=True)
             assert trace.probs is not None
-            for layer in range(4):
+            for layer in range(5):
                 wanted = brute_force(trace, layer)
                 np.testing.assert_array_equal(found.count[row, layer], wanted["count"])
                 np.testing.assert_allclose(found.mass[row, layer], wanted["mass"], rtol=1e-5)
@@ -134,7 +135,7 @@ def test_survives_a_file(profile: Profile, tmp_path: Path) -> None:
     assert (found.model, found.domains, found.facts) == (profile.model, profile.domains, profile.facts)
     for name in ("layers", "domain", "n_tokens", "count", "mass", "saliency", "entropy", "peak", "together"):
         np.testing.assert_array_equal(getattr(found, name), getattr(profile, name))
-    ranking = moeshard.read_ranking(tmp_path / "p.npz", 4, 128, range(4))
+    ranking = moeshard.read_ranking(tmp_path / "p.npz", 5, 128, range(5))
     np.testing.assert_array_equal(ranking.scores, profile.ranking())
     with pytest.raises(MoeshardError, match="exists"):
         profile.save(tmp_path / "p.npz")
@@ -234,10 +235,10 @@ def prefer(source: Path, target: Path, favourites: dict[int, list[int]]) -> Path
 
 def test_a_router_with_favourites_is_found_out(tinymoe: Path, domains: list[Domain], tmp_path: Path) -> None:
     rng = np.random.default_rng(9)
-    favourites = {layer: rng.choice(128, 8, replace=False).tolist() for layer in range(4)}
+    favourites = {layer: rng.choice(128, 8, replace=False).tolist() for layer in range(5)}
     path = prefer(tinymoe, tmp_path / "biased.gguf", favourites)
     biased = analyze(moeshard.Model(path, n_threads=1), domains, window=WINDOW)
-    for layer in range(4):
+    for layer in range(5):
         best = set(np.argsort(-biased.total("mass")[layer])[:8].tolist())
         assert best == set(favourites[layer])
     assert not verdict(biased).is_flat
@@ -296,8 +297,8 @@ def test_bad_traffic_is_named(model: moeshard.Model, tmp_path: Path) -> None:
         read_texts([], [chat], model=model)
     with pytest.raises(MoeshardError, match="too little"):
         analyze(model, [Domain("tiny", ("x",))])
-    with pytest.raises(MoeshardError, match="layer 4 routes nothing"):
-        analyze(model, [Domain("x", ("text " * 100,))], layers=[4])
+    with pytest.raises(MoeshardError, match="layer 5 routes nothing"):
+        analyze(model, [Domain("x", ("text " * 100,))], layers=[5])
     with pytest.raises(MoeshardError, match="one name"):
         analyze(model, [Domain("x", ("text " * 100,))] * 2)
     with pytest.raises(MoeshardError, match="no text"):
@@ -317,7 +318,7 @@ def test_command_line(cli: Cli, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p.npz", "r.csv"]
     assert "--force" in cli(*arguments).err
     facts = json.loads(cli(*arguments, "--force", "--json").out)
-    assert set(facts["domains"]) == {"cpp", "de", "en", "fr", "py"}
+    assert set(facts["domains"]) == set(embedded_domains())
     assert set(facts["domains"].values()) == {1024}
     assert facts["concentration"]["0"][-1] == 1
     measured = read_profile(out)

@@ -182,7 +182,7 @@ class TestInspect:
         assert max(map(len, lines[1:])) <= 80
         assert "\x1b" not in done.out
         row = next(line.split() for line in lines if line.startswith("ffn_up_exps.weight"))
-        assert row[:3] == ["ffn_up_exps.weight", "0-3", "slab"]
+        assert row[:3] == ["ffn_up_exps.weight", "0-4", "slab"]
 
     def test_json_is_what_the_layout_says(self, cli: Cli) -> None:
         found = json.loads(cli("inspect", "tinymoe", "--json").out)
@@ -259,9 +259,9 @@ class TestGenerate:
 
     def test_keep_file(self, cli: Cli, tmp_path: Path) -> None:
         path = tmp_path / "node.keep"
-        path.write_text("0: 0-7\n1: all\n2: 0-63\n3: 8-15\n")
+        path.write_text("0: 0-7\n1: all\n2: 0-63\n3: 8-15\n4: 8-15\n")
         done = json.loads(generate(cli, "-p", "The", "-n", "1", "--keep", path, "--json").out)
-        assert done["experts_held"] == [8, 128, 64, 8]
+        assert done["experts_held"] == [8, 128, 64, 8, 8]
         assert "8-128 of 128 experts" in generate(cli, "-p", "The", "-n", "1", "--keep", path).err
 
     def test_greedy_and_stop(self, cli: Cli) -> None:

@@ -123,7 +123,7 @@ def test_command_json(demo: Demo, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert found.keys() == demo.to_dict().keys()
     full, best, first = found["runs"]
     assert full["keep"] is None
-    assert first["keep"] == ["0-63"] * 4
+    assert first["keep"] == ["0-63"] * 5
     assert best["perplexity_loss"]["en"] < first["perplexity_loss"]["en"]
 
 

@@ -200,7 +200,7 @@ def test_a_mask_holds_while_generating(model: moeshard.Model) -> None:
         (lambda m: m.logits([-1]), "between 0 and"),
         (lambda m: m.logits([[1, 2]]), "one-dimensional"),
         (lambda m: m.logits([0.5]), "integers"),
-        (lambda m: m.logits([1], np.ones((1, 1), dtype=bool)), r"\(4, 128\)"),
+        (lambda m: m.logits([1], np.ones((1, 1), dtype=bool)), r"\(5, 128\)"),
         (lambda m: m.generate([]), "empty"),
         (lambda m: m.generate("a", top_p=0), "top_p"),
         (lambda m: m.generate("a", min_p=2), "min_p"),

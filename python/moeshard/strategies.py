@@ -154,7 +154,7 @@ def _own_sizes(sizes: Sequence[int], n_expert: int) -> list[int]:
     if n_nodes == 1:
         return list(sizes)
     spare = sum(sizes) - n_expert
-    shared = 0 if spare <= 0 else min(-(-spare // (n_nodes - 1)), min(sizes))
+    shared = min(max(0, spare) // (n_nodes - 1), min(sizes))
     return [size - shared for size in sizes]
 
 

@@ -33,16 +33,16 @@ def described(layout, g: Gguf) -> dict[str, tuple]:
 def test_embedded_model():
     m = moeshard.GGUFMap(EMBEDDED)
     found = m.moe_layout()
-    assert (found.arch, found.n_layer, found.n_expert) == ("qwen3moe", 4, 128)
-    assert found.n_expert_used == [8] * 4
-    assert found.moe_layers == [0, 1, 2, 3]
+    assert (found.arch, found.n_layer, found.n_expert) == ("qwen3moe", 5, 128)
+    assert found.n_expert_used == [8] * 5
+    assert found.moe_layers == [0, 1, 2, 3, 4]
     assert (found.gating, found.selection, found.renormalized) == ("softmax", "probs", True)
     assert found.trunk_bytes + found.expert_bytes == sum(info.nbytes for info in m.tensor_infos)
     assert found.expert_bytes == 128 * sum(found.per_expert_bytes)
     names = {m.tensor_infos[t.index].name: t for t in found.tensors}
     expected = {
         f"blk.{i}.{n}.weight"
-        for i in range(4)
+        for i in range(5)
         for n in ["ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"]
     }
     assert set(names) == expected

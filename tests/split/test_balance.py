@@ -48,7 +48,7 @@ def test_rows_without_experts_stay(tmp_path: Path) -> None:
 
 
 def test_the_command_line_offers_it(cli: Cli, tmp_path: Path) -> None:
-    (tmp_path / "keep.txt").write_text("0: 0-63\n1: 0-62\n2: 0-63,100\n3: 64-127\n")
+    (tmp_path / "keep.txt").write_text("0: 0-63\n1: 0-62\n2: 0-63,100\n3: 64-127\n4: 64-127\n")
     done = cli("split", "tinymoe", "-o", tmp_path / "x.gguf", "--keep", tmp_path / "keep.txt")
     assert done.code == 1 and "--balance" in done.err and "layer 1 keeps 63" in done.err
     done = cli("split", "tinymoe", "-o", tmp_path / "x.gguf", "--keep", tmp_path / "keep.txt", "--balance")

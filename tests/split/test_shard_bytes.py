@@ -197,8 +197,8 @@ def test_the_embedded_model(data: st.DataObject, tinymoe: Path) -> None:
     model = GGUFMap(tinymoe)
     n_shards = data.draw(st.sampled_from([1, 2, 3, 5]))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
-    keeps = np.zeros((n_shards, 4, 128), dtype=bool)
-    for layer in range(4):
+    keeps = np.zeros((n_shards, 5, 128), dtype=bool)
+    for layer in range(5):
         for number, hand in enumerate(np.array_split(rng.permutation(128), n_shards)):
             keeps[number, layer, hand] = True
     with folder() as tmp:

@@ -15,7 +15,7 @@ import moeshard
 from moeshard import GGUFMap, MoeshardError
 from moeshard.keep import Keep
 
-N_LAYER, N_EXPERT, N_USED = 4, 128, 8
+N_LAYER, N_EXPERT, N_USED = 5, 128, 8
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +230,6 @@ def test_expert_views_keep_the_file_and_cannot_be_written(tinymoe: Path) -> None
     whole = GGUFMap(tinymoe).tensors["blk.2.ffn_gate_inp.weight"]
     np.testing.assert_array_equal(view, whole[7])
     assert view.base is not None and not view.flags.writeable
-    for layer, name, expert in ((2, "ffn_gate_inp", 128), (4, "ffn_gate_inp", 0), (2, "attn_q", 0)):
+    for layer, name, expert in ((2, "ffn_gate_inp", 128), (5, "ffn_gate_inp", 0), (2, "attn_q", 0)):
         with pytest.raises(MoeshardError):
             GGUFMap(tinymoe).expert(layer, name, expert)

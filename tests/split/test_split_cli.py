@@ -44,8 +44,8 @@ def test_the_plan_beside_shards_makes_them_again(cli: Cli, tmp_path: Path) -> No
 
 
 def test_modes_follow_the_ranking(cli: Cli, tmp_path: Path) -> None:
-    scores = np.random.default_rng(1).random((4, 128))
-    moeshard.write_ranking(tmp_path / "r.csv", scores, range(4))
+    scores = np.random.default_rng(1).random((5, 128))
+    moeshard.write_ranking(tmp_path / "r.csv", scores, range(5))
     for mode in ("ranked", "snake", "balanced"):
         out = tmp_path / mode
         options = ("--mode", mode, "--ranking", tmp_path / "r.csv", "--only", 0, "--json")
@@ -56,7 +56,7 @@ def test_modes_follow_the_ranking(cli: Cli, tmp_path: Path) -> None:
         assert facts["bytes"] == Path(facts["shards"][0]["paths"][0]).stat().st_size
         ids = moeshard.Model(facts["shards"][0]["paths"][0], n_threads=1).expert_ids
         best = np.argsort(-scores, axis=1)
-        assert all((best[layer, 0] in ids[layer]) for layer in range(4)) or mode == "balanced"
+        assert all((best[layer, 0] in ids[layer]) for layer in range(5)) or mode == "balanced"
         if mode == "ranked":
             np.testing.assert_array_equal(ids, np.sort(best[:, :32], axis=1))
 
