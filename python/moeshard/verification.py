@@ -16,7 +16,7 @@ from moeshard.splitting import Progress
 # with fewer rows), which changes last bits. That alone is 2e-6, but KV caches are in half precision, and what experts
 # read is rounded as their weights are: there a last bit can move a number by a whole step. Another expert is more.
 ROUNDING = 5e-3
-ROUNDING_QUANTISED = 2e-2
+ROUNDING_QUANTISED = 6e-2
 LOGIT_TOKENS = 128
 
 
