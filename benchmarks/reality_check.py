@@ -1,0 +1,177 @@
+"""The tables of the field, for any model: how concentrated routing is, and what nodes lose that hold some experts only.
+
+    python benchmarks/reality_check.py MODEL [-n TOKENS] [--windows N] [-o OUT.md]
+    python benchmarks/reality_check.py tinymoe -o docs/results/tinymoe.md
+
+Experts are chosen on the calibration texts (or --calibration NAME=FILE), losses are measured on the held-out ones (or
+--heldout NAME=FILE), which nothing is chosen or tuned by. Each window of 256 tokens begins with a prompt of 64 that
+places the session and is not scored. Losses are nats per token over the whole model, mean over domains, with 95 %
+intervals of a paired bootstrap over windows. Speeds are ratios of CPU time measured in turn, one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from engine_cost import paired_ratio
+
+import moeshard
+from moeshard.analysis import analyze
+from moeshard.budget import Use, shard_memory
+from moeshard.embedded import resolve_model
+from moeshard.evaluation import measure_losses
+from moeshard.nodes import masked_nodes
+from moeshard.planner import STRATEGY_NAMES, choose_experts
+from moeshard.profile import Profile
+from moeshard.reliability import concentration, verdict
+from moeshard.scoring import Scorer, Scores
+from moeshard.traffic import Domain, embedded_traffic, read_texts
+
+TOPS = (1, 32, 48, 64, 96)
+PROBES = ("loss", "saliency", "both")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("-n", "--tokens", type=int, help="of calibration text per domain; all by default")
+    parser.add_argument("--windows", type=int, default=16, help="of held-out text per domain")
+    parser.add_argument("--calibration", action="append", default=[], metavar="NAME=FILE")
+    parser.add_argument("--heldout", action="append", default=[], metavar="NAME=FILE")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("-o", "--out", type=Path, help="where the Markdown goes; standard output by default")
+    options = parser.parse_args()
+    if bool(options.calibration) != bool(options.heldout):
+        parser.error("give both --calibration and --heldout, or neither")
+    calibration = read_texts(options.calibration) if options.calibration else embedded_traffic("calibration")
+    heldout = read_texts(options.heldout) if options.heldout else embedded_traffic("heldout")
+    model = moeshard.Model(resolve_model(options.model), n_threads=options.threads)
+    profile = analyze(model, calibration, n_tokens=options.tokens, progress=_say("analyze"))
+    parts = [
+        f"# Reality check: {Path(model.path).stem}\n",
+        f"{model.n_layer} layers, {model.n_expert} experts, top-{model.n_expert_used}; "
+        f"{profile.n_tokens.sum():,} tokens of calibration text in {len(calibration)} domains, {options.windows} "
+        "windows of held-out text per domain. Made by\n"
+        f"`python benchmarks/reality_check.py {' '.join(_command(options))}`.\n",
+        *_concentration(profile),
+    ]
+    for n_nodes, part in ((2, 2), (4, 4), (8, 4)):
+        parts += _nodes(model, profile, heldout, n_nodes, model.n_expert // part, options.windows)
+    text = "\n".join(parts)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(text)
+    else:
+        print(text)
+
+
+def _command(options: argparse.Namespace) -> Iterator[str]:
+    yield options.model if options.model == "tinymoe" else Path(options.model).name
+    if options.tokens:
+        yield f"-n {options.tokens}"
+    if options.windows != 16:
+        yield f"--windows {options.windows}"
+    for name in ("calibration", "heldout"):
+        yield from (f"--{name} {value}" for value in getattr(options, name))
+
+
+def _concentration(profile: Profile) -> Iterator[str]:
+    tops = [top for top in TOPS if top < profile.n_expert]
+    yield "## Concentration\n"
+    yield "Share of each layer's gate mass that its experts of most mass have.\n"
+    yield "| layer | " + " | ".join(f"top {top}" for top in tops) + " |"
+    yield "|---|" + "---|" * len(tops)
+    for layer, row in zip(profile.layers, concentration(profile, tops), strict=True):
+        yield f"| {layer} | " + " | ".join(f"{value:.1%}" for value in row) + " |"
+    summed = np.sort(profile.total("mass").sum(axis=0))[::-1]
+    shares = np.cumsum(summed) / summed.sum()
+    yield "| *summed over ids* | " + " | ".join(f"*{shares[top - 1]:.1%}*" for top in tops) + " |"
+    yield (
+        "\nThe last line adds up experts of the same number in different layers, as older tools do. They have nothing "
+        "to do with each other, so it looks flatter than any layer is.\n"
+    )
+    yield f"{verdict(profile)}\n"
+
+
+def _nodes(
+    model: moeshard.Model, profile: Profile, heldout: list[Domain], n_nodes: int, size: int, windows: int
+) -> Iterator[str]:
+    if size < model.n_expert_used:
+        return
+    memory = shard_memory(moeshard.GGUFMap(model.path), size, Use()).total
+    read, write = _speed(model, size)
+    yield f"## {n_nodes} nodes, {size} of {profile.n_expert} experts each\n"
+    yield (
+        f"{memory / 2**20:.1f} MiB a node with 4,096 tokens of context. Speed over the whole model's: reading "
+        f"{read}, writing {write}.\n"
+    )
+    yield "| strategy | hashed | placed by loss | by saliency | by both | oracle | right | top-1 | KL |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    used = model.n_expert_used
+    more = min(size, used + used // 2)
+    runs = [(name, used) for name in STRATEGY_NAMES]
+    runs += [("islands", more)] if more > used else []
+    for name, top in runs:
+        keeps = choose_experts(profile, [size] * n_nodes, name)
+        losses = measure_losses(
+            model,
+            keeps,
+            heldout,
+            nodes=masked_nodes(model, keeps, [top] * n_nodes),
+            n_windows=windows,
+            progress=_say(f"{n_nodes} nodes, {name}"),
+        )
+        scorer = Scorer(losses)
+        placed = [scorer.placed(losses.placement(probe)) for probe in PROBES]
+        best = scorer.placed(losses.placement("oracle"))
+        cells = [_excess(score) for score in (scorer.hashed(), *placed, best)]
+        label = name if top == used else f"{name}, top-{top}"
+        right = scorer.right(losses.placement("both"))
+        agreement = placed[-1].agreement
+        assert agreement is not None
+        yield f"| {label} | {' | '.join(cells)} | {right:.0%} | {agreement.top1:.1%} | {agreement.kl:.3f} |"
+    yield ""
+
+
+def _excess(score: Scores) -> str:
+    low, high = score.excess_ci
+    return f"{score.excess:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _speed(model: moeshard.Model, size: int) -> tuple[str, str]:
+    """Ratios whole model's CPU time / node's, reading 512 tokens and writing 32; the node has real, smaller tensors."""
+    options = {"n_threads": 1, "n_ctx": 640}
+    whole = moeshard.Model(model.path, **options)
+    node = moeshard.Model(model.path, keep=f"0-{size - 1}", **options)
+    prompt = np.random.default_rng(0).integers(3, model.n_vocab, 512)
+
+    def write(which: moeshard.Model) -> None:
+        for _ in which.generate(prompt[:8], max_tokens=32):
+            pass
+
+    ratios = (
+        paired_ratio(lambda: _discard(whole.logits(prompt)), lambda: _discard(node.logits(prompt)), 7),
+        paired_ratio(lambda: write(whole), lambda: write(node), 7),
+    )
+    reading, writing = (f"{median:.2f} [{low:.2f}, {high:.2f}]" for median, low, high in ratios)
+    return reading, writing
+
+
+def _discard(_: object) -> None:
+    """Nothing is done with results that are only timed."""
+
+
+def _say(what: str):
+    def say(done: int, total: int) -> None:
+        if done == total:
+            print(what, file=sys.stderr, flush=True)
+
+    return say
+
+
+if __name__ == "__main__":
+    main()
