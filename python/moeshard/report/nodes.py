@@ -119,8 +119,8 @@ def _say_curve(
     enough = int(np.argmax(share >= 0.9))
     says = [
         f"The best {sizes[quarter]} of {profile.n_expert} experts per layer hold {percent(share[quarter])} of the "
-        f"saliency of all domains together; to hold {percent(share[enough])} takes {sizes[enough]}. Bars are intervals of "
-        f"95% over sequences. Missing saliency hints at loss; moeshard curve measures the loss itself."
+        f"saliency of all domains together; to hold {percent(share[enough])} takes {sizes[enough]}. Bars are intervals "
+        f"of 95% over sequences. Missing saliency hints at loss; moeshard curve measures the loss itself."
     ]
     if nodes:
         values = [value for _, _, value in nodes]

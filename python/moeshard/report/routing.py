@@ -206,6 +206,8 @@ def outstanding(profile: Profile) -> Figure:
     ratios, found = peak_ratios(profile), super_experts(profile)
 
     def draw(canvas: Canvas) -> None:
+        from matplotlib.ticker import FuncFormatter, NullFormatter
+
         axes = canvas.add_subplot()
         rows = np.repeat(np.arange(profile.layers.size), profile.n_expert)
         values, stand_out = np.maximum(ratios.ravel(), 1e-3), found.ravel()
@@ -222,9 +224,13 @@ def outstanding(profile: Profile) -> Figure:
             color=INK,
             fontsize=8,
             ha="right",
+            va="bottom",
             transform=axes.get_yaxis_transform(),
         )
         axes.set_yscale("log")
+        # As plain numbers; powers of ten would need the formulas that are switched off for names' sake.
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_ylim(max(1e-2, 0.8 * values.min()), 1.5 * max(SUPER_EXPERT, values.max()))
         step = -(-profile.layers.size // 16)
         axes.set_xticks(range(0, profile.layers.size, step), [str(layer) for layer in profile.layers[::step]])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,11 +73,8 @@ _ARTICLES = {"profile": "a profile", "plan": "a plan", "evaluation": "an evaluat
 
 
 def _read(name: str) -> tuple[str, Any]:
-    try:
-        if zipfile.is_zipfile(name):
-            return "profile", read_profile(name)
-    except OSError as error:
-        raise MoeshardError(f"cannot read '{name}': {error.strerror or error}") from error
+    if _is_archive(name):
+        return "profile", read_profile(name)
     document = read_document(name, "file")
     for kind, read in _READERS.items():
         if f"moeshard_{kind}" in document:
@@ -87,3 +83,12 @@ def _read(name: str) -> tuple[str, Any]:
         f"'{name}' is no profile, plan, evaluation or curve; `moeshard analyze`, `plan`, `evaluate` and `curve` make "
         f"these"
     )
+
+
+def _is_archive(name: str) -> bool:
+    """Whether a file begins as an ``.npz`` does. One that cannot be read is left to the reader that says so."""
+    try:
+        with open(name, "rb") as file:
+            return file.read(2) == b"PK"
+    except (OSError, ValueError):
+        return False
