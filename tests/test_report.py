@@ -1,4 +1,4 @@
-"""The report: its numbers against plain numpy, its page as a browser reads it, and files that are not as they should be."""
+"""The report: its numbers against plain numpy, its page as a browser reads it, and files that are not right."""
 
 from __future__ import annotations
 

@@ -87,6 +87,7 @@ def render(panel: Panel, name: str) -> tuple[str, bytes]:
         canvas = Canvas(figsize=(WIDTH, panel.height), layout="constrained")
         panel.draw(canvas)
         canvas.savefig(png, format="png", dpi=160, facecolor="white")
+        canvas.set_layout_engine("none")  # it is done, and takes most of the time
         canvas.savefig(svg, format="svg", transparent=True, dpi=160)
     return _embeddable(svg.getvalue(), name, panel.label), png.getvalue()
 
