@@ -30,7 +30,7 @@ NGRAM = 4
 TAIL = 64
 """Tokens at the end of an answer."""
 QUANTILE = 0.975
-"""Of the full model's answers, so many pass each of the two thresholds."""
+"""Of the full model's answers, so many are within each of the two thresholds."""
 N_ANSWERS = 4
 """Per domain, by default."""
 N_TOKENS = 128
@@ -136,7 +136,7 @@ def _entropy(tokens: npt.NDArray[np.integer]) -> float:
 
 
 def learn_thresholds(answers: Sequence[Signs], quantile: float = QUANTILE) -> Thresholds:
-    """Return thresholds that another answer of the same kind passes with probability `quantile`, each.
+    """Return thresholds within each of which another answer of the same kind is with probability `quantile`.
 
     Of n answers the k-th most extreme is taken, k being (n + 1)(1 - quantile) rounded down, but at least 1 (as in
     conformal prediction). Below 39 answers this is the most extreme one of all, and the probability is n / (n + 1).

@@ -48,7 +48,7 @@ def _table(title: str, first: str, columns: Sequence[str]) -> Table:
 
 def _totals(found: Evaluation, rows: dict[str, Scores]) -> Table:
     columns = ("perplexity", "× full", "interval", "KL", "KL p99", "top-1")
-    table = _table("Perplexity after the prompts, and how far from the full model's predictions", "", columns)
+    table = _table("Perplexity after the prompts; distance from the full model", "", columns)
     for name, scores in rows.items():
         cells = [f"{scores.perplexity:.2f}"]
         if scores.agreement is not None:
@@ -63,14 +63,14 @@ def _by_domain(found: Evaluation, rows: dict[str, Scores]) -> Table:
     """Ratios of perplexity. A row for each domain where the nodes fit side by side, else one for each node."""
     ways = [name for name in rows if name != FULL]
     if len(ways) <= max(7, len(found.domains) - 3):
-        title = "The same by domain: perplexity of the full model, others relative to it; interval as placed"
+        title = "By domain, relative to the full model's perplexity; interval as placed"
         table = _table(title, "domain", [FULL, *ways, "interval"])
         for domain in found.domains:
             ratios = [f"{rows[way].domains[domain].ratio:.2f}" for way in ways]
             interval = _span(found.placed.domains[domain].ratio_ci, ".2f")
             table.add_row(domain, f"{found.full.domains[domain].perplexity:.1f}", *ratios, interval)
         return table
-    table = _table("The same by domain: perplexity of the full model, others relative to it", "", found.domains)
+    table = _table("By domain, relative to the full model's perplexity", "", found.domains)
     table.add_row(FULL, *(f"{found.full.domains[domain].perplexity:.1f}" for domain in found.domains))
     for way in ways:
         style = "bold" if way == PLACED else None
