@@ -1,11 +1,10 @@
-"""The analyzer against cases whose answer is known: brute force, a random router, a router with favourites."""
+"""The analyzer against brute force. Models whose routing is known: test_known_routing.py."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 from command_line import Cli
@@ -211,38 +210,6 @@ def test_continuations_of_the_model_are_measured_too(model: moeshard.Model, doma
     assert (more.n_tokens[-4:] > WINDOW // 2).all()
     again = analyze(model, domains, window=WINDOW, n_tokens=4 * WINDOW, n_generate=2)
     np.testing.assert_array_equal(more.count, again.count)
-
-
-def prefer(source: Path, target: Path, favourites: dict[int, list[int]]) -> Path:
-    """Write a model whose routers prefer some experts of each layer by far."""
-    data = bytearray(source.read_bytes())
-    rng = np.random.default_rng(0)
-    for tensor in gguf.GGUFReader(source).tensors:
-        if not tensor.name.endswith("ffn_gate_inp.weight"):
-            continue
-        router = 0.1 * rng.standard_normal((128, 192)).astype(np.float32)
-        # The favourites come in pairs of opposite directions: one of each pair always scores high.
-        for i, expert in enumerate(favourites[int(tensor.name.split(".")[1])]):
-            if i % 2 == 0:
-                direction = 3 * rng.standard_normal(192).astype(np.float32)
-            router[expert] = direction if i % 2 else -direction
-        assert tensor.tensor_type == gguf.GGMLQuantizationType.F32
-        at = int(tensor.data_offset)
-        data[at : at + router.nbytes] = router.tobytes()
-    target.write_bytes(data)
-    return target
-
-
-def test_a_router_with_favourites_is_found_out(tinymoe: Path, domains: list[Domain], tmp_path: Path) -> None:
-    rng = np.random.default_rng(9)
-    favourites = {layer: rng.choice(128, 8, replace=False).tolist() for layer in range(5)}
-    path = prefer(tinymoe, tmp_path / "biased.gguf", favourites)
-    biased = analyze(moeshard.Model(path, n_threads=1), domains, window=WINDOW)
-    for layer in range(5):
-        best = set(np.argsort(-biased.total("mass")[layer])[:8].tolist())
-        assert best == set(favourites[layer])
-    assert not verdict(biased).is_flat
-    assert concentration(biased, [8]).min() > 0.3
 
 
 def test_a_sample_of_nothing_is_not_ranked(profile: Profile) -> None:
