@@ -38,7 +38,7 @@ def islands(
     sizes: Sequence[int],
     *,
     restarts: int = 16,
-    shrinkage: float = 0.05,
+    shrinkage: float = 0.2,
     cover: bool = False,
     seed: int = 0,
 ) -> Islands:
