@@ -32,7 +32,7 @@ from moeshard.scoring import Scorer, Scores
 from moeshard.traffic import Domain, embedded_traffic, read_texts
 
 TOPS = (1, 32, 48, 64, 96)
-PROBES = ("loss", "saliency", "both")
+PROBES = ("loss", "saliency")
 
 
 def main() -> None:
@@ -109,8 +109,8 @@ def _nodes(
         f"{memory / 2**20:.1f} MiB a node with 4,096 tokens of context. Speed over the whole model's: reading "
         f"{read}, writing {write}.\n"
     )
-    yield "| strategy | hashed | placed by loss | by saliency | by both | oracle | right | top-1 | KL |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield "| strategy | hashed | placed by loss | by saliency | oracle | right | top-1 | KL |"
+    yield "|---|---|---|---|---|---|---|---|"
     used = model.n_expert_used
     more = min(size, used + used // 2)
     runs = [(name, used) for name in STRATEGY_NAMES]
@@ -130,7 +130,7 @@ def _nodes(
         best = scorer.placed(losses.placement("oracle"))
         cells = [_excess(score) for score in (scorer.hashed(), *placed, best)]
         label = name if top == used else f"{name}, top-{top}"
-        right = scorer.right(losses.placement("both"))
+        right = scorer.right(losses.placement("saliency"))
         agreement = placed[-1].agreement
         assert agreement is not None
         yield f"| {label} | {' | '.join(cells)} | {right:.0%} | {agreement.top1:.1%} | {agreement.kl:.3f} |"
