@@ -27,11 +27,10 @@ from moeshard.evaluation import measure_losses
 from moeshard.nodes import masked_nodes
 from moeshard.planner import STRATEGY_NAMES, choose_experts
 from moeshard.profile import Profile
-from moeshard.reliability import concentration, verdict
+from moeshard.reliability import concentration, summed_concentration, tops, verdict
 from moeshard.scoring import Scorer, Scores
 from moeshard.traffic import Domain, embedded_traffic, read_texts
 
-TOPS = (1, 32, 48, 64, 96)
 PROBES = ("loss", "saliency")
 
 
@@ -80,19 +79,18 @@ def _command(options: argparse.Namespace) -> Iterator[str]:
 
 
 def _concentration(profile: Profile) -> Iterator[str]:
-    tops = [top for top in TOPS if top < profile.n_expert]
+    numbers = tops(profile.n_expert)
     yield "## Concentration\n"
     yield "Share of each layer's gate mass that its experts of most mass have.\n"
-    yield "| layer | " + " | ".join(f"top {top}" for top in tops) + " |"
-    yield "|---|" + "---|" * len(tops)
-    for layer, row in zip(profile.layers, concentration(profile, tops), strict=True):
+    yield "| layer | " + " | ".join(f"top {top}" for top in numbers) + " |"
+    yield "|---|" + "---|" * len(numbers)
+    for layer, row in zip(profile.layers, concentration(profile, numbers), strict=True):
         yield f"| {layer} | " + " | ".join(f"{value:.1%}" for value in row) + " |"
-    summed = np.sort(profile.total("mass").sum(axis=0))[::-1]
-    shares = np.cumsum(summed) / summed.sum()
-    yield "| *summed over ids* | " + " | ".join(f"*{shares[top - 1]:.1%}*" for top in tops) + " |"
+    summed = summed_concentration(profile, numbers)
+    yield "| *summed over ids* | " + " | ".join(f"*{value:.1%}*" for value in summed) + " |"
     yield (
         "\nThe last line adds up experts of the same number in different layers, as older tools do. They have nothing "
-        "to do with each other, so it looks flatter than any layer is.\n"
+        "to do with each other, so the sums are nearly even whatever the layers do.\n"
     )
     yield f"{verdict(profile)}\n"
 

@@ -67,8 +67,12 @@ def concentration(profile: Profile, tops: Sequence[int], what: str = "mass") -> 
 
 
 def tops(n_expert: int) -> list[int]:
-    """Return those of `TOPS` that say something where a layer has `n_expert` experts, and `n_expert` itself."""
-    return [top for top in TOPS if top < n_expert] + [n_expert]
+    """Return those of `TOPS` that say something where a layer has `n_expert` experts, and `n_expert` itself.
+
+    Of few experts: one, a quarter, half and three quarters of them.
+    """
+    numbers = TOPS if n_expert >= 64 else (1, n_expert // 4, n_expert // 2, 3 * n_expert // 4)
+    return sorted({top for top in numbers if 0 < top < n_expert} | {n_expert})
 
 
 def summed_concentration(profile: Profile, tops: Sequence[int], what: str = "mass") -> Doubles:
