@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import Cli
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import moeshard
@@ -110,6 +110,8 @@ def test_super_experts_are_on_every_island() -> None:
     st.sampled_from([1, 2]),
     st.integers(0, 10),
 )
+@example("coactivation", [6, 6], 2, 0)
+@example("balanced", [5, 5, 5], 1, 0)
 def test_every_strategy_fills_every_node(strategy: str, sizes: list[int], groups: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     profile = profile_of(rng.gamma(0.5, size=(12, 2, 12)), [0, 1, 2] * 4, 12)

@@ -116,6 +116,8 @@ def coactivation(profile: Profile, sizes: Sequence[int]) -> list[Rows]:
     for row in range(profile.layers.size):
         shared = np.logical_and.reduce([keep[row] for keep in keeps])
         rest = np.flatnonzero(~shared)
+        if not rest.size:
+            continue  # every node holds everything
         points = _spectral(together[row][np.ix_(rest, rest)], len(sizes))
         centres = points[np.linspace(0, len(rest) - 1, len(sizes)).astype(int)].copy()
         owner = np.full(len(rest), -1)
