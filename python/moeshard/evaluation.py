@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from moeshard._core import MoeshardError
 from moeshard.keep import Keep
-from moeshard.nodes import NodeModel, masked_nodes
+from moeshard.nodes import NodeModel, by_model, masked_nodes
 from moeshard.perplexity import text_windows
 from moeshard.traffic import Domain
 
@@ -31,7 +31,7 @@ Ints = npt.NDArray[np.int64]
 
 WINDOW = 256
 PROMPT = 64
-_LOGIT_BYTES = 256 << 20
+LOGIT_BYTES = 256 << 20
 """Logits held at once."""
 
 Progress = Callable[[int, int], object]
@@ -146,9 +146,9 @@ def measure_losses(
         np.empty(shape[:2]),
     )
     with ExitStack() as stack:
-        runs = [_Run(stack, found, own, window) for found, own in _by_model(model, nodes)]
+        runs = [_Run(stack, found, own, window) for found, own in by_model(model, nodes)]
         held = 1 + max(len(run.seqs) for run in runs)  # the whole model's beside those of a run
-        step = max(1, min(window, _LOGIT_BYTES // (held * model.n_vocab * 4)))
+        step = max(1, min(window, LOGIT_BYTES // (held * model.n_vocab * 4)))
         for row, tokens in enumerate(windows):
             for run in runs:
                 run.session.reset()
@@ -183,14 +183,6 @@ def cut_windows(
         windows += [found[k * len(found) // number] for k in range(number)]
         owners += [index] * number
     return windows, owners
-
-
-def _by_model(model: Model, nodes: Sequence[NodeModel]) -> list[tuple[Model, list[tuple[int | None, Keep | None]]]]:
-    """What runs on each model: indices of nodes with their masks, None for the whole model itself, which is first."""
-    found: dict[int, tuple[Model, list[tuple[int | None, Keep | None]]]] = {id(model): (model, [(None, None)])}
-    for index, node in enumerate(nodes):
-        found.setdefault(id(node.model), (node.model, []))[1].append((index, node.keep))
-    return list(found.values())
 
 
 class _Run:

@@ -45,6 +45,14 @@ def masked_nodes(model: Model, keeps: Sequence[Keep], n_expert_used: Sequence[in
     return nodes
 
 
+def by_model(model: Model, nodes: Sequence[NodeModel]) -> list[tuple[Model, list[tuple[int | None, Keep | None]]]]:
+    """What runs on each model: indices of nodes with their masks, None for the whole model itself, which is first."""
+    found: dict[int, tuple[Model, list[tuple[int | None, Keep | None]]]] = {id(model): (model, [(None, None)])}
+    for index, node in enumerate(nodes):
+        found.setdefault(id(node.model), (node.model, []))[1].append((index, node.keep))
+    return list(found.values())
+
+
 def plan_nodes(model: Model, plan: Plan, shards: str | os.PathLike[str] | None = None) -> list[NodeModel]:
     """Return a plan's nodes: as masks on its model, or as the shards in a folder.
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from moeshard.evaluation import log_sum_exp
+from moeshard.evaluation import LOGIT_BYTES, log_sum_exp
 from moeshard.keep import Keep
-from moeshard.nodes import NodeModel
+from moeshard.nodes import NodeModel, by_model
 
 if TYPE_CHECKING:
     from moeshard.model import Model
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Tokens = npt.NDArray[np.int32]
-
-LOGIT_BYTES = 256 << 20
-"""Logits held at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,21 +80,17 @@ def prompt_losses(model: Model, nodes: Sequence[NodeModel], tokens: Tokens, n_ct
         float32 (1 + G, T): what each token but the first costs the whole model, and each node, nats.
     """
     found = np.empty((1 + len(nodes), tokens.size - 1), dtype=np.float32)
-    rows: dict[int, list[tuple[Model, Keep | None, int]]] = {id(model): [(model, None, 0)]}
-    for row, node in enumerate(nodes, 1):
-        rows.setdefault(id(node.model), []).append((node.model, node.keep, row))
-    for own in rows.values():
-        shared = own[0][0]
+    for shared, own in by_model(model, nodes):
         step = max(1, LOGIT_BYTES // (len(own) * shared.n_vocab * 4))
         with shared.session(n_seq=len(own), n_ctx=n_ctx) as session:
-            for seq, (_, keep, _) in enumerate(own):
+            for seq, (_, keep) in enumerate(own):
                 session.set_keep(keep, seq)
             for at in range(0, tokens.size - 1, step):
                 inputs, targets = tokens[:-1][at : at + step], tokens[1:][at : at + step]
                 logits = session.decode(dict.fromkeys(range(len(own)), inputs), "all")
-                for seq, (_, _, row) in enumerate(own):
+                for seq, (index, _) in enumerate(own):
                     chosen = logits[seq][np.arange(targets.size), targets]
-                    found[row, at : at + step] = log_sum_exp(logits[seq]) - chosen
+                    found[0 if index is None else 1 + index, at : at + step] = log_sum_exp(logits[seq]) - chosen
     return found
 
 
