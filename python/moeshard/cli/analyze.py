@@ -64,16 +64,14 @@ def analyze(
     if micro and tokens is not None:
         raise typer.BadParameter("--micro says how many tokens; leave --tokens out")
 
-    from moeshard import MoeshardError, write_ranking
+    from moeshard import write_ranking
     from moeshard.analysis import analyze as measure
     from moeshard.cli.loading import load_model
-    from moeshard.cli.output import print_json, progress
+    from moeshard.cli.output import check_free, print_json, progress
     from moeshard.reliability import verdict
     from moeshard.traffic import embedded_traffic, read_texts
 
-    for path in (out, export_ranking):
-        if path is not None and path.exists() and not force:
-            raise MoeshardError(f"{path}: exists already; choose another name, or replace it with --force")
+    check_free(out, export_ranking, force=force)
     loaded = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers)
     domains = read_texts(text or [], chat or [], model=loaded) or embedded_traffic("calibration")
     chosen = None if layers is None else _parse_layers(layers, loaded.n_layer)

@@ -60,17 +60,14 @@ def curve(
     """
     sizes = None if keep is None else _parse_sizes(keep)
 
-    from moeshard import MoeshardError
     from moeshard.cli.loading import load_model
-    from moeshard.cli.output import print_json, progress
+    from moeshard.cli.output import check_free, print_json, progress
     from moeshard.curve import measure_curve
     from moeshard.files import write_atomically
     from moeshard.profile import read_profile
     from moeshard.traffic import embedded_traffic, read_texts
 
-    for path in (out, csv, png):
-        if path is not None and path.exists() and not force:
-            raise MoeshardError(f"{path}: exists already; choose another name, or replace it with --force")
+    check_free(out, csv, png, force=force)
     if png is not None:
         from moeshard.report.drawing import require_matplotlib
 

@@ -75,7 +75,7 @@ def evaluate(
     from moeshard.answers import Sampling
     from moeshard.cli.evaluation_tables import report
     from moeshard.cli.loading import load_model
-    from moeshard.cli.output import print_json, progress
+    from moeshard.cli.output import check_free, print_json, progress
     from moeshard.evaluation_record import PROBES
     from moeshard.plan import read_plan
     from moeshard.traffic import embedded_traffic, read_texts
@@ -86,8 +86,7 @@ def evaluate(
     if prompt >= window:
         raise typer.BadParameter(f"--prompt {prompt} leaves nothing to predict of --window {window}")
     # All that can be wrong is looked at before the work, not after it.
-    if out is not None and out.exists() and not force:
-        raise MoeshardError(f"{out}: exists already; choose another name, or replace it with --force")
+    check_free(out, force=force)
     if out is not None and not out.parent.is_dir():
         raise MoeshardError(f"{out}: the folder '{out.parent}' does not exist; make it, or choose another one")
     read_plan(plan)

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
     from rich.table import Table
 
@@ -47,6 +49,15 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and value - value != 0:
         return None
     return value
+
+
+def check_free(*paths: Path | None, force: bool) -> None:
+    """Raise a `MoeshardError` where a file to be written exists: said before the work that it shall hold."""
+    from moeshard import MoeshardError
+
+    for path in paths:
+        if path is not None and path.exists() and not force:
+            raise MoeshardError(f"{path}: exists already; choose another name, or replace it with --force")
 
 
 def size(n_bytes: float) -> str:

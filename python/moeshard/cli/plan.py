@@ -47,15 +47,13 @@ def plan(
     if (nodes is None) == (groups is None or keep is None) or (nodes is not None and (groups or keep)):
         raise typer.BadParameter("give either --groups with --keep, or --nodes")
 
-    from moeshard import MoeshardError
     from moeshard.budget import Use
-    from moeshard.cli.output import print_json
+    from moeshard.cli.output import check_free, print_json
     from moeshard.embedded import resolve_model
     from moeshard.planner import make_plan
     from moeshard.profile import read_profile
 
-    if out.exists() and not force:
-        raise MoeshardError(f"{out}: exists already; choose another name, or replace it with --force")
+    check_free(out, force=force)
     options: dict[str, Any] = {}
     if strategy == "islands":
         options = {"restarts": restarts, "seed": seed, "cover": cover}
