@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from moeshard._core import GGUFMap, MoeshardError
 from moeshard.budget import Memory, Use, largest_keep, shard_memory
@@ -153,7 +154,12 @@ def _regrouped(profile: Profile, groups: int) -> Profile:
     n_seq, n_rows, n_expert = profile.count.shape
     size = n_expert // groups
     n_domain = len(profile.domains)
-    blocks = profile.together.reshape(n_domain, n_rows, groups, size, groups, size)
+
+    def within(pairs: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        blocks = pairs.reshape(n_domain, n_rows, groups, size, groups, size)
+        diagonal: npt.NDArray[Any] = np.einsum("dmgagb->dmgab", blocks).reshape(n_domain, n_rows * groups, size, size)
+        return diagonal
+
     return Profile(
         replace(profile.model, n_expert=size),
         profile.domains,
@@ -163,9 +169,11 @@ def _regrouped(profile: Profile, groups: int) -> Profile:
         profile.count.reshape(n_seq, n_rows * groups, size),
         profile.mass.reshape(n_seq, n_rows * groups, size),
         profile.saliency.reshape(n_seq, n_rows * groups, size),
+        profile.energy.reshape(n_seq, n_rows * groups, size),
         np.repeat(profile.entropy, groups, axis=1),
         profile.peak.reshape(n_domain, n_rows * groups, size),
-        np.einsum("dmgagb->dmgab", blocks).reshape(n_domain, n_rows * groups, size, size),
+        within(profile.together),
+        within(profile.cosaliency),
         profile.facts,
     )
 
