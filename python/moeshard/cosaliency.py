@@ -104,8 +104,8 @@ def least_lost(products: Doubles, size: int, protected: Rows, fewest: int | None
             row = cost.min(axis=1).argmin(keepdims=True)
         dropped[row, expert[row]] = True
         beside[row] += products[row, expert[row]]
-    for row in range(len(own)):
-        _exchange(products[row], dropped[row], protected[row])
+    for layer in range(len(own)):
+        _exchange(products[layer], dropped[layer], protected[layer])
     return ~dropped
 
 
