@@ -70,8 +70,11 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
 
 
 def _experts(found: Inspection) -> str:
+    from moeshard.cli.output import span
+
     used = sorted({found.n_expert_used[layer] for layer in found.moe_layers} - {0})
-    text = f"{found.n_expert} per layer, {' or '.join(map(str, used))} per token"
+    held = span(min(found.expert_counts[layer] for layer in found.moe_layers), found.n_expert)
+    text = f"{held} per layer, {' or '.join(map(str, used))} per token"
     if found.n_expert_shared:
         text += f", and {found.n_expert_shared} shared (in the trunk)"
     return text
