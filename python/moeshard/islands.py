@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from moeshard.choosing import Chooser, Rows
 from moeshard.profile import Profile
-from moeshard.strategies import Rows, super_experts
+from moeshard.strategies import best, super_experts
 
 Floats = npt.NDArray[np.float32]
 
@@ -41,6 +42,7 @@ def islands(
     shrinkage: float = 0.2,
     cover: bool = False,
     seed: int = 0,
+    choose: Chooser = best,
 ) -> Islands:
     """Search for nodes that together serve the traffic of a profile best.
 
@@ -51,6 +53,7 @@ def islands(
         shrinkage: share by which a node is drawn toward what all traffic needs: few sequences say little.
         cover: every expert lives on some node (where the nodes have room for all).
         seed: of the beginnings; the same seed gives the same nodes.
+        choose: how a node's experts follow from scores.
 
     Returns:
         The nodes in the order of `sizes`.
@@ -62,7 +65,7 @@ def islands(
     rng = np.random.default_rng(seed)
     found: Islands | None = None
     for _ in range(max(1, restarts)):
-        keeps, owner = _search(shares, weights, sizes, shrinkage, protected, rng)
+        keeps, owner = _search(shares, weights, sizes, shrinkage, protected, rng, choose)
         if cover:
             keeps = _cover(keeps, shares, weights, owner, protected)
         score = float((_captured(shares, keeps).max(axis=1) * weights).sum())
@@ -99,15 +102,6 @@ def _captured(shares: Floats, keeps: Sequence[Rows]) -> npt.NDArray[np.float64]:
     return (shares @ held).astype(np.float64)
 
 
-def _choose(scores: npt.NDArray[np.float64], size: int, protected: Rows) -> Rows:
-    """The best experts of each layer; protected ones first."""
-    rows = np.where(protected, np.inf, scores.reshape(protected.shape))
-    order = np.argsort(-rows, axis=1, kind="stable")[:, :size]
-    keep = np.zeros(protected.shape, dtype=bool)
-    np.put_along_axis(keep, order, True, axis=1)
-    return keep
-
-
 def _search(
     shares: Floats,
     weights: npt.NDArray[np.float64],
@@ -115,6 +109,7 @@ def _search(
     shrinkage: float,
     protected: Rows,
     rng: np.random.Generator,
+    choose: Chooser,
 ) -> tuple[list[Rows], npt.NDArray[np.int64]]:
     everything = weights @ shares
     owner = _first_owners(shares, weights, len(sizes), rng)
@@ -125,7 +120,7 @@ def _search(
             mine = owner == node
             weight = weights[mine].sum()
             own = weights[mine] @ shares[mine] / weight if weight > 0 else everything
-            keeps.append(_choose((1 - shrinkage) * own + shrinkage * everything, size, protected))
+            keeps.append(choose((1 - shrinkage) * own + shrinkage * everything, size, protected))
         captured = _captured(shares, keeps)
         new = captured.argmax(axis=1)
         # A node that nobody wants begins anew with the sequence that is served worst.
