@@ -92,12 +92,11 @@ def _facts(made: Plan, index: int) -> dict[str, Any]:
     return {"name": node.name, "n_expert": made.parameters["n_keep"][index], **node.facts}
 
 
-def _held(facts: dict[str, Any]) -> str:
+def _held(facts: dict[str, Any], n_expert: int) -> str:
     from moeshard.cli.output import span
 
-    if "experts" not in facts:
-        return str(facts["n_expert"])
-    return f"{facts['n_expert']} ({span(facts['experts']['fewest'], facts['experts']['most'])})"
+    held = facts.get("experts")
+    return f"{facts['n_expert']} of {n_expert}" if held is None else span(held["fewest"], held["most"])
 
 
 def _report(made: Plan, out: Path) -> None:
@@ -111,8 +110,7 @@ def _report(made: Plan, out: Path) -> None:
     for index, node in enumerate(made.nodes):
         facts = _facts(made, index)
         shares = [f"{facts['captured'][name]:.0%}" for name in domains]
-        experts = f"{_held(facts)} of {made.model.n_expert}"
-        table.add_row(node.name, experts, size(facts["memory"]["total"]), *shares)
+        table.add_row(node.name, _held(facts, made.model.n_expert), size(facts["memory"]["total"]), *shares)
     console().print(table)
     typer.secho(
         f"[{made.strategy}; {out}; write the shards with: moeshard split MODEL -o DIR --plan {out}]", dim=True, err=True
