@@ -56,6 +56,9 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
         facts.append(("context", f"{found.n_ctx_train} tokens in training"))
     if found.n_expert == 0:
         return [*facts, ("experts", "none: a dense model"), ("trunk weights", size(found.trunk_bytes))]
+    if not found.moe_layers:
+        held = f"none in this file, which is part of a model with {found.n_expert} per layer"
+        return [*facts, ("experts", held), ("trunk weights", size(found.trunk_bytes))]
     whole = found.trunk_bytes + found.expert_bytes
     return [
         *facts,
