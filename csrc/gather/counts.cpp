@@ -32,6 +32,7 @@ void count_kept(const MoeLayout& layout, const std::vector<uint32_t>& layers, co
     const uint32_t first = count(keep.row(static_cast<int32_t>(layers.front())), layout.n_expert);
     for (const uint32_t layer : layers) {
         const uint32_t kept = count(keep.row(static_cast<int32_t>(layer)), layout.n_expert);
+        if (kept == 0) throw Error(name + ": the keep holds no experts in layer " + std::to_string(layer));
         counts.per_layer[layer] = kept;
         counts.n_expert = std::max(counts.n_expert, kept);
         if (kept == first) continue;
@@ -47,7 +48,6 @@ void count_kept(const MoeLayout& layout, const std::vector<uint32_t>& layers, co
                         ", or write a shard that moeshard alone loads (--per-layer)");
         }
     }
-    if (counts.n_expert == 0) throw Error(name + ": the keep holds no experts");
 }
 
 // Groups of which nothing is kept are no groups of the shard. Those that are left must keep equally many, and be as
@@ -116,9 +116,9 @@ void count_used(const MoeLayout& layout, const ShardParams& params, Counts& coun
         if (params.n_expert_used != 0) used = params.n_expert_used;
         if (params.clamp) used = std::min(used, fewest);
         if (used > counts.per_layer[layer]) {
-            throw Error(name + ": the keep holds " + std::to_string(counts.per_layer[layer]) +
-                        " experts per layer, but a token uses " + std::to_string(used) + " in layer " +
-                        std::to_string(layer) + "; keep more, or clamp what the shard uses (--clamp)");
+            throw Error(name + ": the keep holds " + std::to_string(counts.per_layer[layer]) + " experts of layer " +
+                        std::to_string(layer) + ", but a token uses " + std::to_string(used) +
+                        "; keep more, or clamp what the shard uses (--clamp)");
         }
         const auto& hashed = layout.hash_layers;
         if (used > own && std::find(hashed.begin(), hashed.end(), layer) != hashed.end()) {

@@ -126,7 +126,7 @@ def test_fewer_experts_per_token(tinymoe: Path, tmp_path: Path) -> None:
     keep = unequal()
     keep[2] = False
     keep[2, [3, 5, 90]] = True
-    with pytest.raises(MoeshardError, match="holds 3 experts per layer, but a token uses 8 in layer 2"):
+    with pytest.raises(MoeshardError, match="holds 3 experts of layer 2, but a token uses 8"):
         moeshard.split(tinymoe, keep, tmp_path / "x.gguf", per_layer=True)
     moeshard.split(tinymoe, keep, tmp_path / "x.gguf", per_layer=True, clamp=True)
     shard = moeshard.Model(tmp_path / "x.gguf", n_threads=1)
@@ -136,6 +136,9 @@ def test_fewer_experts_per_token(tinymoe: Path, tmp_path: Path) -> None:
     ours, theirs = shard.logits(tokens), whole.logits(tokens, keep)
     assert np.abs(ours - theirs).max() < 0.05 * np.abs(theirs).max()
     assert moeshard.verify(tmp_path / "x.gguf", tinymoe).n_expert_fewest == 3
+    keep[2] = False
+    with pytest.raises(MoeshardError, match="the keep holds no experts in layer 2"):
+        moeshard.split(tinymoe, keep, tmp_path / "y.gguf", per_layer=True, clamp=True)
     with pytest.raises(MoeshardError, match="only 3 experts in some layer"):
         moeshard.Model(tmp_path / "x.gguf", n_expert_used=4)
 
