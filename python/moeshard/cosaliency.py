@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from moeshard.choosing import Rows
 from moeshard.profile import Doubles, Profile
-from moeshard.strategies import Rows
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
+from moeshard.choosing import Rows, across_layers
 from moeshard.cosaliency import Contributions, Floats, Ints, contributions, least_lost
 from moeshard.profile import Doubles, Profile
-from moeshard.strategies import Rows, best, super_experts
+from moeshard.strategies import best, super_experts
 
 ROUNDS = 40
 FOLLOWED = 4
@@ -54,6 +56,7 @@ def islands(
     shrinkage: float = 0.1,
     cover: bool = False,
     seed: int = 0,
+    fewest: int | None = None,
 ) -> Islands:
     """Search for nodes that together serve the traffic of a profile best.
 
@@ -64,6 +67,7 @@ def islands(
         shrinkage: share by which a node is drawn toward what all traffic needs: few sequences say little.
         cover: every expert lives on some node (where the nodes have room for all).
         seed: of the beginnings; the same seed gives the same nodes.
+        fewest: layers may hold different numbers of experts, at least so many each; `sizes` are then means over layers.
 
     Returns:
         The nodes in the order of `sizes`.
@@ -75,16 +79,16 @@ def islands(
         _weights(profile)[measured],
         super_experts(profile),
     )
+    by_squares = _by_squares(traffic, sizes, shrinkage, fewest)
+    by_products = _by_products(traffic, sizes, shrinkage, fewest)
     rng = np.random.default_rng(seed)
     beginnings = []
     for index in range(max(1, restarts)):
-        keeps, owner = _alternate(
-            traffic, _first_owners(traffic, len(sizes), rng), _by_squares(traffic, sizes, shrinkage)
-        )
+        keeps, owner = _alternate(_first_owners(traffic, len(sizes), rng), by_squares)
         beginnings.append((_lost(traffic, keeps), index, owner))
     found: tuple[float, list[Rows], Ints] | None = None
     for _, _, owner in sorted(beginnings)[: -(-len(beginnings) // FOLLOWED)]:
-        keeps, owner = _alternate(traffic, owner, _by_products(traffic, sizes, shrinkage))
+        keeps, owner = _alternate(owner, by_products)
         if cover:
             keeps = _cover(keeps, traffic, owner)
         lost = _lost(traffic, keeps)
@@ -117,26 +121,26 @@ _Step = Callable[[Ints], tuple[list[Rows], Doubles]]
 """From the node of each sequence to the experts of each node, and what each node then loses of each sequence (S, G)."""
 
 
-def _by_squares(traffic: _Traffic, sizes: Sequence[int], shrinkage: float) -> _Step:
+def _by_squares(traffic: _Traffic, sizes: Sequence[int], shrinkage: float, fewest: int | None) -> _Step:
     """Experts of most squares, as if no two contributed to the same token."""
+    choose = best if fewest is None else partial(across_layers, fewest=fewest)
 
     def step(owner: Ints) -> tuple[list[Rows], Doubles]:
         keeps = []
         for own, size in zip(_pull(traffic, owner, len(sizes), shrinkage), sizes, strict=True):
-            scores = (own @ traffic.shares).reshape(traffic.protected.shape)
-            keeps.append(best(np.where(traffic.protected, np.inf, scores), size))
+            keeps.append(choose(own @ traffic.shares, size, traffic.protected))
         held = np.stack([keep.ravel() for keep in keeps], axis=1).astype(np.float32)
         return keeps, 1 - (traffic.shares @ held).astype(np.float64)
 
     return step
 
 
-def _by_products(traffic: _Traffic, sizes: Sequence[int], shrinkage: float) -> _Step:
+def _by_products(traffic: _Traffic, sizes: Sequence[int], shrinkage: float, fewest: int | None) -> _Step:
     """Experts without which least is lost, by who contributes to the same tokens."""
 
     def step(owner: Ints) -> tuple[list[Rows], Doubles]:
         keeps = [
-            least_lost(traffic.parts.products(own), size, traffic.protected)
+            least_lost(traffic.parts.products(own), size, traffic.protected, fewest)
             for own, size in zip(_pull(traffic, owner, len(sizes), shrinkage), sizes, strict=True)
         ]
         return keeps, _losses(traffic, keeps)
@@ -155,7 +159,7 @@ def _pull(traffic: _Traffic, owner: Ints, n_nodes: int, shrinkage: float) -> Dou
     return pull
 
 
-def _alternate(traffic: _Traffic, owner: Ints, step: _Step) -> tuple[list[Rows], Ints]:
+def _alternate(owner: Ints, step: _Step) -> tuple[list[Rows], Ints]:
     """Alternate until no sequence moves."""
     keeps: list[Rows] = []
     for _ in range(ROUNDS):
