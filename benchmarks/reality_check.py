@@ -6,7 +6,9 @@
 Experts are chosen on the calibration texts (or --calibration NAME=FILE), losses are measured on the held-out ones (or
 --heldout NAME=FILE), which nothing is chosen or tuned by. Each window of 256 tokens begins with a prompt of 64 that
 places the session and is not scored. Losses are nats per token over the whole model, mean over domains, with 95 %
-intervals of a paired bootstrap over windows. Speeds are ratios of CPU time measured in turn, one thread.
+intervals of a paired bootstrap over windows: of sessions sent to any node (hashed), to the node that a probe finds by
+the prompt, and to the best one (oracle). "right", "over the oracle", "over islands", top-1 and KL are of placing by
+loss. Speeds are ratios of CPU time measured in turn, one thread.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +27,14 @@ import moeshard
 from moeshard.analysis import analyze
 from moeshard.budget import Use, shard_memory
 from moeshard.embedded import resolve_model
-from moeshard.evaluation import measure_losses
-from moeshard.nodes import masked_nodes
-from moeshard.planner import STRATEGY_NAMES, choose_experts
+from moeshard.evaluation import PROMPT, WINDOW, Losses, cut_windows, measure_losses
+from moeshard.keep import Keep
+from moeshard.loops import Prompt, measure_loops
+from moeshard.nodes import NodeModel, masked_nodes
+from moeshard.planner import ISLANDS, STRATEGY_NAMES, choose_experts
 from moeshard.profile import Profile
 from moeshard.reliability import concentration, summed_concentration, tops, verdict
-from moeshard.scoring import Scorer, Scores
+from moeshard.scoring import Interval, Scorer, Scores
 from moeshard.traffic import Domain, embedded_traffic, read_texts
 
 PROBES = ("loss", "saliency")
@@ -39,6 +45,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("-n", "--tokens", type=int, help="of calibration text per domain; all by default")
     parser.add_argument("--windows", type=int, default=16, help="of held-out text per domain")
+    parser.add_argument("--answers", type=int, default=8, help="per domain and node, to look for loops in; 0: none")
     parser.add_argument("--calibration", action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--heldout", action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--threads", type=int, default=0)
@@ -59,7 +66,7 @@ def main() -> None:
         *_concentration(profile),
     ]
     for n_nodes, part in ((2, 2), (4, 4), (8, 4)):
-        parts += _nodes(model, profile, heldout, n_nodes, model.n_expert // part, options.windows)
+        parts += _nodes(model, profile, heldout, n_nodes, model.n_expert // part, options)
     text = "\n".join(parts)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -74,6 +81,8 @@ def _command(options: argparse.Namespace) -> Iterator[str]:
         yield f"-n {options.tokens}"
     if options.windows != 16:
         yield f"--windows {options.windows}"
+    if options.answers != 8:
+        yield f"--answers {options.answers}"
     for name in ("calibration", "heldout"):
         yield from (f"--{name} {value}" for value in getattr(options, name))
 
@@ -95,8 +104,58 @@ def _concentration(profile: Profile) -> Iterator[str]:
     yield f"{verdict(profile)}\n"
 
 
-def _nodes(
+@dataclass(frozen=True, eq=False)
+class Served:
+    """What one strategy's nodes lose."""
+
+    label: str
+    losses: Losses
+    nodes: dict[str, NodeModel]
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        return Scorer(self.losses)
+
+    @cached_property
+    def hashed(self) -> Scores:
+        return self.scorer.hashed()
+
+    @cached_property
+    def placed(self) -> dict[str, Scores]:
+        return {probe: self.scorer.placed(self.losses.placement(probe)) for probe in (*PROBES, "oracle")}
+
+
+def _measure(
     model: moeshard.Model, profile: Profile, heldout: list[Domain], n_nodes: int, size: int, windows: int
+) -> list[Served]:
+    """All strategies on the same text in one pass; nodes that hold the same are computed once."""
+    used = model.n_expert_used
+    more = min(size, used + used // 2)
+    runs = [(name, used) for name in STRATEGY_NAMES] + ([(ISLANDS, more)] if more > used else [])
+    different: dict[tuple[bytes, int], int] = {}
+    keeps: list[Keep] = []
+    tops: list[int] = []
+    rows: list[list[int]] = []
+    for name, top in runs:
+        rows.append([])
+        for keep in choose_experts(profile, [size] * n_nodes, name):
+            row = different.setdefault((keep.tobytes(), top), len(keeps))
+            if row == len(keeps):
+                keeps.append(keep)
+                tops.append(top)
+            rows[-1].append(row)
+    nodes = masked_nodes(model, keeps, tops)
+    progress = _say(f"{n_nodes} nodes of {size} experts")
+    losses = measure_losses(model, keeps, heldout, nodes=nodes, n_windows=windows, progress=progress)
+    labels = [name if top == used else f"{name}, top-{top}" for name, top in runs]
+    return [
+        Served(label, losses.select(own), {f"node-{index}": nodes[row] for index, row in enumerate(own)})
+        for label, own in zip(labels, rows, strict=True)
+    ]
+
+
+def _nodes(
+    model: moeshard.Model, profile: Profile, heldout: list[Domain], n_nodes: int, size: int, options: argparse.Namespace
 ) -> Iterator[str]:
     if size < model.n_expert_used:
         return
@@ -107,37 +166,68 @@ def _nodes(
         f"{memory / 2**20:.1f} MiB a node with 4,096 tokens of context. Speed over the whole model's: reading "
         f"{read}, writing {write}.\n"
     )
-    yield "| strategy | hashed | placed by loss | by saliency | oracle | right | top-1 | KL |"
-    yield "|---|---|---|---|---|---|---|---|"
-    used = model.n_expert_used
-    more = min(size, used + used // 2)
-    runs = [(name, used) for name in STRATEGY_NAMES]
-    runs += [("islands", more)] if more > used else []
-    for name, top in runs:
-        keeps = choose_experts(profile, [size] * n_nodes, name)
-        losses = measure_losses(
-            model,
-            keeps,
-            heldout,
-            nodes=masked_nodes(model, keeps, [top] * n_nodes),
-            n_windows=windows,
-            progress=_say(f"{n_nodes} nodes, {name}"),
-        )
-        scorer = Scorer(losses)
-        placed = [scorer.placed(losses.placement(probe)) for probe in PROBES]
-        best = scorer.placed(losses.placement("oracle"))
-        cells = [_excess(score) for score in (scorer.hashed(), *placed, best)]
-        label = name if top == used else f"{name}, top-{top}"
-        right = scorer.right(losses.placement("saliency"))
-        agreement = placed[-1].agreement
+    found = _measure(model, profile, heldout, n_nodes, size, options.windows)
+    best = next(served for served in found if served.label == ISLANDS)
+    yield (
+        "| strategy | hashed | placed by loss | by saliency | oracle | right | over the oracle | over islands | top-1 "
+        "| KL |"
+    )
+    yield f"|{'---|' * 10}"
+    for served in found:
+        cells = [_excess(score) for score in (served.hashed, *served.placed.values())]
+        where = served.losses.placement("loss")
+        agreement = served.placed["loss"].agreement
         assert agreement is not None
-        yield f"| {label} | {' | '.join(cells)} | {right:.0%} | {agreement.top1:.1%} | {agreement.kl:.3f} |"
+        over = served.losses.placed_losses(where) - best.losses.placed_losses(best.losses.placement("loss"))
+        cells += [
+            f"{served.scorer.right(where):.0%}",
+            _interval(*served.scorer.regret(where)),
+            "" if served is best else _interval(*served.scorer.estimate(over)),
+            f"{agreement.top1:.1%}",
+            f"{agreement.kl:.3f}",
+        ]
+        yield f"| {served.label} | {' | '.join(cells)} |"
+    yield ""
+    placed = best.placed["loss"].excess
+    others = {served.label: served.hashed.excess for served in found}
+    yield (
+        f"islands, placed by loss, loses {placed / others['snake']:.0%} of what snake does, hashed, and "
+        f"{placed / others['shared-core']:.0%} of shared-core's.\n"
+    )
+    if options.answers:
+        yield from _loops(model, best, heldout, options)
+
+
+def _loops(model: moeshard.Model, served: Served, heldout: list[Domain], options: argparse.Namespace) -> Iterator[str]:
+    windows, owners = cut_windows(model, heldout, WINDOW, options.windows)
+    where = served.losses.placement("loss")
+    found = measure_loops(
+        model,
+        served.nodes,
+        [
+            Prompt(heldout[owner].name, tokens[:PROMPT], int(node))
+            for owner, tokens, node in zip(owners, windows, where, strict=True)
+        ],
+        n_answers=options.answers,
+        progress=_say("answers"),
+    )
+    yield (
+        f"Of {found.full.n} answers of {found.tokens} tokens, temperature {found.temperature}, degenerate loops are "
+        f"(thresholds learned on as many other answers of the full model):\n"
+    )
+    yield "| answers of | loops |"
+    yield "|---|---|"
+    for name, rate in {"full model": found.full, **found.groups, "islands, placed": found.placed}.items():
+        yield f"| {name} | {rate.rate:.1%} [{rate.ci[0]:.1%}, {rate.ci[1]:.1%}] |"
     yield ""
 
 
 def _excess(score: Scores) -> str:
-    low, high = score.excess_ci
-    return f"{score.excess:.3f} [{low:.3f}, {high:.3f}]"
+    return _interval(score.excess, score.excess_ci)
+
+
+def _interval(value: float, interval: Interval) -> str:
+    return f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
 def _speed(model: moeshard.Model, size: int) -> tuple[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -57,6 +57,13 @@ class Losses:
     """bool (G, S, T): both find the same token likeliest."""
     captured: Doubles
     """float64 (G, S): share of the prompt's saliency, by the whole model's router, that the keep holds."""
+
+    def select(self, nodes: Sequence[int]) -> Losses:
+        """Return the losses on some of the nodes, by their indices; a node may stand several times."""
+        rows = list(nodes)
+        return replace(
+            self, groups=self.groups[rows], kl=self.kl[rows], same=self.same[rows], captured=self.captured[rows]
+        )
 
     @property
     def after(self) -> slice:

@@ -195,10 +195,13 @@ class Scorer:
         """Return the scores of each session on its node (S,)."""
         return self._mean_of([node])
 
+    def estimate(self, values: Doubles) -> tuple[float, Interval]:
+        """Return the mean of any value per window (S,), and its interval: of a difference of losses, say."""
+        return self.losses.mean(values), self._interval(values)
+
     def regret(self, node: Ints) -> tuple[float, Interval]:
         """Return what sessions on nodes (S,) lose over the best node of each, nats per token, and its interval."""
-        lost = self.losses.placed_losses(node) - self._groups.min(axis=0)
-        return self.losses.mean(lost), self._interval(lost)
+        return self.estimate(self.losses.placed_losses(node) - self._groups.min(axis=0))
 
     def right(self, node: Ints) -> float:
         """Return the share of sessions whose node (S,) none is better than."""
