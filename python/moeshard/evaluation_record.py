@@ -32,6 +32,8 @@ class Settings:
     """Per domain."""
     texts: dict[str, str]
     """SHA-256 of each domain's texts, see `moeshard.traffic.Domain.digest`."""
+    seen: list[str]
+    """Domains whose text the plan was made from, as far as the plan says: on other text more is lost."""
     confidence: float
     resamples: int
     seed: int
@@ -211,6 +213,7 @@ def _settings(value: dict[str, Any]) -> Settings:
         prompt=take(value, "prompt", int, where),
         windows={name: expect(number, int, f"{where}.windows.{name}") for name, number in windows.items()},
         texts={name: expect(digest, str, f"{where}.texts.{name}") for name, digest in texts.items()},
+        seen=_list(value, "seen", str, where) if "seen" in value else [],
         confidence=take(value, "confidence", float, where),
         resamples=take(value, "resamples", int, where),
         seed=take(value, "seed", int, where),
