@@ -91,7 +91,7 @@ def test_totals_count_domains_alike(profile: Profile) -> None:
     np.testing.assert_allclose(profile.total("saliency") - profile.total("saliency", ["en"]), only)
     with pytest.raises(MoeshardError, match="no domain 'xx'"):
         profile.total("mass", ["xx"])
-    with pytest.raises(MoeshardError, match="saliency, mass, count or reap"):
+    with pytest.raises(MoeshardError, match="saliency, mass, count, reap"):
         profile.ranking("size")
     reap = profile.ranking("reap")
     chosen = profile.total("count") > 0
@@ -303,9 +303,31 @@ def test_command_line(cli: Cli, tmp_path: Path) -> None:
     for options, message in (
         (("--micro", "-n", 5), "--micro"),
         (("--layers", "0", "--all-layers"), "contradict"),
-        (("--layers", "9"), "9"),
+        (("--layers", "0-5"), "the model has 5 layers, numbered from 0 to 4"),
         (("--text", "nothing.txt"), "nothing.txt"),
+        (("--ranking", "luck"), "saliency, mass, count, reap"),
+        (("--window", 100000), "trained on 512"),
+        (("-o", tmp_path / "nowhere" / "no.npz"), "does not exist"),
     ):
         done = cli("analyze", "tinymoe", "-o", tmp_path / "no.npz", *options)
         assert done.code != 0 and message in done.err
-    assert not (tmp_path / "no.npz").exists()
+    assert not list(tmp_path.glob("no.npz*"))
+
+
+def test_what_an_interrupted_analysis_left_is_not_replaced_unsaid(cli: Cli, tmp_path: Path) -> None:
+    left = tmp_path / "p.npz.partial"
+    left.write_bytes(b"of another day")
+    arguments = ("analyze", "tinymoe", "-o", tmp_path / "p.npz", "-n", 512, "--threads", 1)
+    resumed = cli(*arguments, "--resume")
+    assert resumed.code == 1 and str(left) in resumed.err
+    done = cli(*arguments)
+    assert done.code == 0 and "--resume" in done.err and not left.exists()
+
+
+def test_samples_of_short_documents_are_as_large_as_asked(model: moeshard.Model) -> None:
+    text = moeshard.embedded_text("en")
+    chats = Domain("chats", tuple(text[at : at + 200] for at in range(0, 20000, 200)))
+    assert sum(map(len, sequences(model, chats, WINDOW * 8, 1000))) == pytest.approx(1000, rel=0.1)
+    assert [len(tokens) for tokens in sequences(model, Domain("long", (text,)), WINDOW, 30)] == [30]
+    with pytest.raises(MoeshardError, match="no name before"):
+        read_texts(["=mine.txt"])

@@ -18,6 +18,8 @@ from moeshard.files import write_atomically
 from moeshard.plan import ModelIdentity
 
 VERSION = 1
+RANKINGS = ("saliency", "mass", "count", "reap")
+"""What `Profile.scores` ranks by."""
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -93,10 +95,10 @@ class Profile:
         `what` is ``saliency``, ``mass``, ``count``, or ``reap``: mean of weight · norm over the tokens that chose the
         expert (arXiv 2510.13999).
         """
-        if what in ("saliency", "mass", "count"):
-            return self.total(what, domains)
+        if what not in RANKINGS:
+            raise MoeshardError(f"unknown ranking '{what}'; choose from {', '.join(RANKINGS)}")
         if what != "reap":
-            raise MoeshardError(f"unknown ranking '{what}'; choose saliency, mass, count or reap")
+            return self.total(what, domains)
         count = self.total("count", domains)
         scores = self.total("saliency", domains) / np.maximum(count, np.finfo(np.float64).tiny)
         scores[count == 0] = 0

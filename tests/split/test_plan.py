@@ -240,7 +240,7 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, data: st.DataObjec
         ),
         (changed("nodes", 1, "keep", "3", to=None), ['nodes[1].keep["3"]: expected a text, got null']),
         (changed("nodes", 1, "keep", "3", to=[1]), ['nodes[1].keep["3"]: expected a text, got a list']),
-        (changed("nodes", 1, "keep", "3", to=""), ['nodes[1].keep["3"]: no experts given']),
+        (changed("nodes", 1, "keep", "3", to=""), ['nodes[1].keep["3"]: nothing given']),
         (changed("nodes", 1, "keep", "3", to="0-8"), ["nodes[1].keep[\"3\"]: '0-8' is out of range", "0 to 7"]),
         (changed("nodes", 1, "keep", "3", to="3-1"), ['nodes[1].keep["3"]', "runs backwards"]),
         (changed("nodes", 1, "keep", "3", to="@/etc/hostname"), ['nodes[1].keep["3"]', "is not an expert"]),
