@@ -146,6 +146,15 @@ def test_damaged_profiles_are_refused(profile: Profile, tmp_path: Path) -> None:
     good = path.read_bytes()
     with np.load(path) as file:
         arrays = dict(file)
+
+    def with_head(place: list[str], value: object) -> np.ndarray:
+        head = json.loads(str(arrays["head"]))
+        within = head
+        for key in place[:-1]:
+            within = within[key]
+        within[place[-1]] = value
+        return np.array(json.dumps(head))
+
     for name, value in (
         ("count", arrays["count"][:, :2]),
         ("mass", arrays["mass"].astype(int)),
@@ -154,13 +163,18 @@ def test_damaged_profiles_are_refused(profile: Profile, tmp_path: Path) -> None:
         ("layers", arrays["layers"][::-1]),
         ("head", np.array("{}")),
         ("head", np.array("no json")),
+        ("head", with_head(["model", "n_expert"], "128")),
+        ("head", with_head(["model", "moe_layers"], "01234")),
+        ("head", with_head(["domains"], [0, 1])),
+        ("head", with_head(["domains"], ["en", "en"])),
+        ("head", with_head(["facts"], None)),
     ):
         np.savez(path, **{**arrays, name: value})
         with pytest.raises(MoeshardError, match=r"p\.npz"):
             read_profile(path)
-    for data in (b"", good[: len(good) // 2], b"PK\3\4" + bytes(100)):
+    for data in (b"", b"Some text.", good[: len(good) // 2], b"PK\3\4" + bytes(100)):
         path.write_bytes(data)
-        with pytest.raises(MoeshardError, match=r"p\.npz"):
+        with pytest.raises(MoeshardError, match=r"p\.npz.*damaged"):
             read_profile(path)
     with pytest.raises(MoeshardError, match=r"none\.npz"):
         read_profile(tmp_path / "none.npz")

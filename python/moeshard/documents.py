@@ -36,7 +36,7 @@ def read_document(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:  # ValueError: a path that no system call takes
         raise MoeshardError(f"cannot read {what} '{name}': {getattr(error, 'strerror', None) or error}") from error
     try:
-        return _load(text, what)
+        return parse_document(text, what)
     except MoeshardError as error:
         raise MoeshardError(f"{what} '{name}': {error}") from error
 
@@ -82,8 +82,12 @@ def expect(value: object, kind: type[_T], place: str) -> _T:
     return value
 
 
-def _load(text: str, what: str) -> dict[str, Any]:
-    """Parse JSON into an object, without what Python takes beyond JSON or would pass over."""
+def parse_document(text: str, what: str) -> dict[str, Any]:
+    """Parse JSON into an object, without what Python takes beyond JSON or would pass over.
+
+    Raises:
+        MoeshardError: as `read_document`, without the file's name.
+    """
 
     def finite(number: str) -> float:
         value = float(number)
