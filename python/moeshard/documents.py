@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from moeshard._core import MoeshardError
@@ -39,6 +40,14 @@ def read_document(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
         return parse_document(text, what)
     except MoeshardError as error:
         raise MoeshardError(f"{what} '{name}': {error}") from error
+
+
+def parse_named(path: str | os.PathLike[str], what: str, document: dict[str, Any], parse: Callable[[Any], _T]) -> _T:
+    """Return what `parse` makes of the document that a file holds; its errors then name the file."""
+    try:
+        return parse(document)
+    except MoeshardError as error:
+        raise MoeshardError(f"{what} '{os.fspath(path)}': {error}") from error
 
 
 def write_document(document: dict[str, Any], what: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from moeshard._core import MoeshardError
-from moeshard.documents import check_version, expect, read_document, take, write_document
+from moeshard.documents import check_version, expect, parse_named, read_document, take, write_document
 from moeshard.files import write_atomically
 from moeshard.loops import Example, Loops, Rate, Thresholds
 from moeshard.plan import ModelIdentity, model_from_json, model_to_json
@@ -131,14 +131,11 @@ def read_evaluation(path: str | os.PathLike[str]) -> Evaluation:
         MoeshardError: the file cannot be read, is no evaluation, is of another version, or something in it is missing
             or wrong; naming the file and the place in it, such as ``groups[1].nll``.
     """
-    document = read_document(path, "evaluation")
-    try:
-        return _from_json(document)
-    except MoeshardError as error:
-        raise MoeshardError(f"evaluation '{os.fspath(path)}': {error}") from error
+    return parse_named(path, "evaluation", read_document(path, "evaluation"), evaluation_from_json)
 
 
-def _from_json(document: dict[str, Any]) -> Evaluation:
+def evaluation_from_json(document: dict[str, Any]) -> Evaluation:
+    """Read the document of a file, as `read_evaluation` does."""
     check_version(document, _KEY, VERSION, "evaluation")
     plan = take(document, "plan", dict)
     placed = take(document, "placed", dict)
