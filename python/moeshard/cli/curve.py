@@ -109,7 +109,8 @@ def draw_png(found: Curve) -> bytes:
     from moeshard.report.drawing import render
     from moeshard.report.figure import Panel
 
-    return render(Panel("loss by experts kept", lambda canvas: draw_curve(canvas, found), HEIGHT), "curve")[1]
+    title = f"{found.model.name}: what a part of the experts costs"
+    return render(Panel("loss by experts kept", lambda canvas: draw_curve(canvas, found), HEIGHT), "curve", title)[1]
 
 
 def _report(found: Curve, written: list[Path]) -> None:
