@@ -263,3 +263,7 @@ def test_progress_can_stop_a_load() -> None:
 
     with pytest.raises(ZeroDivisionError):
         moeshard.Model(moeshard.embedded_model(), progress=broken)
+
+
+def test_every_public_name_is_there() -> None:
+    assert all(getattr(moeshard, name) is not None for name in moeshard.__all__)
