@@ -202,12 +202,14 @@ def test_an_interrupted_analysis_goes_on(
         analyze(model, domains, window=WINDOW, save_to=part, progress=stop)
     left = read_profile(part)
     assert 0 < (left.n_tokens > 0).sum() < left.n_tokens.size
+    spent = left.facts["seconds"]
     assert len({int(d) for d in left.domain[left.n_tokens > 0]}) == 2, "domains take turns"
     seen: list[int] = []
     found = analyze(
         model, domains, window=WINDOW, save_to=part, resume=True, progress=lambda done, total: seen.append(done)
     )
     assert seen[0] == left.n_tokens.sum()
+    assert 0 < spent < found.facts["seconds"]
     assert not part.exists()
     for name in ("n_tokens", "count", "mass", "saliency", "entropy", "peak", "together"):
         np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))

@@ -85,8 +85,9 @@ def analyze(
     profile = _empty(model, domains, chosen, plan, facts)
     if resume and save_to is not None and os.path.exists(save_to):
         profile = _left_over(save_to, profile)
-    _run(model, plan, profile, save_to, progress)
-    profile.facts["seconds"] = profile.facts.get("seconds", 0.0) + time.monotonic() - started
+    started -= profile.facts.get("seconds", 0.0)  # of the run that was interrupted
+    _run(model, plan, profile, started, save_to, progress)
+    profile.facts["seconds"] = time.monotonic() - started
     if save_to is not None:
         Path(save_to).unlink(missing_ok=True)
     return profile
@@ -184,6 +185,7 @@ def _run(
     model: Model,
     plan: list[_Sequence],
     profile: Profile,
+    started: float,
     save_to: str | os.PathLike[str] | None,
     progress: Progress | None,
 ) -> None:
@@ -207,6 +209,7 @@ def _run(
             if progress is not None:
                 progress(done, total)
             if save_to is not None and time.monotonic() - saved > SAVE_SECONDS:
+                profile.facts["seconds"] = time.monotonic() - started
                 profile.save(save_to, force=True)
                 saved = time.monotonic()
 
