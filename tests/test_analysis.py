@@ -38,18 +38,22 @@ def profile(model: moeshard.Model, domains: list[Domain]) -> Profile:
 
 
 def brute_force(trace: moeshard.Trace, layer: int) -> dict[str, np.ndarray]:
-    count, mass, saliency, peak = np.zeros((4, 128))
-    together = np.zeros((128, 128))
+    count, mass, saliency, energy, peak = np.zeros((5, 128))
+    together, cosaliency = np.zeros((2, 128, 128))
     assert trace.norms is not None
     for ids, weights, norms in zip(trace.ids[layer], trace.weights[layer], trace.norms[layer], strict=True):
         for expert, weight, norm in zip(ids, weights, norms, strict=True):
             count[expert] += 1
             mass[expert] += weight
-            saliency[expert] += float(weight) * float(norm)
+            contribution = float(weight) * float(norm)
+            saliency[expert] += contribution
+            energy[expert] += contribution**2
             peak[expert] = max(peak[expert], norm)
-            for other in ids:
+            for other, other_weight, other_norm in zip(ids, weights, norms, strict=True):
                 together[expert, other] += 1
-    return {"count": count, "mass": mass, "saliency": saliency, "peak": peak, "together": together}
+                cosaliency[expert, other] += contribution * float(other_weight) * float(other_norm)
+    sums = {"count": count, "mass": mass, "saliency": saliency, "energy": energy, "peak": peak}
+    return {**sums, "together": together, "cosaliency": cosaliency}
 
 
 def test_equals_brute_force(
@@ -61,7 +65,7 @@ def test_equals_brute_force(
     found = analyze(model, domains, window=WINDOW)
     for index, domain in enumerate(domains):
         rows = np.flatnonzero(found.domain == index)
-        peaks, pairs = np.zeros((5, 128)), np.zeros((5, 128, 128))
+        peaks, pairs, products = np.zeros((5, 128)), np.zeros((5, 128, 128)), np.zeros((5, 128, 128))
         pieces = sequences(model, domain, WINDOW)
         assert found.n_tokens[rows].tolist() == [len(piece) for piece in pieces]
         for row, tokens in zip(rows, pieces, strict=True):
@@ -72,11 +76,17 @@ def test_equals_brute_force(
                 np.testing.assert_array_equal(found.count[row, layer], wanted["count"])
                 np.testing.assert_allclose(found.mass[row, layer], wanted["mass"], rtol=1e-5)
                 np.testing.assert_allclose(found.saliency[row, layer], wanted["saliency"], rtol=1e-5)
+                np.testing.assert_allclose(found.energy[row, layer], wanted["energy"], rtol=1e-5)
                 p = trace.probs[layer].astype(np.float64)
                 np.testing.assert_allclose(found.entropy[row, layer], -(p * np.log(p)).sum(), rtol=1e-4)
                 peaks[layer] = np.maximum(peaks[layer], wanted["peak"])
                 pairs[layer] += wanted["together"]
+                products[layer] += wanted["cosaliency"]
         np.testing.assert_array_equal(found.together[index], pairs)
+        np.testing.assert_allclose(found.cosaliency[index], products, rtol=1e-4)
+        np.testing.assert_allclose(
+            np.einsum("mee->me", found.cosaliency[index]), found.energy[rows].sum(axis=0), rtol=1e-4
+        )
         np.testing.assert_allclose(found.peak[index], peaks, rtol=1e-6)
     assert found.count.sum() == profile.count.sum()
     for name in ("mass", "saliency"):
@@ -132,7 +142,19 @@ def test_survives_a_file(profile: Profile, tmp_path: Path) -> None:
     profile.save(tmp_path / "p.npz")
     found = read_profile(tmp_path / "p.npz")
     assert (found.model, found.domains, found.facts) == (profile.model, profile.domains, profile.facts)
-    for name in ("layers", "domain", "n_tokens", "count", "mass", "saliency", "entropy", "peak", "together"):
+    for name in (
+        "layers",
+        "domain",
+        "n_tokens",
+        "count",
+        "mass",
+        "saliency",
+        "energy",
+        "entropy",
+        "peak",
+        "together",
+        "cosaliency",
+    ):
         np.testing.assert_array_equal(getattr(found, name), getattr(profile, name))
     ranking = moeshard.read_ranking(tmp_path / "p.npz", 5, 128, range(5))
     np.testing.assert_array_equal(ranking.scores, profile.ranking())
@@ -211,7 +233,7 @@ def test_an_interrupted_analysis_goes_on(
     assert seen[0] == left.n_tokens.sum()
     assert 0 < spent < found.facts["seconds"]
     assert not part.exists()
-    for name in ("n_tokens", "count", "mass", "saliency", "entropy", "peak", "together"):
+    for name in ("n_tokens", "count", "mass", "saliency", "energy", "entropy", "peak", "together", "cosaliency"):
         np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
 
     left.save(part)

@@ -336,9 +336,11 @@ def synthetic(n_layer: int, n_expert: int, n_node: int, n_domain: int, name: str
         count=saliency.astype(np.int32),
         mass=saliency,
         saliency=saliency,
+        energy=saliency**2,
         entropy=np.ones((n_seq, n_layer), dtype=np.float32),
         peak=np.ones((n_domain, *shape), dtype=np.float32),
         together=np.zeros((n_domain, *shape, n_expert), dtype=np.int32),
+        cosaliency=np.zeros((n_domain, *shape, n_expert), dtype=np.float32),
     )
     keeps = choose_experts(profile, [max(1, n_expert // max(2, n_node))] * n_node, "snake")
     nodes = [PlanNode(f"node-{index}", keep) for index, keep in enumerate(keeps)]

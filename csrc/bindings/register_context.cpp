@@ -110,7 +110,7 @@ void trace(Context& context, const std::vector<std::pair<int32_t, TokenArray>>& 
     });
 }
 
-// (count, mass, saliency, entropy, peak, together), summed per input; see RoutingStatistics.
+// (count, mass, saliency, energy, entropy, peak, together, cosaliency), summed per input; see RoutingStatistics.
 py::tuple measure(Context& context, const std::vector<std::pair<int32_t, TokenArray>>& arrays,
                   const std::vector<int32_t>& layers, bool scores_are_logits) {
     const Inputs given(arrays, Outputs::none);
@@ -124,8 +124,9 @@ py::tuple measure(Context& context, const std::vector<std::pair<int32_t, TokenAr
     const auto m = static_cast<py::ssize_t>(layers.size());
     const py::ssize_t e = n_expert;
     return py::make_tuple(take(std::move(sums.count), {s, m, e}), take(std::move(sums.mass), {s, m, e}),
-                          take(std::move(sums.saliency), {s, m, e}), take(std::move(sums.entropy), {s, m}),
-                          take(std::move(sums.peak), {m, e}), take(std::move(sums.together), {m, e, e}));
+                          take(std::move(sums.saliency), {s, m, e}), take(std::move(sums.energy), {s, m, e}),
+                          take(std::move(sums.entropy), {s, m}), take(std::move(sums.peak), {m, e}),
+                          take(std::move(sums.together), {m, e, e}), take(std::move(sums.cosaliency), {m, e, e}));
 }
 
 }  // namespace

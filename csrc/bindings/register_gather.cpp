@@ -65,8 +65,9 @@ ByteProgress to_progress(const std::optional<py::function>& callback) {
 }
 
 std::vector<SegmentList> shard(const GGUFMap& model, const std::optional<KeepArray>& array, const std::string& kind,
-                               uint32_t n_expert_used, bool clamp, uint64_t max_file_size, Notes notes) {
-    ShardParams params{to_kind(kind), n_expert_used, clamp, max_file_size, std::move(notes)};
+                               uint32_t n_expert_used, bool clamp, bool per_layer, uint64_t max_file_size,
+                               Notes notes) {
+    ShardParams params{to_kind(kind), n_expert_used, clamp, per_layer, max_file_size, std::move(notes)};
     if (!array && params.kind != ShardKind::kTrunk) throw Error("a shard needs a keep");
     // A trunk is the same for all keeps.
     const uint8_t any = 1;
@@ -167,8 +168,8 @@ void register_gather(py::module_& m) {
         .def_readonly("notes", &ShardFacts::notes, "list of (name, text)");
 
     m.def("shard_segments", &shard, py::arg("model"), py::arg("keep"), py::kw_only(), py::arg("kind") = "shard",
-          py::arg("n_expert_used") = 0, py::arg("clamp") = false, py::arg("max_file_size") = 0,
-          py::arg("notes") = Notes());
+          py::arg("n_expert_used") = 0, py::arg("clamp") = false, py::arg("per_layer") = false,
+          py::arg("max_file_size") = 0, py::arg("notes") = Notes());
     m.def("shard_facts", &moeshard::shard_facts, py::arg("file"));
     m.def("merge_segments", &merge, py::arg("shards"), py::kw_only(), py::arg("max_file_size") = 0);
     m.def("join_segments", &moeshard::join_segments, py::arg("trunk"), py::arg("experts"),

@@ -253,6 +253,14 @@ void register_layout(py::module_& m) {
         .def_readonly("n_layer", &MoeLayout::n_layer)
         .def_readonly("n_layer_nextn", &MoeLayout::n_layer_nextn)
         .def_readonly("n_expert", &MoeLayout::n_expert, "0 for a dense model")
+        .def_property_readonly(
+            "expert_counts",
+            [](const MoeLayout& layout) {
+                std::vector<uint32_t> counts(layout.n_layer);
+                for (const uint32_t layer : layout.moe_layers) counts[layer] = layout.experts_in(layer);
+                return counts;
+            },
+            "per layer, 0 where nothing is routed; n_expert but in a shard whose layers hold different numbers")
         .def_readonly("n_expert_used", &MoeLayout::n_expert_used, "per layer, 0 where nothing is routed")
         .def_readonly("n_expert_groups", &MoeLayout::n_expert_groups)
         .def_readonly("n_expert_groups_used", &MoeLayout::n_expert_groups_used)

@@ -3,6 +3,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "arrays.hpp"
 #include "moeshard/model.hpp"
@@ -44,6 +45,14 @@ void register_model(py::module_& m) {
     py::class_<Routing>(m, "Routing", "What of a model decides which keeps fit it.")
         .def_readonly("n_layer", &Routing::n_layer)
         .def_readonly("n_expert", &Routing::n_expert)
+        .def_property_readonly("expert_counts",
+                               [](const Routing& routing) {
+                                   std::vector<int32_t> counts;
+                                   for (int32_t layer = 0; layer < routing.n_layer; ++layer) {
+                                       counts.push_back(routing.routes(layer) ? routing.experts_in(layer) : 0);
+                                   }
+                                   return counts;
+                               })
         .def_readonly("n_expert_used", &Routing::n_expert_used)
         .def_readonly("n_group", &Routing::n_group)
         .def_readonly("n_group_used", &Routing::n_group_used)

@@ -32,7 +32,8 @@ ggml_tensor* GraphInput::mask(const llm_graph_context& graph, int64_t n_rows, in
     }
     Mask& mask = n_rows == n_tokens ? of_tokens : of_outputs;
     if (!mask.input) {
-        mask.input = ggml_new_tensor_3d(graph.ctx0, GGML_TYPE_F32, state.routing.n_expert, n_rows, state.n_slots);
+        mask.input =
+            ggml_new_tensor_2d(graph.ctx0, GGML_TYPE_F32, static_cast<int64_t>(state.slot_begin.back()), n_rows);
         ggml_set_input(mask.input);
         ggml_set_name(mask.input, "moeshard_mask");
         // Without this copy a device would receive every layer's view as an input of its own, and the scheduler takes
@@ -41,8 +42,10 @@ ggml_tensor* GraphInput::mask(const llm_graph_context& graph, int64_t n_rows, in
     }
     const int32_t slot = state.slot_of_layer[static_cast<size_t>(il)];
     mask.slots.push_back(slot);
-    return ggml_view_2d(graph.ctx0, mask.on_device, mask.on_device->ne[0], n_rows, mask.on_device->nb[1],
-                        static_cast<size_t>(slot) * mask.on_device->nb[2]);
+    const size_t begin = state.slot_begin[static_cast<size_t>(slot)];
+    const size_t n_expert = state.slot_begin[static_cast<size_t>(slot) + 1] - begin;
+    return ggml_view_2d(graph.ctx0, mask.on_device, static_cast<int64_t>(n_expert), n_rows, n_expert * sizeof(float),
+                        begin * static_cast<size_t>(n_rows) * sizeof(float));
 }
 
 ggml_tensor* GraphInput::hash_ids(const llm_graph_context& graph, ggml_tensor* selected, int il) {
@@ -78,7 +81,6 @@ std::vector<int32_t> GraphInput::rows(const llama_ubatch& ubatch, int64_t n_rows
 
 void GraphInput::set_mask(const Mask& mask, const llama_ubatch& ubatch) const {
     if (!mask.input) return;
-    const auto n_expert = static_cast<size_t>(mask.input->ne[0]);
     const auto n_rows = static_cast<size_t>(mask.input->ne[1]);
     // A token that belongs to several sequences is computed once, under the mask of the first.
     std::vector<const MaskRows*> masks;
@@ -86,11 +88,12 @@ void GraphInput::set_mask(const Mask& mask, const llama_ubatch& ubatch) const {
     for (const int32_t token : rows(ubatch, mask.input->ne[1])) masks.push_back(state.mask(ubatch.seq_id[token][0]));
     auto* data = static_cast<float*>(mask.input->data);
     for (const int32_t slot : mask.slots) {
-        float* layer = data + static_cast<size_t>(slot) * n_rows * n_expert;
+        const size_t begin = state.slot_begin[static_cast<size_t>(slot)];
+        const size_t n_expert = state.slot_begin[static_cast<size_t>(slot) + 1] - begin;
+        float* layer = data + begin * n_rows;
         for (size_t row = 0; row < n_rows; ++row) {
             if (masks[row]) {
-                std::memcpy(layer + row * n_expert, masks[row]->rows.data() + static_cast<size_t>(slot) * n_expert,
-                            n_expert * sizeof(float));
+                std::memcpy(layer + row * n_expert, masks[row]->rows.data() + begin, n_expert * sizeof(float));
             } else {
                 std::memset(layer + row * n_expert, 0, n_expert * sizeof(float));
             }

@@ -35,7 +35,7 @@ public:
 private:
     // Rows of a layer are the tokens of the micro-batch, or only those with output.
     struct Mask {
-        ggml_tensor* input = nullptr;  // [n_expert, n_rows, n_slots]
+        ggml_tensor* input = nullptr;  // the layers one after the other, each [n_expert, n_rows]
         ggml_tensor* on_device = nullptr;
         std::vector<int32_t> slots;  // that the graph reads
     };

@@ -54,6 +54,17 @@ std::vector<T> read_rows(const ggml_tensor* tensor, size_t n, size_t n_tokens) {
     return out;
 }
 
+// Rows of `own` numbers as rows of `n_expert`.
+std::vector<float> widened(std::vector<float> rows, size_t own, size_t n_tokens, int32_t n_expert, float value) {
+    const auto wide = static_cast<size_t>(n_expert);
+    if (own == wide) return rows;
+    std::vector<float> out(n_tokens * wide, value);
+    for (size_t token = 0; token < n_tokens; ++token) {
+        std::copy_n(rows.data() + token * own, own, out.data() + token * wide);
+    }
+    return out;
+}
+
 void clear_dropped(LayerTrace& layer, const State& state, const UbatchTrace& trace, float value) {
     for (size_t token = 0; token < trace.n_tokens(); ++token) {
         const MaskRows* mask = state.mask(trace.seq[token]);
@@ -80,10 +91,12 @@ LayerTrace read_layer(const GraphInput::Traced& traced, const State& state, cons
     layer.ids = read_rows<int32_t>(traced.ids, n_used, n_tokens);
     layer.weights = read_rows<float>(traced.weights, n_used, n_tokens);
     if (traced.probs) {
-        layer.probs = read_rows<float>(traced.probs, static_cast<size_t>(layer.n_expert), n_tokens);
+        const auto own = static_cast<size_t>(state.routing.experts_in(traced.il));
         // Where the gating is a softmax over the chosen experts only, the scores are its logits.
         const bool logits = traced.probs->op == GGML_OP_MUL_MAT || traced.probs->op == GGML_OP_ADD;
-        clear_dropped(layer, state, trace, logits ? -INFINITY : 0.0f);
+        const float dropped = logits ? -INFINITY : 0.0f;
+        layer.probs = widened(read_rows<float>(traced.probs, own, n_tokens), own, n_tokens, layer.n_expert, dropped);
+        clear_dropped(layer, state, trace, dropped);
     }
     if (traced.squares) {
         layer.norms = read_rows<float>(traced.squares, n_used, n_tokens);

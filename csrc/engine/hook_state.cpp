@@ -56,10 +56,15 @@ Routing routing_of(const llama_model& model) {
     Routing routing;
     routing.n_layer = static_cast<int32_t>(hparams.n_layer_all);
     routing.n_expert = static_cast<int32_t>(hparams.n_expert);
+    bool equal = true;
     for (int32_t layer = 0; layer < routing.n_layer; ++layer) {
-        const bool routes = routing.n_expert > 0 && model.layers[static_cast<size_t>(layer)].ffn_gate_inp != nullptr;
+        const ggml_tensor* router = model.layers[static_cast<size_t>(layer)].ffn_gate_inp;
+        const bool routes = routing.n_expert > 0 && router != nullptr;
         routing.n_expert_used.push_back(routes ? static_cast<int32_t>(hparams.n_expert_used(layer)) : 0);
+        routing.expert_counts.push_back(routes ? static_cast<int32_t>(router->ne[1]) : routing.n_expert);
+        equal = equal && routing.expert_counts.back() == routing.n_expert;
     }
+    if (equal) routing.expert_counts.clear();
     if (hparams.n_expert_groups > 1) {
         routing.n_group = static_cast<int32_t>(hparams.n_expert_groups);
         routing.n_group_used = static_cast<int32_t>(hparams.n_group_used);
@@ -69,7 +74,7 @@ Routing routing_of(const llama_model& model) {
 
 MaskRows::MaskRows(const Keep& keep, const Routing& routing) : keep(keep) {
     for (const int32_t layer : routing.moe_layers()) {
-        for (int32_t expert = 0; expert < keep.n_expert(); ++expert) {
+        for (int32_t expert = 0; expert < routing.experts_in(layer); ++expert) {
             rows.push_back(keep(layer, expert) ? 0.0f : -INFINITY);
         }
     }
@@ -78,6 +83,9 @@ MaskRows::MaskRows(const Keep& keep, const Routing& routing) : keep(keep) {
 State::State(const llama_model& model, Routing facts) : routing(std::move(facts)) {
     for (int32_t layer = 0; layer < routing.n_layer; ++layer) {
         slot_of_layer.push_back(routing.routes(layer) ? n_slots++ : -1);
+        if (routing.routes(layer)) {
+            slot_begin.push_back(slot_begin.back() + static_cast<size_t>(routing.experts_in(layer)));
+        }
     }
     offloaded = !model.devices.empty();
     final_norm = model.output_norm;

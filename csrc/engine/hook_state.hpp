@@ -18,7 +18,8 @@ namespace moeshard::hook {
 
 class GraphInput;
 
-// A keep as the graph adds it: 0 or -INF per expert, one row per MoE layer (not per layer).
+// A keep as the graph adds it: 0 or -INF per expert, the MoE layers one after the other, each as long as it has
+// experts.
 struct MaskRows {
     explicit MaskRows(const Keep& keep, const Routing& routing);
 
@@ -32,7 +33,8 @@ struct State {
     Routing routing;
     std::vector<int32_t> slot_of_layer;  // index among the MoE layers, -1 for the others
     int32_t n_slots = 0;
-    bool offloaded = false;  // some layers run on another device than the CPU
+    std::vector<size_t> slot_begin{0};  // experts of the MoE layers before it; one more than slots
+    bool offloaded = false;             // some layers run on another device than the CPU
 
     std::shared_ptr<const MaskRows> mask_of_all;
     std::map<int32_t, std::shared_ptr<const MaskRows>> mask_of_seq;

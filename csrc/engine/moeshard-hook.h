@@ -4,10 +4,14 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #include "ggml-backend.h"
 
+struct gguf_context;
 struct llama_context;
+struct llama_hparams;
 struct llama_ubatch;
 struct llm_graph_context;
 class llm_graph_result;
@@ -50,5 +54,11 @@ void trace_experts(const llm_graph_context& graph, ggml_tensor* experts, int il)
 // dropped before the final norm instead.
 bool defer_output_rows(const llm_graph_context& graph, ggml_tensor* out_ids);
 ggml_tensor* drop_deferred_rows(const llm_graph_context& graph, ggml_tensor* cur, const ggml_tensor* norm);
+
+// The shape that a model's tensor must have. That is `ne`, but in a shard whose layers hold different numbers of
+// experts, which says so in its metadata, the axis of experts is as long as the layer's own number. Throws Error where
+// the metadata is damaged.
+std::vector<int64_t> own_shape(const gguf_context* metadata, const llama_hparams& hparams, const std::string& tensor,
+                               const std::vector<int64_t>& ne);
 
 }  // namespace moeshard::hook

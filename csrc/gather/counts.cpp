@@ -9,6 +9,7 @@ Routing routing_of(const MoeLayout& layout) {
     routing.n_layer = static_cast<int32_t>(layout.n_layer);
     routing.n_expert = static_cast<int32_t>(layout.n_expert);
     routing.n_expert_used.assign(layout.n_expert_used.begin(), layout.n_expert_used.end());
+    routing.expert_counts.assign(layout.expert_counts.begin(), layout.expert_counts.end());
     if (layout.n_expert_groups > 1) {
         routing.n_group = static_cast<int32_t>(layout.n_expert_groups);
         routing.n_group_used = static_cast<int32_t>(layout.n_expert_groups_used);
@@ -24,21 +25,29 @@ uint32_t count(const uint8_t* begin, uint32_t n) {
     return static_cast<uint32_t>(std::count_if(begin, begin + n, [](uint8_t kept) { return kept != 0; }));
 }
 
-// All layers hold the same number of experts.
-uint32_t common_count(const std::vector<uint32_t>& layers, const Keep& keep, uint32_t n_expert,
-                      const std::string& name) {
-    const uint32_t first = count(keep.row(static_cast<int32_t>(layers.front())), n_expert);
+// llama.cpp knows one number for all layers; other loaders than ours refuse a file with several.
+void count_kept(const MoeLayout& layout, const std::vector<uint32_t>& layers, const Keep& keep, bool per_layer,
+                Counts& counts, const std::string& name) {
+    counts.per_layer.assign(layout.n_layer, 0);
+    const uint32_t first = count(keep.row(static_cast<int32_t>(layers.front())), layout.n_expert);
     for (const uint32_t layer : layers) {
-        const uint32_t kept = count(keep.row(static_cast<int32_t>(layer)), n_expert);
-        if (kept != first) {
-            throw Error(name + ": layer " + std::to_string(layers.front()) + " keeps " + std::to_string(first) +
-                        " experts and layer " + std::to_string(layer) + " keeps " + std::to_string(kept) +
-                        "; a GGUF has one expert_count for all layers, so keep equally many in each (--balance and "
-                        "moeshard.balanced_keep make the nearest such keep)");
+        const uint32_t kept = count(keep.row(static_cast<int32_t>(layer)), layout.n_expert);
+        if (kept == 0) throw Error(name + ": the keep holds no experts in layer " + std::to_string(layer));
+        counts.per_layer[layer] = kept;
+        counts.n_expert = std::max(counts.n_expert, kept);
+        if (kept == first) continue;
+        const std::string different = name + ": layer " + std::to_string(layers.front()) + " keeps " +
+                                      std::to_string(first) + " experts and layer " + std::to_string(layer) +
+                                      " keeps " + std::to_string(kept) + "; ";
+        const std::string why = why_equal(layout);
+        const std::string remedy =
+            "keep equally many in each (--balance and moeshard.balanced_keep make the nearest such keep)";
+        if (!why.empty()) throw Error(different + why + ", so " + remedy);
+        if (!per_layer) {
+            throw Error(different + "a GGUF has one expert_count for all layers, so " + remedy +
+                        ", or write a shard that moeshard alone loads (--per-layer)");
         }
     }
-    if (first == 0) throw Error(name + ": the keep holds no experts");
-    return first;
 }
 
 // Groups of which nothing is kept are no groups of the shard. Those that are left must keep equally many, and be as
@@ -95,16 +104,21 @@ void check_chunks(const MoeLayout& layout, const std::vector<uint32_t>& layers, 
 
 void count_used(const MoeLayout& layout, const ShardParams& params, Counts& counts, const std::string& name) {
     counts.n_expert_used = layout.n_expert_used;
+    // Most architectures read one number for all layers.
+    uint32_t fewest = counts.n_expert;
+    for (uint32_t layer = 0; layer < layout.n_layer; ++layer) {
+        if (layout.n_expert_used[layer] != 0) fewest = std::min(fewest, counts.per_layer[layer]);
+    }
     for (uint32_t layer = 0; layer < layout.n_layer; ++layer) {
         uint32_t& used = counts.n_expert_used[layer];
         if (used == 0) continue;
         const uint32_t own = used;
         if (params.n_expert_used != 0) used = params.n_expert_used;
-        if (params.clamp) used = std::min(used, counts.n_expert);
-        if (used > counts.n_expert) {
-            throw Error(name + ": the keep holds " + std::to_string(counts.n_expert) +
-                        " experts per layer, but a token uses " + std::to_string(used) + " in layer " +
-                        std::to_string(layer) + "; keep more, or clamp what the shard uses (--clamp)");
+        if (params.clamp) used = std::min(used, fewest);
+        if (used > counts.per_layer[layer]) {
+            throw Error(name + ": the keep holds " + std::to_string(counts.per_layer[layer]) + " experts of layer " +
+                        std::to_string(layer) + ", but a token uses " + std::to_string(used) +
+                        "; keep more, or clamp what the shard uses (--clamp)");
         }
         const auto& hashed = layout.hash_layers;
         if (used > own && std::find(hashed.begin(), hashed.end(), layer) != hashed.end()) {
@@ -129,7 +143,7 @@ Counts count_experts(const MoeLayout& layout, const Keep& keep, const ShardParam
     Routing routing = routing_of(layout);
     if (keep.n_layer() != routing.n_layer || keep.n_expert() != routing.n_expert) keep.check(routing);  // says so
     Counts counts;
-    counts.n_expert = common_count(layers, keep, layout.n_expert, name);
+    count_kept(layout, layers, keep, params.per_layer, counts, name);
     count_used(layout, params, counts, name);
     routing.n_expert_used.assign(counts.n_expert_used.begin(), counts.n_expert_used.end());
     try {

@@ -11,7 +11,8 @@
 namespace moeshard::gather {
 
 struct Counts {
-    uint32_t n_expert = 0;                // kept in every layer
+    uint32_t n_expert = 0;                // kept in every layer; the most in any, where they keep different numbers
+    std::vector<uint32_t> per_layer;      // kept, of each layer
     std::vector<uint32_t> n_expert_used;  // per layer; 0 where nothing is routed
     uint32_t n_group = 0;                 // 0: as the model has it
     uint32_t n_group_used = 0;

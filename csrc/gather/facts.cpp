@@ -83,20 +83,21 @@ std::optional<ShardFacts> shard_facts(const gguf::GGUFMap& file) {
 
     facts.keep.assign(static_cast<size_t>(facts.n_layer) * facts.n_expert, 1);
     const std::vector<uint64_t> kept = facts.kind == ShardKind::kTrunk ? std::vector<uint64_t>() : reader.uints(kKept);
-    const size_t n_keep = layers.empty() ? 0 : kept.size() / layers.size();
-    if (kept.size() != n_keep * layers.size() || (facts.kind != ShardKind::kTrunk && n_keep != layout.n_expert)) {
-        reader.fail(kKept, "does not hold as many ids for each layer as the file has experts");
-    }
-    for (size_t i = 0; i < layers.size(); ++i) {
-        const uint64_t* ids = kept.data() + i * n_keep;
+    size_t n_kept = 0;
+    for (const uint32_t layer : facts.layers) n_kept += facts.kind == ShardKind::kTrunk ? 0 : layout.experts_in(layer);
+    if (kept.size() != n_kept) reader.fail(kKept, "does not hold as many ids for each layer as the file has experts");
+    const uint64_t* ids = kept.data();
+    for (const uint32_t layer : facts.layers) {
+        const size_t n_keep = facts.kind == ShardKind::kTrunk ? 0 : layout.experts_in(layer);
         reader.check_ids(kKept, ids, ids + n_keep, n_expert);
-        uint8_t* row = facts.keep.data() + layers[i] * n_expert;
+        uint8_t* row = facts.keep.data() + layer * n_expert;
         std::fill(row, row + n_expert, 0);
         for (size_t j = 0; j < n_keep; ++j) row[ids[j]] = 1;
+        ids += n_keep;
     }
     for (const Entry& entry : file.metadata().entries) {
-        const bool is_own = entry.key == kKind || entry.key == kLayers || entry.key == kKept || entry.key == kTensors ||
-                            entry.key == kExpertCount || starts_with(entry.key, kSource);
+        const bool is_own = entry.key == kKind || entry.key == kLayers || entry.key == kKept || entry.key == kCounts ||
+                            entry.key == kTensors || entry.key == kExpertCount || starts_with(entry.key, kSource);
         if (!starts_with(entry.key, kPrefix) || is_own) continue;
         facts.notes.emplace_back(entry.key.substr(kPrefix.size()),
                                  reader.get(entry.key, [](const Entry& found) { return found.as_string(); }));
@@ -115,12 +116,17 @@ std::vector<std::vector<Piece>> fact_entries(const ShardFacts& facts) {
     add(uints_entry(kLayers, facts.layers));
     if (facts.kind != ShardKind::kTrunk) {
         std::vector<uint32_t> kept;
+        std::vector<uint32_t> counts;
         for (const uint32_t layer : facts.layers) {
+            const size_t before = kept.size();
             for (uint32_t i = 0; i < count; ++i) {
                 if (facts.keep[static_cast<size_t>(layer) * count + i]) kept.push_back(i);
             }
+            counts.push_back(static_cast<uint32_t>(kept.size() - before));
         }
         add(uints_entry(kKept, kept));
+        const bool equal = std::all_of(counts.begin(), counts.end(), [&](uint32_t n) { return n == counts.front(); });
+        if (!equal) add(uints_entry(kCounts, counts));
     }
     for (const auto& [key, text] : facts.notes) add(string_entry(std::string(kPrefix) + key, text));
     return entries;

@@ -6,21 +6,20 @@
 #include <vector>
 
 #include "assemble.hpp"
+#include "expert_counts.hpp"
 #include "moeshard/shard.hpp"
+#include "tensor_name.hpp"
 
 namespace moeshard::gather {
 
 inline constexpr std::string_view kPrefix = "moeshard.";
 inline constexpr std::string_view kKind = "moeshard.kind";
-inline constexpr std::string_view kLayers = "moeshard.layers";
-inline constexpr std::string_view kKept = "moeshard.kept";            // (layers, kept) ids, row by row
+inline constexpr std::string_view kLayers = kLayersKey;
+inline constexpr std::string_view kCounts = kCountsKey;               // only where layers hold different numbers
+inline constexpr std::string_view kKept = "moeshard.kept";            // ids of each layer, layer by layer
 inline constexpr std::string_view kTensors = "moeshard.tensors";      // of a trunk: all of the model, in order
 inline constexpr std::string_view kSource = "moeshard.source.";       // the model's own value of a replaced key
 inline constexpr std::string_view kExpertCount = "moeshard.experts";  // of the whole model
-
-inline bool starts_with(std::string_view text, std::string_view prefix) {
-    return text.substr(0, prefix.size()) == prefix;
-}
 
 // Keys that are about the file and not about the model.
 inline bool is_of_file(std::string_view key) { return starts_with(key, kPrefix) || starts_with(key, "split."); }

@@ -5,18 +5,13 @@
 
 #include "checked.hpp"
 #include "ggml.h"
+#include "tensor_name.hpp"
 
 namespace moeshard {
 
 namespace {
 
 using gguf::Tensor;
-
-bool starts_with(std::string_view text, std::string_view prefix) { return text.substr(0, prefix.size()) == prefix; }
-
-bool ends_with(std::string_view text, std::string_view suffix) {
-    return text.size() >= suffix.size() && text.substr(text.size() - suffix.size()) == suffix;
-}
 
 bool contains(std::string_view text, std::string_view word) { return text.find(word) != text.npos; }
 
@@ -56,34 +51,13 @@ bool is_single_expert(std::string_view stem) {
 
 }  // namespace
 
-// "blk.3.ffn_up_exps.weight": layer 3, stem "ffn_up_exps", suffix "weight".
-struct Classifier::Name {
-    uint32_t layer = 0;
-    std::string_view stem;
-    std::string_view suffix;
-
-    // False for tensors that belong to no block.
-    bool parse(std::string_view name) {
-        if (!starts_with(name, "blk.")) return false;
-        name.remove_prefix(4);
-        const size_t digits = name.find_first_not_of("0123456789");
-        if (digits == 0 || digits > 6 || digits == name.npos || name[digits] != '.') return false;
-        layer = static_cast<uint32_t>(std::stoul(std::string(name.substr(0, digits))));
-        name.remove_prefix(digits + 1);
-        const size_t dot = name.rfind('.');
-        stem = name.substr(0, dot);
-        suffix = dot == name.npos ? std::string_view() : name.substr(dot + 1);
-        return true;
-    }
-};
-
 void Classifier::fail(const Tensor& tensor, const std::string& why) const {
     throw Error(name_ + ": tensor '" + gguf::printable(tensor.name) + "' " + tensor.shape() + " (" +
                 tensor.type_name() + ") " + why);
 }
 
 std::optional<ExpertTensor> Classifier::operator()(const Tensor& tensor) const {
-    Name name;
+    BlockName name;
     const bool in_block = name.parse(tensor.name);
     if (in_block && is_single_expert(name.stem)) {
         fail(tensor, "holds a single expert, a form that llama.cpp no longer loads; convert the model again");
@@ -110,20 +84,21 @@ std::optional<ExpertTensor> Classifier::operator()(const Tensor& tensor) const {
     return std::nullopt;
 }
 
-std::optional<ExpertTensor> Classifier::named_expert(const Tensor& tensor, const Name& name) const {
+std::optional<ExpertTensor> Classifier::named_expert(const Tensor& tensor, const BlockName& name) const {
+    if (const std::optional<ExpertAxis> own = expert_axis(name)) {
+        return on_axis(tensor, name, own->role, own->axis, layout_.experts_in(name.layer));
+    }
     if (ends_with(name.stem, "_chexps")) return chunk(tensor, name);
-    if (ends_with(name.stem, "_exps")) return slab(tensor, name);
+    if (ends_with(name.stem, "_exps")) {
+        fail(tensor, "belongs to experts, but what it is is not known; update moeshard");
+    }
     if (name.stem == "ffn_gate_inp") return router(tensor, name);
     if (name.stem == "ffn_gate_tid2eid") return ids(tensor, name);
-    if (starts_with(name.stem, "exp_probs_b")) {
-        return on_axis(tensor, name, Role::kRouterValue, 0, layout_.n_expert);
-    }
     fail(tensor, "speaks of experts, but what it is is not known; update moeshard");
 }
 
-// llama.cpp always makes experts the outermost axis, so which one it is follows from what the tensor is; the number of
-// dimensions in the file does not tell, because writers drop trailing dimensions of 1.
-ExpertTensor Classifier::on_axis(const Tensor& tensor, const Name& name, Role role, int axis, uint64_t count) const {
+ExpertTensor Classifier::on_axis(const Tensor& tensor, const BlockName& name, Role role, int axis,
+                                 uint64_t count) const {
     const auto at = static_cast<size_t>(axis);
     bool fits = tensor.ne[at] == count;
     for (size_t i = at + 1; i < tensor.ne.size(); ++i) fits = fits && tensor.ne[i] == 1;
@@ -137,16 +112,7 @@ ExpertTensor Classifier::on_axis(const Tensor& tensor, const Name& name, Role ro
     return {0, name.layer, role, axis, count, tensor.nbytes / count};
 }
 
-ExpertTensor Classifier::slab(const Tensor& tensor, const Name& name) const {
-    if (name.suffix == "weight") return on_axis(tensor, name, Role::kSlab, 2, layout_.n_expert);
-    if (name.suffix == "bias") return on_axis(tensor, name, Role::kPerExpert, 1, layout_.n_expert);
-    if (name.suffix == "scale" || name.suffix == "input_scale") {
-        return on_axis(tensor, name, Role::kPerExpert, 0, layout_.n_expert);
-    }
-    fail(tensor, "belongs to experts, but what it is is not known; update moeshard");
-}
-
-ExpertTensor Classifier::chunk(const Tensor& tensor, const Name& name) const {
+ExpertTensor Classifier::chunk(const Tensor& tensor, const BlockName& name) const {
     const uint64_t size = layout_.experts_per_chunk;
     if (size == 0 || layout_.n_expert % size != 0) {
         fail(tensor, "holds chunk experts, but " + layout_.arch + ".experts_per_group is " + std::to_string(size) +
@@ -156,16 +122,14 @@ ExpertTensor Classifier::chunk(const Tensor& tensor, const Name& name) const {
     return on_axis(tensor, name, Role::kChunkSlab, 2, layout_.n_expert / size);
 }
 
-std::optional<ExpertTensor> Classifier::router(const Tensor& tensor, const Name& name) const {
-    if (name.suffix == "weight") return on_axis(tensor, name, Role::kRouter, 1, layout_.n_expert);
-    if (name.suffix == "bias") return on_axis(tensor, name, Role::kRouterValue, 0, layout_.n_expert);
+std::optional<ExpertTensor> Classifier::router(const Tensor& tensor, const BlockName& name) const {
     // gemma4 scales what the router reads; other scales of a router belong to its whole matrix.
     const bool of_input = tensor.ne[0] == n_embd_ || tensor.ne[0] == 1;
     if (name.suffix == "scale" && of_input && tensor.nbytes == tensor.row_bytes) return std::nullopt;
     fail(tensor, "belongs to a router, but what it is is not known; update moeshard");
 }
 
-ExpertTensor Classifier::ids(const Tensor& tensor, const Name& name) const {
+ExpertTensor Classifier::ids(const Tensor& tensor, const BlockName& name) const {
     if (!holds_integers(tensor) || tensor.nbytes == 0 || tensor.ne[0] != layout_.n_expert_used[name.layer]) {
         fail(tensor, "should hold the ids of " + std::to_string(layout_.n_expert_used[name.layer]) +
                          " experts per token as integers");

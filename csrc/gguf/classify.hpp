@@ -5,6 +5,7 @@
 #include <string>
 
 #include "moeshard/moe_layout.hpp"
+#include "tensor_name.hpp"
 
 namespace moeshard {
 
@@ -20,14 +21,11 @@ public:
     std::optional<ExpertTensor> operator()(const gguf::Tensor& tensor) const;
 
 private:
-    struct Name;
-
-    ExpertTensor on_axis(const gguf::Tensor& tensor, const Name& name, Role role, int axis, uint64_t count) const;
-    std::optional<ExpertTensor> named_expert(const gguf::Tensor& tensor, const Name& name) const;
-    std::optional<ExpertTensor> router(const gguf::Tensor& tensor, const Name& name) const;
-    ExpertTensor slab(const gguf::Tensor& tensor, const Name& name) const;
-    ExpertTensor chunk(const gguf::Tensor& tensor, const Name& name) const;
-    ExpertTensor ids(const gguf::Tensor& tensor, const Name& name) const;
+    ExpertTensor on_axis(const gguf::Tensor& tensor, const BlockName& name, Role role, int axis, uint64_t count) const;
+    std::optional<ExpertTensor> named_expert(const gguf::Tensor& tensor, const BlockName& name) const;
+    std::optional<ExpertTensor> router(const gguf::Tensor& tensor, const BlockName& name) const;
+    ExpertTensor chunk(const gguf::Tensor& tensor, const BlockName& name) const;
+    ExpertTensor ids(const gguf::Tensor& tensor, const BlockName& name) const;
     [[noreturn]] void fail(const gguf::Tensor& tensor, const std::string& why) const;
 
     const MoeLayout& layout_;

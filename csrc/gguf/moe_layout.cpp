@@ -5,6 +5,7 @@
 
 #include "checked.hpp"
 #include "classify.hpp"
+#include "expert_counts.hpp"
 #include "gating.hpp"
 
 namespace moeshard {
@@ -41,6 +42,7 @@ public:
     }
 
     const std::string& arch() const { return arch_; }
+    const std::string& name() const { return name_; }
     std::string key(const char* suffix) const { return arch_ + "." + suffix; }
     [[noreturn]] void fail(const std::string& what) const { throw Error(name_ + ": " + what); }
 
@@ -87,6 +89,22 @@ void read_counts(const Metadata& metadata, MoeLayout& layout) {
     layout.per_expert_bytes.assign(layout.n_layer, 0);
 }
 
+// Only shards that this loader alone reads have counts of their own for each layer.
+void read_own_counts(const Metadata& metadata, const Directory& directory, MoeLayout& layout) {
+    const Entry* counts = directory.find(kCountsKey);
+    if (counts == nullptr) return;
+    const Entry* layers = directory.find(kLayersKey);
+    if (layers == nullptr) {
+        metadata.fail("has " + std::string(kCountsKey) + " but no " + std::string(kLayersKey) +
+                      "; the file is damaged, write it again");
+    }
+    const auto uints = [&](const Entry& entry) {
+        return metadata.get(entry, [](const Entry& e) { return e.as_uints(); });
+    };
+    layout.expert_counts =
+        expert_counts(uints(*layers), uints(*counts), layout.n_layer, layout.n_expert, metadata.name());
+}
+
 // Hybrid models give one number per layer, all others one for the model.
 void read_used(const Metadata& metadata, MoeLayout& layout) {
     layout.n_expert_used.assign(layout.n_layer, 0);
@@ -99,9 +117,10 @@ void read_used(const Metadata& metadata, MoeLayout& layout) {
     const auto values = metadata.get(*entry, [](const Entry& e) { return e.as_uints(); });
     for (uint32_t layer = 0; layer < layout.n_layer; ++layer) {
         const uint64_t used = values[entry->is_array ? layer : 0];
-        if (used > layout.n_expert) {
+        if (used > layout.experts_in(layer)) {
             metadata.fail(entry->key + " is " + std::to_string(used) + " in layer " + std::to_string(layer) +
-                          ", more than the " + std::to_string(layout.n_expert) + " experts of the model");
+                          ", more than the " + std::to_string(layout.experts_in(layer)) + " experts of the " +
+                          (layout.expert_counts.empty() ? "model" : "layer"));
         }
         layout.n_expert_used[layer] = static_cast<uint32_t>(used);
     }
@@ -198,10 +217,20 @@ const char* name(Role role) {
     return kNames[static_cast<uint32_t>(role)];
 }
 
+std::string why_equal(const MoeLayout& layout) {
+    if (layout.n_expert_groups > 1) return "the model chooses among groups of experts, which are equally large";
+    if (!layout.hash_layers.empty()) return "the model looks experts up by token id in some layers";
+    const bool chunks = std::any_of(layout.tensors.begin(), layout.tensors.end(),
+                                    [](const ExpertTensor& tensor) { return tensor.role == Role::kChunkSlab; });
+    if (chunks) return "the model has chunk experts, which neighbouring experts share";
+    return "";
+}
+
 MoeLayout moe_layout(const Directory& directory, const std::vector<Tensor>& tensors, const std::string& file) {
     const Metadata metadata(directory, file);
     MoeLayout layout;
     read_counts(metadata, layout);
+    read_own_counts(metadata, directory, layout);
     read_used(metadata, layout);
     const bool is_shard = directory.find("moeshard.kind") != nullptr;
     const Classifier classifier(layout, metadata.uint("embedding_length", 0), is_shard, file);
@@ -212,6 +241,10 @@ MoeLayout moe_layout(const Directory& directory, const std::vector<Tensor>& tens
         }
     }
     list_layers(layout);
+    if (!layout.expert_counts.empty()) {
+        const std::string why = why_equal(layout);
+        if (!why.empty()) metadata.fail(std::string(kCountsKey) + " cannot be: " + why);
+    }
     // Some dense models say that they have one expert.
     if (layout.n_expert == 1 && layout.tensors.empty()) layout.n_expert = 0;
     if (!layout.moe_layers.empty()) {

@@ -57,8 +57,8 @@ void Keep::check(const Routing& routing) const {
         const int32_t used = routing.n_expert_used[static_cast<size_t>(layer)];
         if (used == 0) continue;
         const uint8_t* begin = row(layer);
-        const auto kept =
-            static_cast<int32_t>(std::count_if(begin, begin + n_expert_, [](uint8_t k) { return k != 0; }));
+        const auto kept = static_cast<int32_t>(
+            std::count_if(begin, begin + routing.experts_in(layer), [](uint8_t k) { return k != 0; }));
         if (kept < used) {
             throw Error("layer " + std::to_string(layer) + " keeps " + std::to_string(kept) +
                         " experts, but the model routes each token to " + std::to_string(used) +

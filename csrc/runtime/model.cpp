@@ -28,9 +28,11 @@ std::vector<llama_model_kv_override> override_used(const std::string& path, uint
         throw Error(path + ": n_expert_used can only be set where " + key + " is one number for all layers" +
                     (entry == nullptr ? ", and this model has none" : ", here each layer has its own"));
     }
-    if (n_expert_used > layout.n_expert) {
+    uint32_t fewest = layout.n_expert;
+    for (const uint32_t layer : layout.moe_layers) fewest = std::min(fewest, layout.experts_in(layer));
+    if (n_expert_used > fewest) {
         throw Error(path + ": n_expert_used is " + std::to_string(n_expert_used) + ", but the model has only " +
-                    std::to_string(layout.n_expert) + " experts");
+                    std::to_string(fewest) + " experts" + (fewest < layout.n_expert ? " in some layer" : ""));
     }
     std::vector<llama_model_kv_override> overrides(2);
     overrides[0].tag = LLAMA_KV_OVERRIDE_TYPE_INT;

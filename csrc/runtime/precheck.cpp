@@ -4,8 +4,10 @@
 #include <filesystem>
 #include <string_view>
 
+#include "expert_counts.hpp"
 #include "moeshard/error.hpp"
 #include "moeshard/gguf.hpp"
+#include "moeshard/moe_layout.hpp"
 
 namespace moeshard {
 
@@ -37,6 +39,8 @@ void check_file(const std::string& path) {
     if (!std::filesystem::exists(status)) throw Error(path + ": no such file");
     if (std::filesystem::is_directory(status)) throw Error(path + ": is a directory, not a GGUF file");
     const gguf::GGUFMap file(path);
+    // llama.cpp would abort on some wrong counts.
+    if (file.metadata().find(kCountsKey) != nullptr) moe_layout(file);
     for (const gguf::Entry& entry : file.metadata().entries) {
         const bool is_float = entry.type == gguf::ValueType::kFloat32 || entry.type == gguf::ValueType::kFloat64;
         if (is_float && !entry.is_array) check_number(path, entry);

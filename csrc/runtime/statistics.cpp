@@ -41,9 +41,11 @@ RoutingStatistics::RoutingStatistics(int32_t n_seq, std::vector<int32_t> layers,
     count.assign(rows * experts, 0);
     mass.assign(rows * experts, 0);
     saliency.assign(rows * experts, 0);
+    energy.assign(rows * experts, 0);
     entropy.assign(rows, 0);
     peak.assign(layers_.size() * experts, 0);
     together.assign(layers_.size() * experts * experts, 0);
+    cosaliency.assign(layers_.size() * experts * experts, 0);
 }
 
 void RoutingStatistics::add(const UbatchTrace& trace) {
@@ -65,23 +67,32 @@ void RoutingStatistics::add_layer(size_t row, const std::vector<int32_t>& seq, c
         throw Error("statistics need the norms and probs of all experts");
     }
     std::vector<float> scratch;
+    std::vector<float> contribution(used);
     for (size_t token = 0; token < seq.size(); ++token) {
         const int32_t* ids = layer.ids.data() + token * used;
-        const size_t cell = static_cast<size_t>(seq[token]) * layers_.size() + row;
+        const float* weights = layer.weights.data() + token * used;
+        const float* norms = layer.norms.data() + token * used;
+        const size_t cell = (static_cast<size_t>(seq[token]) * layers_.size() + row) * experts;
         for (size_t i = 0; i < used; ++i) {
             if (ids[i] < 0 || ids[i] >= n_expert_) throw Error("a trace holds an expert that the model does not have");
             const auto expert = static_cast<size_t>(ids[i]);
-            const float weight = layer.weights[token * used + i];
-            const float norm = layer.norms[token * used + i];
-            ++count[cell * experts + expert];
-            mass[cell * experts + expert] += weight;
-            saliency[cell * experts + expert] += static_cast<double>(weight) * norm;
-            peak[row * experts + expert] = std::max(peak[row * experts + expert], norm);
-            int32_t* pairs = together.data() + (row * experts + expert) * experts;
-            for (size_t j = 0; j < used; ++j) ++pairs[ids[j]];
+            contribution[i] = weights[i] * norms[i];
+            ++count[cell + expert];
+            mass[cell + expert] += weights[i];
+            saliency[cell + expert] += contribution[i];
+            energy[cell + expert] += static_cast<double>(contribution[i]) * contribution[i];
+            peak[row * experts + expert] = std::max(peak[row * experts + expert], norms[i]);
+        }
+        for (size_t i = 0; i < used; ++i) {
+            const size_t pairs = (row * experts + static_cast<size_t>(ids[i])) * experts;
+            for (size_t j = 0; j < used; ++j) {
+                const size_t pair = pairs + static_cast<size_t>(ids[j]);
+                ++together[pair];
+                cosaliency[pair] += contribution[i] * contribution[j];
+            }
         }
         const float* scores = layer.probs.data() + token * experts;
-        entropy[cell] +=
+        entropy[cell / experts] +=
             scores_are_logits_ ? entropy_of_logits(scores, n_expert_, scratch) : entropy_of(scores, n_expert_);
     }
 }

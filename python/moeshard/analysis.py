@@ -157,9 +157,11 @@ def _empty(
         count=np.zeros((s, m, e), dtype=np.int32),
         mass=np.zeros((s, m, e), dtype=np.float32),
         saliency=np.zeros((s, m, e), dtype=np.float32),
+        energy=np.zeros((s, m, e), dtype=np.float32),
         entropy=np.zeros((s, m), dtype=np.float32),
         peak=np.zeros((d, m, e), dtype=np.float32),
         together=np.zeros((d, m, e, e), dtype=np.int32),
+        cosaliency=np.zeros((d, m, e, e), dtype=np.float32),
         facts=facts,
     )
 
@@ -233,6 +235,8 @@ def _add(profile: Profile, batch: list[int], domain: int, sums: Statistics) -> N
     profile.count[batch] = sums.count[rows]
     profile.mass[batch] = sums.mass[rows]
     profile.saliency[batch] = sums.saliency[rows]
+    profile.energy[batch] = sums.energy[rows]
     profile.entropy[batch] = sums.entropy[rows]
     np.maximum(profile.peak[domain], sums.peak, out=profile.peak[domain])
     profile.together[domain] += sums.together
+    profile.cosaliency[domain] += sums.cosaliency

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from moeshard._core import MoeshardError
 
+_S = TypeVar("_S")
 _T = TypeVar("_T")
 _WORDS: dict[type, str] = {
     dict: "an object",
@@ -42,10 +43,10 @@ def read_document(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
         raise MoeshardError(f"{what} '{name}': {error}") from error
 
 
-def parse_named(path: str | os.PathLike[str], what: str, document: dict[str, Any], parse: Callable[[Any], _T]) -> _T:
-    """Return what `parse` makes of the document that a file holds; its errors then name the file."""
+def parse_named(path: str | os.PathLike[str], what: str, content: _S, parse: Callable[[_S], _T]) -> _T:
+    """Return what `parse` makes of the content of a file; its errors then name the file."""
     try:
-        return parse(document)
+        return parse(content)
     except MoeshardError as error:
         raise MoeshardError(f"{what} '{os.fspath(path)}': {error}") from error
 
@@ -69,7 +70,8 @@ def check_version(document: dict[str, Any], key: str, version: int, what: str) -
     found = take(document, key, int)
     if found != version:
         raise MoeshardError(
-            f"{key}: it is of version {found}, but this moeshard reads version {version}; update moeshard"
+            f"{key}: it is of version {found}, but this moeshard reads version {version}; "
+            + ("update moeshard" if found > version else "make the file again")
         )
 
 

@@ -46,6 +46,8 @@ class Inspection:
     """Of them, blocks at the end that predict further tokens and are not part of the usual computation."""
     n_expert: int
     """0 for a dense model."""
+    expert_counts: tuple[int, ...]
+    """Per layer: `n_expert`, but in a shard whose layers hold different numbers; 0 where nothing is routed."""
     n_expert_used: tuple[int, ...]
     """Per layer: experts that each token uses; 0 where nothing is routed."""
     n_expert_shared: int
@@ -116,6 +118,7 @@ def inspect_model(path: str | os.PathLike[str]) -> Inspection:
         n_layer=layout.n_layer,
         n_layer_nextn=layout.n_layer_nextn,
         n_expert=layout.n_expert,
+        expert_counts=tuple(layout.expert_counts),
         n_expert_used=tuple(layout.n_expert_used),
         n_expert_shared=int(metadata.get(f"{layout.arch}.expert_shared_count") or 0),
         n_expert_groups=layout.n_expert_groups,

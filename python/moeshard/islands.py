@@ -1,24 +1,27 @@
 """The strategy `islands`: each node becomes good at some of the traffic, and sessions go where they are served best.
 
-Alternates between giving each sequence of the profile to the node that serves it best, and choosing each node's experts
-by saliency on its sequences, like k-means with the captured saliency in place of distances. Experts that all sequences
-need end up on every node by themselves.
+Alternates between giving each sequence of the profile to the node that loses least of it, and choosing each node's
+experts for its sequences, like k-means with what is lost in place of distances. Experts that all sequences need end up
+on every node by themselves. What is lost are squared contributions, see `moeshard.cosaliency`; the first rounds go by
+the sums of each expert's own squares, which is quick, and only the best beginnings are followed to their end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
-from moeshard.profile import Profile
-from moeshard.strategies import Rows, super_experts
-
-Floats = npt.NDArray[np.float32]
+from moeshard.choosing import Rows, across_layers
+from moeshard.cosaliency import Contributions, Floats, Ints, contributions, least_lost
+from moeshard.profile import Doubles, Profile
+from moeshard.strategies import best, super_experts
 
 ROUNDS = 40
+FOLLOWED = 4
+"""Of so many beginnings one is followed to its end."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,22 @@ class Islands:
 
     keeps: list[Rows]
     """Per node: bool (M, E)."""
-    owner: npt.NDArray[np.int64]
+    owner: Ints
     """int (S,): the node of each sequence of the profile, -1 for one that was not measured."""
-    captured: float
-    """Mean over sequences of the share of saliency that its node holds, 0 to 1; domains count alike."""
+    lost: float
+    """Mean over sequences of the share of squared contributions that its node loses, 0 to 1; domains count alike."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Traffic:
+    """The sequences that were measured."""
+
+    parts: Contributions
+    shares: Floats
+    """float32 (S, M * E): each expert's own squares as a share of the layer's, 1 / M in each layer."""
+    weights: Doubles
+    """float64 (S,): what each sequence counts; domains count alike and sum to 1 together."""
+    protected: Rows
 
 
 def islands(
@@ -38,9 +53,10 @@ def islands(
     sizes: Sequence[int],
     *,
     restarts: int = 16,
-    shrinkage: float = 0.2,
+    shrinkage: float = 0.1,
     cover: bool = False,
     seed: int = 0,
+    fewest: int | None = None,
 ) -> Islands:
     """Search for nodes that together serve the traffic of a profile best.
 
@@ -51,38 +67,46 @@ def islands(
         shrinkage: share by which a node is drawn toward what all traffic needs: few sequences say little.
         cover: every expert lives on some node (where the nodes have room for all).
         seed: of the beginnings; the same seed gives the same nodes.
+        fewest: layers may hold different numbers of experts, at least so many each; `sizes` are then means over layers.
 
     Returns:
         The nodes in the order of `sizes`.
     """
     measured = np.flatnonzero(profile.n_tokens > 0)
-    shares = _shares(profile)[measured]
-    weights = _weights(profile)[measured]
-    protected = super_experts(profile)
+    traffic = _Traffic(
+        contributions(profile, measured),
+        _shares(profile)[measured],
+        _weights(profile)[measured],
+        super_experts(profile),
+    )
+    by_squares = _by_squares(traffic, sizes, shrinkage, fewest)
+    by_products = _by_products(traffic, sizes, shrinkage, fewest)
     rng = np.random.default_rng(seed)
-    found: Islands | None = None
-    for _ in range(max(1, restarts)):
-        keeps, owner = _search(shares, weights, sizes, shrinkage, protected, rng)
+    beginnings = []
+    for index in range(max(1, restarts)):
+        keeps, owner = _alternate(_first_owners(traffic, len(sizes), rng), by_squares)
+        beginnings.append((_lost(traffic, keeps), index, owner))
+    found: tuple[float, list[Rows], Ints] | None = None
+    for _, _, owner in sorted(beginnings)[: -(-len(beginnings) // FOLLOWED)]:
+        keeps, owner = _alternate(owner, by_products)
         if cover:
-            keeps = _cover(keeps, shares, weights, owner, protected)
-        score = float((_captured(shares, keeps).max(axis=1) * weights).sum())
-        if found is None or score > found.captured:
-            owners = np.full(profile.n_tokens.size, -1)
-            owners[measured] = owner
-            found = Islands([keep.reshape(profile.layers.size, profile.n_expert) for keep in keeps], owners, score)
+            keeps = _cover(keeps, traffic, owner)
+        lost = _lost(traffic, keeps)
+        if found is None or lost < found[0]:
+            found = lost, keeps, owner
     assert found is not None
-    return found
+    owners = np.full(profile.n_tokens.size, -1)
+    owners[measured] = found[2]
+    return Islands(found[1], owners, found[0])
 
 
 def _shares(profile: Profile) -> Floats:
-    """float32 (S, M * E): of each sequence, each expert's share of the saliency; each layer has 1/M of it."""
-    sums = profile.saliency.sum(axis=2, keepdims=True)
-    shares: Floats = profile.saliency / np.maximum(sums, np.finfo(np.float32).tiny) / profile.layers.size
+    sums = profile.energy.sum(axis=2, keepdims=True)
+    shares: Floats = profile.energy / np.maximum(sums, np.finfo(np.float32).tiny) / profile.layers.size
     return shares.reshape(shares.shape[0], -1)
 
 
-def _weights(profile: Profile) -> npt.NDArray[np.float64]:
-    """float64 (S,): what each sequence counts; domains count alike and sum to 1 together."""
+def _weights(profile: Profile) -> Doubles:
     weights = np.zeros(profile.n_tokens.size)
     for index in range(len(profile.domains)):
         chosen = profile.domain == index
@@ -93,55 +117,76 @@ def _weights(profile: Profile) -> npt.NDArray[np.float64]:
     return weights / total if total else weights
 
 
-def _captured(shares: Floats, keeps: Sequence[Rows]) -> npt.NDArray[np.float64]:
-    """float64 (S, G): the share of each sequence's saliency that each node holds."""
-    held = np.stack([keep.ravel() for keep in keeps], axis=1).astype(np.float32)
-    return (shares @ held).astype(np.float64)
+_Step = Callable[[Ints], tuple[list[Rows], Doubles]]
+"""From the node of each sequence to the experts of each node, and what each node then loses of each sequence (S, G)."""
 
 
-def _choose(scores: npt.NDArray[np.float64], size: int, protected: Rows) -> Rows:
-    """The best experts of each layer; protected ones first."""
-    rows = np.where(protected, np.inf, scores.reshape(protected.shape))
-    order = np.argsort(-rows, axis=1, kind="stable")[:, :size]
-    keep = np.zeros(protected.shape, dtype=bool)
-    np.put_along_axis(keep, order, True, axis=1)
-    return keep
+def _by_squares(traffic: _Traffic, sizes: Sequence[int], shrinkage: float, fewest: int | None) -> _Step:
+    """Experts of most squares, as if no two contributed to the same token."""
+    choose = best if fewest is None else partial(across_layers, fewest=fewest)
+
+    def step(owner: Ints) -> tuple[list[Rows], Doubles]:
+        keeps = []
+        for own, size in zip(_pull(traffic, owner, len(sizes), shrinkage), sizes, strict=True):
+            keeps.append(choose(own @ traffic.shares, size, traffic.protected))
+        held = np.stack([keep.ravel() for keep in keeps], axis=1).astype(np.float32)
+        return keeps, 1 - (traffic.shares @ held).astype(np.float64)
+
+    return step
 
 
-def _search(
-    shares: Floats,
-    weights: npt.NDArray[np.float64],
-    sizes: Sequence[int],
-    shrinkage: float,
-    protected: Rows,
-    rng: np.random.Generator,
-) -> tuple[list[Rows], npt.NDArray[np.int64]]:
-    everything = weights @ shares
-    owner = _first_owners(shares, weights, len(sizes), rng)
+def _by_products(traffic: _Traffic, sizes: Sequence[int], shrinkage: float, fewest: int | None) -> _Step:
+    """Experts without which least is lost, by who contributes to the same tokens."""
+
+    def step(owner: Ints) -> tuple[list[Rows], Doubles]:
+        keeps = [
+            least_lost(traffic.parts.products(own), size, traffic.protected, fewest)
+            for own, size in zip(_pull(traffic, owner, len(sizes), shrinkage), sizes, strict=True)
+        ]
+        return keeps, _losses(traffic, keeps)
+
+    return step
+
+
+def _pull(traffic: _Traffic, owner: Ints, n_nodes: int, shrinkage: float) -> Doubles:
+    """float64 (G, S): how much each sequence says in each node's choice; rows sum to 1."""
+    pull = np.empty((n_nodes, owner.size))
+    for node in range(n_nodes):
+        own = np.where(owner == node, traffic.weights, 0)
+        weight = own.sum()
+        own = own / weight if weight > 0 else traffic.weights
+        pull[node] = (1 - shrinkage) * own + shrinkage * traffic.weights
+    return pull
+
+
+def _alternate(owner: Ints, step: _Step) -> tuple[list[Rows], Ints]:
+    """Alternate until no sequence moves."""
     keeps: list[Rows] = []
     for _ in range(ROUNDS):
-        keeps = []
-        for node, size in enumerate(sizes):
-            mine = owner == node
-            weight = weights[mine].sum()
-            own = weights[mine] @ shares[mine] / weight if weight > 0 else everything
-            keeps.append(_choose((1 - shrinkage) * own + shrinkage * everything, size, protected))
-        captured = _captured(shares, keeps)
-        new = captured.argmax(axis=1)
+        keeps, lost = step(owner)
+        new: Ints = lost.argmin(axis=1)
         # A node that nobody wants begins anew with the sequence that is served worst.
-        for node in range(len(sizes)):
+        for node in range(len(keeps)):
             if not (new == node).any():
-                new[captured.max(axis=1).argmin()] = node
+                new[lost.min(axis=1).argmax()] = node
         if np.array_equal(new, owner):
             break
         owner = new
     return keeps, owner
 
 
-def _first_owners(
-    shares: Floats, weights: npt.NDArray[np.float64], n_nodes: int, rng: np.random.Generator
-) -> npt.NDArray[np.int64]:
+def _losses(traffic: _Traffic, keeps: Sequence[Rows]) -> Doubles:
+    """float64 (S, G): the share of each sequence's squared contributions that each node loses."""
+    return np.stack([traffic.parts.lost(keep) for keep in keeps], axis=1)
+
+
+def _lost(traffic: _Traffic, keeps: Sequence[Rows]) -> float:
+    return float(_losses(traffic, keeps).min(axis=1) @ traffic.weights)
+
+
+def _first_owners(traffic: _Traffic, n_nodes: int, rng: np.random.Generator) -> Ints:
     """As k-means++ (Arthur and Vassilvitskii 2007): centres far from each other, each sequence to its nearest."""
+    shares, weights = traffic.shares, traffic.weights
     centres = [int(rng.choice(len(shares), p=weights))]
     distance = ((shares - shares[centres[0]]) ** 2).sum(axis=1)
     nearest = distance.copy()
@@ -156,12 +201,11 @@ def _first_owners(
     return owner
 
 
-def _cover(
-    keeps: list[Rows], shares: Floats, weights: npt.NDArray[np.float64], owner: npt.NDArray[np.int64], protected: Rows
-) -> list[Rows]:
+def _cover(keeps: list[Rows], traffic: _Traffic, owner: Ints) -> list[Rows]:
     """Give every expert a home, by taking the places of those that are on several nodes and matter least there."""
+    protected = traffic.protected
     shape = protected.shape
-    wanted = [((owner == node) * weights) @ shares for node in range(len(keeps))]
+    wanted = [((owner == node) * traffic.weights) @ traffic.shares for node in range(len(keeps))]
     scores = [w.reshape(shape) / max(w.sum(), 1e-30) for w in wanted]
     out = [keep.copy() for keep in keeps]
     for row in range(shape[0]):

@@ -87,6 +87,12 @@ def expert_layers(layout: MoeLayout) -> list[int]:
     return sorted({tensor.layer for tensor in layout.tensors})
 
 
+def held_range(keep: Keep, layers: Sequence[int]) -> tuple[int, int]:
+    """Return the fewest and the most experts that any of these layers holds."""
+    counts = keep[list(layers)].sum(axis=1)
+    return int(counts.min()), int(counts.max())
+
+
 def format_keep(keep: npt.ArrayLike) -> str:
     """Write a keep as the lines that `parse_keep` reads, each with its layer: ``"0: 0-63,70\\n1: all\\n"``.
 

@@ -78,7 +78,7 @@ def _part_of(path: str, keep: KeepSpec, n_expert_used: int) -> Origin:
     file = GGUFMap(path)
     layout = file.moe_layout()
     held = parse_keep(keep, layout.n_layer, layout.n_expert, moe_layers=expert_layers(layout))
-    return Origin(path, _core.shard_segments(file, held, n_expert_used=n_expert_used)[0], held)
+    return Origin(path, _core.shard_segments(file, held, n_expert_used=n_expert_used, per_layer=True)[0], held)
 
 
 def _held(file: GGUFMap) -> Keep | None:

@@ -55,7 +55,7 @@ class Model:
             path: a GGUF file, or the first part (``-00001-of-0000N.gguf``) of one.
             keep: load only these experts, as `moeshard.split` would write them but without a file: only their bytes are
                 read, and the memory used is that of the shard. The model then has that many experts, numbered anew in
-                their order: see `expert_ids`.
+                their order: see `expert_ids`. Layers may keep different numbers of them.
             trunk, experts: instead of `path`, the two files of a shard whose trunk was written once.
             n_expert_used: experts per token, in every layer that routes, instead of what the model says.
             n_ctx: tokens that a sequence can hold; by default what the model was trained on, at most 4096. A longer
@@ -115,12 +115,14 @@ class Model:
     def expert_ids(self) -> npt.NDArray[np.int32]:
         """Int32 (n_layer, n_expert): which expert of the whole model each expert of this one is.
 
-        The numbers themselves for a whole model, those kept, ascending, for a shard; -1 in layers without experts.
+        The numbers themselves for a whole model, those kept, ascending, for a shard; -1 in layers without experts, and
+        behind the last where a layer of a shard holds fewer than others.
         """
         ids = np.full((self.n_layer, self.n_expert), -1, dtype=np.int32)
         held = self._origin.held
         for layer in self.moe_layers:
-            ids[layer] = np.arange(self.n_expert) if held is None else np.flatnonzero(held[layer])
+            own = np.arange(self.n_expert) if held is None else np.flatnonzero(held[layer])
+            ids[layer, : own.size] = own
         return ids
 
     @property
@@ -140,8 +142,18 @@ class Model:
 
     @property
     def n_expert(self) -> int:
-        """Experts per MoE layer: the columns of a keep. 0 for a dense model."""
+        """Experts per MoE layer: the columns of a keep. 0 for a dense model.
+
+        In a shard whose layers hold different numbers (``routing.expert_counts``) it is the largest of them, and what a
+        keep says of experts that a layer does not have carries no meaning.
+        """
         return self.routing.n_expert
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no expert of the model was left out."""
+        held = self._origin.held
+        return held is None or bool(held[self.moe_layers].all())
 
     @property
     def n_expert_used(self) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from moeshard import _core
 from moeshard._core import GGUFMap, MoeshardError
 from moeshard.fingerprint import identify
-from moeshard.keep import Keep
+from moeshard.keep import Keep, held_range
 from moeshard.plan import Plan, PlanNode
 from moeshard.splitting import TRUNK_FILE, shard_name
 
@@ -65,8 +65,8 @@ def plan_nodes(model: Model, plan: Plan, shards: str | os.PathLike[str] | None =
         MoeshardError: the plan is for another model, or a shard is missing or not what the plan says of its node.
     """
     plan.check(identify(GGUFMap(model.path)))
-    if model.n_expert != plan.model.n_expert:
-        raise MoeshardError(f"{model.path}: only {model.n_expert} of its experts are loaded; load the whole model")
+    if not model.is_whole:
+        raise MoeshardError(f"{model.path}: only some of its experts are loaded; load the whole model")
     if shards is None:
         return masked_nodes(model, [node.keep for node in plan.nodes], [node.n_expert_used for node in plan.nodes])
     return [_open_shard(model, plan, node, os.fspath(shards)) for node in plan.nodes]
@@ -99,7 +99,7 @@ def _open_shard(model: Model, plan: Plan, node: PlanNode, folder: str) -> NodeMo
     else:
         shard = model.sibling(path)
     # Where a shard holds fewer experts than a token uses, it was written with --clamp.
-    wanted = min(node.n_expert_used or model.n_expert_used, shard.n_expert)
+    wanted = min(node.n_expert_used or model.n_expert_used, held_range(node.keep, layers)[0])
     if shard.n_expert_used != wanted:
         raise MoeshardError(
             f"{path}: uses {shard.n_expert_used} experts per token, but node '{node.name}' of the plan {wanted}; write "

@@ -15,6 +15,8 @@ from moeshard.files import write_atomically
 from moeshard.keep import Keep, format_ids, format_row, parse_row
 
 VERSION = 1
+PER_LAYER = "per_layer"
+"""True among the parameters of a plan whose nodes may hold different numbers of experts in different layers."""
 
 # A node's name becomes part of a file name.
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", re.ASCII)
@@ -94,6 +96,11 @@ class Plan:
                     f"different in more than upper and lower case"
                 )
         _check_other(self.extra, _PLAN_KEYS, "extra")
+
+    @property
+    def is_per_layer(self) -> bool:
+        """Whether nodes were meant to hold different numbers of experts in different layers."""
+        return self.parameters.get(PER_LAYER) is True
 
     def to_json(self) -> str:
         """Write the plan as `read_plan` reads it. Rows of layers that do not route are not written.

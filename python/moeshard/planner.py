@@ -5,23 +5,26 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from moeshard._core import GGUFMap, MoeshardError
-from moeshard.budget import Memory, Use, largest_keep, shard_memory
+from moeshard.budget import Memory, Use, fit, largest_keep, shard_memory
+from moeshard.choosing import Rows, across_layers
 from moeshard.embedded import model_name
 from moeshard.fingerprint import identify
 from moeshard.islands import islands
-from moeshard.keep import Keep
-from moeshard.plan import ModelIdentity, Plan, PlanNode
+from moeshard.keep import Keep, held_range
+from moeshard.plan import PER_LAYER, ModelIdentity, Plan, PlanNode
 from moeshard.profile import Profile
-from moeshard.strategies import STRATEGIES, Rows
+from moeshard.strategies import STRATEGIES
 
 ISLANDS = "islands"
 STRATEGY_NAMES = (ISLANDS, *STRATEGIES)
+PER_LAYER_STRATEGIES = (ISLANDS, "ranked", "reap")
 
 
 def choose_experts(
@@ -30,6 +33,7 @@ def choose_experts(
     strategy: str = ISLANDS,
     *,
     expert_groups: int = 1,
+    fewest: int | None = None,
     **options: Any,
 ) -> list[Keep]:
     """Choose the experts of nodes. A pure function.
@@ -40,13 +44,15 @@ def choose_experts(
         strategy: one of `STRATEGY_NAMES`; docs/plans.md says what each does.
         expert_groups: into how many groups of experts the model divides each layer (DeepSeek-V3); each node holds
             equally many of every group. 0 or 1: none.
+        fewest: layers may hold different numbers of experts, at least so many each; `sizes` are then means over layers.
+            None: all layers of a node hold equally many.
         options: of `moeshard.islands.islands` for that strategy; ``core`` for ``shared-core``.
 
     Returns:
         Per node: bool (n_layer, n_expert); layers that the profile does not cover hold the experts of lowest ids.
 
     Raises:
-        MoeshardError: an unknown strategy, or sizes that the model cannot have.
+        MoeshardError: an unknown strategy, or one that cannot do it; sizes that the model cannot have.
     """
     if strategy not in STRATEGY_NAMES:
         raise MoeshardError(f"unknown strategy '{strategy}'; choose from {', '.join(STRATEGY_NAMES)}")
@@ -58,6 +64,9 @@ def choose_experts(
                 f"a node cannot hold {size} of {n_expert} experts"
                 + (f" in {groups} groups of equal size" if groups > 1 else "")
             )
+    if fewest is not None:
+        _check_per_layer(strategy, groups)
+        options |= {"fewest": fewest} if strategy == ISLANDS else {"choose": partial(across_layers, fewest=fewest)}
     divided = _regrouped(profile, groups)
     own = [size // groups for size in sizes]
     if strategy == ISLANDS:
@@ -65,6 +74,19 @@ def choose_experts(
     else:
         chosen = STRATEGIES[strategy](divided, own, **options)
     return [_whole(rows, profile, size, groups) for rows, size in zip(chosen, sizes, strict=True)]
+
+
+def _check_per_layer(strategy: str, groups: int) -> None:
+    if strategy not in PER_LAYER_STRATEGIES:
+        raise MoeshardError(
+            f"strategy '{strategy}' gives every layer of a node equally many experts; for layers of different size "
+            f"(--per-layer) choose from {', '.join(PER_LAYER_STRATEGIES)}"
+        )
+    if groups > 1:
+        raise MoeshardError(
+            f"the model chooses among {groups} groups of experts, which are equally large; its layers cannot be of "
+            f"different size (--per-layer)"
+        )
 
 
 def make_plan(
@@ -76,6 +98,7 @@ def make_plan(
     strategy: str = ISLANDS,
     use: Use | None = None,
     n_expert_used: int | None = None,
+    per_layer: bool = False,
     **options: Any,
 ) -> Plan:
     """Plan nodes for a model.
@@ -89,6 +112,8 @@ def make_plan(
         strategy: see `choose_experts`.
         use: what else takes memory on a node.
         n_expert_used: experts per token on every node; None: as many as the model says.
+        per_layer: layers may hold different numbers of experts; `n_keep`, or what fits, is then the mean of a node's.
+            Only moeshard loads such shards.
         options: see `choose_experts`.
 
     Raises:
@@ -115,10 +140,24 @@ def make_plan(
     for size in n_keep:
         if size < fewest:
             raise MoeshardError(f"a node cannot do with {size} experts per layer: a token uses {fewest}")
-    keeps = choose_experts(profile, n_keep, strategy, expert_groups=groups, **options)
+
+    def choose(sizes: Sequence[int]) -> list[Keep]:
+        return choose_experts(
+            profile, sizes, strategy, expert_groups=groups, fewest=fewest if per_layer else None, **options
+        )
+
+    def exact(keep: Keep) -> Memory:
+        return shard_memory(source, keep, use, n_expert_used)
+
+    if per_layer:
+        n_keep, keeps, memories = fit(n_keep, budgets, fewest, sum(layout.per_expert_bytes), choose, exact)
+    else:
+        keeps, memories = choose(n_keep), [memory(size) for size in n_keep]
     nodes = []
     for index, keep in enumerate(keeps):
-        facts = _facts(profile, keep, memory(n_keep[index]))
+        facts = _facts(profile, keep, memories[index])
+        if per_layer:
+            facts["experts"] = dict(zip(("fewest", "most"), held_range(keep, identity.moe_layers), strict=True))
         if budgets is not None:
             facts["budget"] = budgets[index]
         nodes.append(PlanNode(f"node-{index}", keep, n_expert_used, facts))
@@ -129,6 +168,8 @@ def make_plan(
         **vars(use),
         **options,
     }
+    if per_layer:
+        parameters[PER_LAYER] = True
     return Plan(nodes, strategy, parameters, replace(identity, facts={"path": model_name(source.path)}))
 
 
@@ -159,7 +200,12 @@ def _regrouped(profile: Profile, groups: int) -> Profile:
     n_seq, n_rows, n_expert = profile.count.shape
     size = n_expert // groups
     n_domain = len(profile.domains)
-    blocks = profile.together.reshape(n_domain, n_rows, groups, size, groups, size)
+
+    def within(pairs: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        blocks = pairs.reshape(n_domain, n_rows, groups, size, groups, size)
+        diagonal: npt.NDArray[Any] = np.einsum("dmgagb->dmgab", blocks).reshape(n_domain, n_rows * groups, size, size)
+        return diagonal
+
     return Profile(
         replace(profile.model, n_expert=size),
         profile.domains,
@@ -169,9 +215,11 @@ def _regrouped(profile: Profile, groups: int) -> Profile:
         profile.count.reshape(n_seq, n_rows * groups, size),
         profile.mass.reshape(n_seq, n_rows * groups, size),
         profile.saliency.reshape(n_seq, n_rows * groups, size),
+        profile.energy.reshape(n_seq, n_rows * groups, size),
         np.repeat(profile.entropy, groups, axis=1),
         profile.peak.reshape(n_domain, n_rows * groups, size),
-        np.einsum("dmgagb->dmgab", blocks).reshape(n_domain, n_rows * groups, size, size),
+        within(profile.together),
+        within(profile.cosaliency),
         profile.facts,
     )
 

@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from moeshard._core import MoeshardError
-from moeshard.documents import check_version, expect, parse_document, take
+from moeshard.documents import check_version, expect, parse_document, parse_named, take
 from moeshard.files import write_atomically
 from moeshard.plan import ModelIdentity, model_from_json, model_to_json
 
-VERSION = 1
+VERSION = 2
 _KEY = "moeshard_profile"
 RANKINGS = ("saliency", "mass", "count", "reap")
 """What `Profile.scores` ranks by."""
@@ -33,7 +33,7 @@ class Profile:
     """Routing statistics of S sequences of text in D domains, over the M layers of a model that were looked at.
 
     Sums are over the tokens of a sequence. E is the number of experts of the model, a token's *weight* of an expert
-    what its output is multiplied by, and *norm* the L2 norm of that output before.
+    what its output is multiplied by, *norm* the L2 norm of that output before, and its *contribution* weight · norm.
     """
 
     model: ModelIdentity
@@ -49,13 +49,18 @@ class Profile:
     mass: Floats
     """float32 (S, M, E): sum of the expert's weights."""
     saliency: Floats
-    """float32 (S, M, E): sum of weight · norm, what REAP (arXiv 2510.13999) ranks by, before its mean."""
+    """float32 (S, M, E): sum of contributions, what REAP (arXiv 2510.13999) ranks by, before its mean."""
+    energy: Floats
+    """float32 (S, M, E): sum of the squares of contributions."""
     entropy: Floats
     """float32 (S, M): sum of the entropies of the router's distribution, nats."""
     peak: Floats
     """float32 (D, M, E): the largest norm; a few "super experts" (arXiv 2507.23279) stand out by far."""
     together: Ints
     """int32 (D, M, E, E): tokens that chose both experts; the diagonal is how many chose the one."""
+    cosaliency: Floats
+    """float32 (D, M, E, E): sum over tokens of the product of both experts' contributions; the diagonal is the sum of
+    `energy`. What a token would lose by experts that are dropped together; see `moeshard.cosaliency`."""
     facts: dict[str, Any] = field(default_factory=dict)
     """How the profile was made: JSON values."""
 
@@ -139,11 +144,13 @@ _AXES = {
     "count": "SME",
     "mass": "SME",
     "saliency": "SME",
+    "energy": "SME",
     "entropy": "SM",
     "peak": "DME",
     "together": "DMEE",
+    "cosaliency": "DMEE",
 }
-_KINDS = {"mass": "f", "saliency": "f", "entropy": "f", "peak": "f"}
+_FLOATS = ("mass", "saliency", "energy", "entropy", "peak", "cosaliency")
 
 
 def read_profile(path: str | os.PathLike[str]) -> Profile:
@@ -160,17 +167,13 @@ def read_profile(path: str | os.PathLike[str]) -> Profile:
         with np.load(name, allow_pickle=False) as file:
             if "head" not in file or "saliency_by_sequence" not in file:
                 raise MoeshardError(f"{name}: is not a profile; `moeshard analyze` makes one")
-            head = str(file["head"])
+            model, domains, facts = parse_named(name, "profile", str(file["head"]), _read_head)
             arrays = {key: file["saliency_by_sequence" if key == "saliency" else key] for key in _ARRAYS}
     except OSError as error:
         raise MoeshardError(f"cannot read profile '{name}': {error.strerror or error}") from error
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise MoeshardError(f"{name}: is not a profile, or it is damaged: {error}") from error
-    try:
-        model, domains, facts = _read_head(head)
-        profile = Profile(model, domains, facts=facts, **arrays)
-    except MoeshardError as error:
-        raise MoeshardError(f"profile '{name}': {error}") from error
+    profile = Profile(model, domains, facts=facts, **arrays)
     _check_shapes(profile, name)
     return profile
 
@@ -194,7 +197,7 @@ def _check_shapes(profile: Profile, name: str) -> None:
     for key, axes in _AXES.items():
         array = getattr(profile, key)
         shape = tuple(sizes[axis] for axis in axes)
-        kind = _KINDS.get(key, "i")
+        kind = "f" if key in _FLOATS else "i"
         if array.shape != shape or array.dtype.kind != kind:
             raise MoeshardError(f"{name}: is a damaged profile: '{key}' is {array.dtype} {array.shape}, not {shape}")
         if kind == "f" and not np.isfinite(array).all():

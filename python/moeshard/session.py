@@ -28,12 +28,16 @@ class Statistics:
     """float64 (S, M, E)."""
     saliency: npt.NDArray[np.float64]
     """float64 (S, M, E)."""
+    energy: npt.NDArray[np.float64]
+    """float64 (S, M, E)."""
     entropy: npt.NDArray[np.float64]
     """float64 (S, M), nats."""
     peak: npt.NDArray[np.float32]
     """float32 (M, E)."""
     together: npt.NDArray[np.int32]
     """int32 (M, E, E)."""
+    cosaliency: npt.NDArray[np.float32]
+    """float32 (M, E, E)."""
 
 
 class Session:

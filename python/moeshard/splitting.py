@@ -16,7 +16,7 @@ import numpy as np
 from moeshard import _core
 from moeshard._core import GGUFMap, MoeshardError, SegmentList
 from moeshard.fingerprint import identify
-from moeshard.keep import Keep, KeepSpec, parse_keep
+from moeshard.keep import Keep, KeepSpec, held_range, parse_keep
 from moeshard.plan import ModelIdentity, Plan, PlanNode
 
 Progress = Callable[[int, int], object]
@@ -40,7 +40,9 @@ class ShardFile:
     bytes: int
     """Of all its files together."""
     n_expert: int
-    """Experts held per layer; 0 for a trunk."""
+    """Experts held per layer, by the layer that holds most; 0 for a trunk."""
+    n_expert_fewest: int
+    """Experts held by the layer that holds fewest."""
     n_segments: int
     """Pieces that it is copied from."""
 
@@ -61,6 +63,7 @@ def split(
     names: Sequence[str] | None = None,
     n_expert_used: int | None = None,
     clamp: bool = False,
+    per_layer: bool = False,
     trunk_once: bool = False,
     max_file_size: int | None = None,
     only: int | None = None,
@@ -82,6 +85,8 @@ def split(
         names: of the shards, ``group-0`` and so on by default; the files are called ``MODEL.NAME.gguf``.
         n_expert_used: experts per token that the shards ask for; None: as many as the model says (or the plan).
         clamp: where fewer experts are held than a token uses, use those; without it that is an error.
+        per_layer: layers may hold different numbers of experts. Such shards are loaded by moeshard only; stock
+            llama.cpp refuses them. A plan that was made so needs no word here.
         trunk_once: write what all shards share once, as ``trunk.gguf``, and files of experts only, to be loaded by
             ``moeshard.Model(trunk=…, experts=…)``.
         max_file_size: bytes; a larger shard becomes several numbered parts.
@@ -95,8 +100,9 @@ def split(
         What was written, the trunk first where there is one.
 
     Raises:
-        MoeshardError: the model is damaged, dense or itself a shard; a keep does not fit; layers or expert groups of a
-            keep hold unequal numbers of experts; a file exists or cannot be written. Nothing is left behind then.
+        MoeshardError: the model is damaged, dense or itself a shard; a keep does not fit; layers (without `per_layer`)
+            or expert groups of a keep hold unequal numbers of experts; a file exists or cannot be written. Nothing is
+            left behind then.
     """
     source = model if isinstance(model, GGUFMap) else GGUFMap(model)
     identity = identify(source)
@@ -108,7 +114,7 @@ def split(
     plan = _as_plan(keeps, identity, names, n_expert_used, single)
     plan.check(identity)
     nodes = _chosen(plan.nodes, only)
-    laid_out = lay_out(source, plan, nodes, out, single, clamp, trunk_once, max_file_size or 0)
+    laid_out = lay_out(source, plan, nodes, out, single, clamp, per_layer, trunk_once, max_file_size or 0)
     if not dry_run:
         if not single:
             _make_folder(out)
@@ -125,6 +131,7 @@ def lay_out(
     out: str | os.PathLike[str],
     single: bool,
     clamp: bool,
+    per_layer: bool,
     trunk_once: bool,
     max_file_size: int,
 ) -> list[Shards]:
@@ -135,7 +142,7 @@ def lay_out(
         files = _core.shard_segments(
             source, None, kind=TRUNK, max_file_size=max_file_size, notes=notes_of(plan.model, plan, None)
         )
-        laid_out.append(_shards(TRUNK, TRUNK, files, os.path.join(folder, TRUNK_FILE), 0))
+        laid_out.append(_shards(TRUNK, TRUNK, files, os.path.join(folder, TRUNK_FILE), (0, 0)))
     kind = "experts" if trunk_once else "shard"
     for node in nodes:
         files = _core.shard_segments(
@@ -144,12 +151,13 @@ def lay_out(
             kind=kind,
             n_expert_used=node.n_expert_used or 0,
             clamp=clamp,
+            per_layer=per_layer or plan.is_per_layer,
             max_file_size=max_file_size,
             notes=notes_of(plan.model, plan, node),
         )
         path = folder if single else os.path.join(folder, shard_name(source.path, node.name))
-        n_expert = int(node.keep[plan.model.moe_layers[0]].sum())
-        laid_out.append(_shards(node.name, kind, files, path, n_expert))
+        held = held_range(node.keep, plan.model.moe_layers)
+        laid_out.append(_shards(node.name, kind, files, path, held))
     return laid_out
 
 
@@ -209,10 +217,11 @@ def _chosen(nodes: Sequence[PlanNode], only: int | None) -> Sequence[PlanNode]:
     return [nodes[only]]
 
 
-def _shards(name: str, kind: str, files: list[SegmentList], path: str, n_expert: int) -> Shards:
+def _shards(name: str, kind: str, files: list[SegmentList], path: str, held: tuple[int, int]) -> Shards:
     paths = [path] if len(files) == 1 else [_core.part_path(path, i, len(files)) for i in range(len(files))]
+    fewest, most = held
     n_segments = sum(len(file.segments) for file in files)
-    facts = ShardFile(name, kind, tuple(paths), sum(file.size for file in files), n_expert, n_segments)
+    facts = ShardFile(name, kind, tuple(paths), sum(file.size for file in files), most, fewest, n_segments)
     return Shards(facts, files)
 
 

@@ -12,16 +12,20 @@ import numpy as np
 import numpy.typing as npt
 
 from moeshard._core import MoeshardError
+from moeshard.choosing import Chooser, Rows
 from moeshard.profile import Doubles, Profile
-
-Rows = npt.NDArray[np.bool_]
 
 SUPER_EXPERT = 10.0
 """An expert whose largest output is so many times its layer's median is a super expert: dropping one ruins a model."""
 
 
-def best(scores: Doubles, size: int) -> Rows:
-    """Return bool (M, E): the `size` experts of highest score in each row, lower ids first among equals."""
+def best(scores: Doubles, size: int, protected: Rows | None = None) -> Rows:
+    """Return bool (M, E): the `size` experts of highest score in each row, lower ids first among equals.
+
+    `protected` ones, bool (M, E), come before all others.
+    """
+    if protected is not None:
+        scores = np.where(protected, np.inf, scores.reshape(protected.shape))
     order = np.argsort(-scores, axis=1, kind="stable")[:, :size]
     keep = np.zeros(scores.shape, dtype=bool)
     np.put_along_axis(keep, order, True, axis=1)
@@ -53,14 +57,14 @@ def contiguous(profile: Profile, sizes: Sequence[int]) -> list[Rows]:
     return keeps
 
 
-def ranked(profile: Profile, sizes: Sequence[int]) -> list[Rows]:
+def ranked(profile: Profile, sizes: Sequence[int], choose: Chooser = best) -> list[Rows]:
     """The same best experts by saliency on every node."""
-    return [best(profile.total("saliency"), size) for size in sizes]
+    return [choose(profile.total("saliency"), size) for size in sizes]
 
 
-def reap(profile: Profile, sizes: Sequence[int]) -> list[Rows]:
+def reap(profile: Profile, sizes: Sequence[int], choose: Chooser = best) -> list[Rows]:
     """The same best experts by their mean contribution where chosen (REAP, arXiv 2510.13999) on every node."""
-    return [best(profile.scores("reap"), size) for size in sizes]
+    return [choose(profile.scores("reap"), size) for size in sizes]
 
 
 def snake(profile: Profile, sizes: Sequence[int]) -> list[Rows]:

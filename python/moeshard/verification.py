@@ -10,6 +10,7 @@ import numpy as np
 from moeshard import _core
 from moeshard._core import GGUFMap, MoeshardError, SegmentList, ShardFacts
 from moeshard.fingerprint import fingerprint
+from moeshard.keep import held_range
 from moeshard.splitting import Progress
 
 # Of the largest logit. Without some experts, sums are made in another order (a softmax over fewer numbers, a product
@@ -44,7 +45,9 @@ class Verification:
     kind: str
     bytes: int
     n_expert: int
-    """Held per layer."""
+    """Held per layer; by the layer that holds most."""
+    n_expert_fewest: int
+    """Held by the layer that holds fewest."""
     n_expert_source: int
     logits: LogitCheck | None = None
 
@@ -81,14 +84,14 @@ def verify(
     if notes.get("fingerprint", "") != fingerprint(model):
         raise MoeshardError(f"{file.path}: was not taken from {model.path}: their fingerprints differ")
     _compare(file, lay_out_again(model, file, facts), model, facts, progress)
-    held = int(facts.keep[facts.layers[0]].sum()) if facts.kind != "trunk" else 0
+    fewest, most = held_range(facts.keep, facts.layers) if facts.kind != "trunk" else (0, 0)
     check = None
     if logits:
         if facts.kind != "shard":
             raise MoeshardError(f"{file.path}: logits need a whole shard, this is a file of kind '{facts.kind}'")
         check = compare_logits(file, model, facts, n_threads)
     size = sum(part.size for part in file.parts)
-    return Verification(file.path, facts.kind, size, held, facts.n_expert, check)
+    return Verification(file.path, facts.kind, size, most, fewest, facts.n_expert, check)
 
 
 def lay_out_again(model: GGUFMap, file: GGUFMap, facts: ShardFacts) -> list[SegmentList]:
@@ -101,6 +104,7 @@ def lay_out_again(model: GGUFMap, file: GGUFMap, facts: ShardFacts) -> list[Segm
         facts.keep if facts.kind != "trunk" else None,
         kind=facts.kind,
         n_expert_used=used,
+        per_layer=True,
         max_file_size=max(part.size for part in file.parts) if len(file.parts) > 1 else 0,
         notes=facts.notes,
     )

@@ -116,7 +116,11 @@ uint32_t kept_in(uint32_t layer, const MoeLayout& layout, const Keep& keep) {
 uint32_t used_in(uint32_t layer, const MoeLayout& layout, const Keep& keep, const ShardParams& params) {
     uint32_t used = layout.n_expert_used[layer];
     if (used != 0 && params.n_expert_used != 0) used = params.n_expert_used;
-    return params.clamp ? std::min(used, kept_in(layer, layout, keep)) : used;
+    if (!params.clamp) return used;
+    for (const uint32_t other : layout.moe_layers) {
+        if (layout.n_expert_used[other] != 0) used = std::min(used, kept_in(other, layout, keep));
+    }
+    return used;
 }
 
 // What of the model's tensor a shard has; empty where the shard does not have it.
@@ -169,7 +173,7 @@ void check_shard(const gguf::GGUFMap& model, const MoeLayout& layout, const Keep
     require(own.tensors.size() == layout.tensors.size() && own.moe_layers == layout.moe_layers,
             "a shard's experts are found again");
     for (const uint32_t layer : layout.moe_layers) {
-        require(own.n_expert == kept_in(layer, layout, keep), "a shard counts its experts");
+        require(own.experts_in(layer) == kept_in(layer, layout, keep), "a shard counts its experts");
         require(own.n_expert_used[layer] == used_in(layer, layout, keep, params),
                 "a shard counts the experts of a token");
     }

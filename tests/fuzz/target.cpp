@@ -87,7 +87,8 @@ struct Halves {
     std::vector<uint8_t> rest;
 };
 
-// Equally many experts of each group (or of the whole) in every layer, chosen at random, and the others.
+// Equally many experts of each group (or of the whole) in every layer, chosen at random, and the others; now and then
+// another number in each layer.
 Halves random_halves(const MoeLayout& layout, Random& random) {
     const uint32_t groups = std::max(1U, layout.n_expert_groups);
     const uint32_t size = layout.n_expert / groups;
@@ -100,6 +101,9 @@ Halves random_halves(const MoeLayout& layout, Random& random) {
         std::copy(group.begin(), group.end(), halves.keep.begin() + static_cast<std::ptrdiff_t>(at));
     }
     if (random() % 16 == 0) halves.keep[random() % halves.keep.size()] ^= 1;
+    if (random() % 4 == 0) {
+        for (uint8_t& kept : halves.keep) kept = random() % 2;
+    }
     for (const uint8_t kept : halves.keep) halves.rest.push_back(kept ? 0 : 1);
     return halves;
 }
@@ -114,6 +118,7 @@ ShardParams random_params(Random& random) {
     params.clamp = random() % 2 == 0;
     if (random() % 8 == 0) params.n_expert_used = 1 + random() % (random() % 2 == 0 ? 9 : 300);
     if (random() % 4 == 0) params.max_file_size = 1 << (8 + random() % 8);
+    params.per_layer = random() % 2 == 0;
     if (random() % 2 == 0) params.notes = {{"fingerprint", "of the model"}};
     return params;
 }
@@ -128,6 +133,7 @@ SegmentList shard_of(const GGUFMap& model, const Keep& keep, ShardKind kind) {
     ShardParams params;
     params.kind = kind;
     params.clamp = true;
+    params.per_layer = true;
     return std::move(shard_segments(model, keep, params).front());
 }
 
@@ -313,6 +319,10 @@ std::vector<std::string> shard_inputs() {
         add(half, ShardKind::kTrunk);
         add(rest, ShardKind::kExperts);
         add(half, ShardKind::kExperts);
+        std::vector<uint8_t> unequal = half;
+        std::fill_n(unequal.begin(), layout.n_expert, 1);
+        add(unequal, ShardKind::kShard);
+        add(unequal, ShardKind::kExperts);
 
         ShardParams params;
         params.clamp = true;

@@ -50,9 +50,9 @@ KEEPS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "one layer too many": (np.ones((3, 8), dtype=bool), {}, r"\(3, 8\)"),
     "one expert too many": (np.ones((2, 9), dtype=bool), {}, r"\(2, 9\)"),
     "uneven": ("0: 0-3\n1: 0-4", {}, "model.gguf: layer 0 keeps 4 experts and layer 1 keeps 5"),
-    "nothing in a layer": ("0: 0-3\n1: none", {}, "layer 0 keeps 4 experts and layer 1 keeps 0"),
+    "nothing in a layer": ("0: 0-3\n1: none", {}, "model.gguf: the keep holds no experts in layer 1"),
     "nothing": ("none", {}, "model.gguf: the keep holds no experts|keeps? (no|0) experts"),
-    "fewer than a token uses": ("3", {}, "model.gguf: the keep holds 1 experts per layer, but a token uses 2 .*clamp"),
+    "fewer than a token uses": ("3", {}, "model.gguf: the keep holds 1 experts of layer 0, but a token uses 2.*clamp"),
     "told to use more": ("0-3", {"n_expert_used": 5}, "n_expert_used: a token cannot use 5 experts where .* holds 4"),
     "files too small": ("0-3", {"max_file_size": 1700}, "model.gguf: .* at most 1700 bytes is too small for tensor '"),
 }

@@ -78,6 +78,8 @@ def test_trunk_once(cli: Cli, tmp_path: Path) -> None:
     for shard in shards:
         assert cli("verify", shard["paths"][0], "--source", "tinymoe").code == 0
     assert cli("merge", *(shard["paths"][0] for shard in shards), "-o", tmp_path / "whole.gguf").code == 0
+    assert "none in this file, which is part of a model with 128" in cli("inspect", shards[0]["paths"][0]).out
+    assert "64 per layer, 8 per token" in cli("inspect", shards[1]["paths"][0]).out
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,18 @@ namespace moeshard {
 struct Routing {
     int32_t n_layer = 0;   // rows of a keep, next-token-prediction blocks included
     int32_t n_expert = 0;  // columns of a keep; 0 for a dense model
+    // Experts of each layer of a shard whose layers hold different numbers, the most being n_expert; empty for others.
+    std::vector<int32_t> expert_counts;
     // Experts chosen per token in each layer; 0 where the layer routes nothing.
     std::vector<int32_t> n_expert_used;
     // Grouped selection (DeepSeek-V3): the best n_group_used of n_group groups are searched for experts.
     int32_t n_group = 1;
     int32_t n_group_used = 1;
 
+    // Experts of a layer that routes. What a keep says of others, up to n_expert, carries no meaning.
+    int32_t experts_in(int32_t layer) const {
+        return expert_counts.empty() ? n_expert : expert_counts.at(static_cast<size_t>(layer));
+    }
     bool routes(int32_t layer) const { return n_expert_used.at(static_cast<size_t>(layer)) > 0; }
     // The layers that route, ascending.
     std::vector<int32_t> moe_layers() const;

@@ -56,6 +56,7 @@ struct MoeLayout {
     uint32_t n_layer = 0;                 // block_count: with next-token-prediction blocks
     uint32_t n_layer_nextn = 0;           // of them, at the end
     uint32_t n_expert = 0;                // 0: a dense model; what follows is then empty or 0
+    std::vector<uint32_t> expert_counts;  // per layer, of a shard whose layers hold different numbers; else empty
     std::vector<uint32_t> n_expert_used;  // per layer; 0 where nothing is routed
     uint32_t n_expert_groups = 0;         // 0 or 1: selection is not grouped
     uint32_t n_expert_groups_used = 0;
@@ -72,7 +73,13 @@ struct MoeLayout {
     uint64_t trunk_bytes = 0;                // all that is not experts, routers included
     uint64_t expert_bytes = 0;               // kSlab, kPerExpert and kChunkSlab
     std::vector<uint64_t> per_expert_bytes;  // per layer: of one expert, its chunk not counted
+
+    // Experts of a layer that routes.
+    uint32_t experts_in(uint32_t layer) const { return expert_counts.empty() ? n_expert : expert_counts.at(layer); }
 };
+
+// Why all layers of a shard of this model hold equally many experts, whoever reads it; empty where they need not.
+std::string why_equal(const MoeLayout& layout);
 
 // `name` stands for the file in messages.
 MoeLayout moe_layout(const gguf::Directory& metadata, const std::vector<gguf::Tensor>& tensors,

@@ -26,6 +26,8 @@ struct ShardParams {
     ShardKind kind = ShardKind::kShard;
     uint32_t n_expert_used = 0;  // experts per token that the shard asks for; 0: as the model does
     bool clamp = false;          // where fewer experts are kept than a token uses, use those
+    // Layers may keep different numbers of experts. Only moeshard loads such a shard, stock llama.cpp refuses it.
+    bool per_layer = false;
     uint64_t max_file_size = 0;  // bytes; a larger shard becomes several parts. 0: always one file
     // Further texts to write down in the metadata, each under "moeshard." and its name.
     std::vector<std::pair<std::string, std::string>> notes;
@@ -33,8 +35,9 @@ struct ShardParams {
 
 // The files of the shard of `model` that holds `keep`. A keep of kTrunk is not looked at. The metadata is that of the
 // model, but for the counts of experts, and says under "moeshard." what is held and what the counts were. Throws Error
-// where the keep does not fit (see Keep::check), where layers or expert groups keep unequal numbers of experts (a GGUF
-// has one count for all layers), and where no shard computes what the masked model does.
+// where the keep does not fit (see Keep::check), where layers keep unequal numbers of experts (a GGUF has one count for
+// all layers) and that was not asked for, where expert groups do, and where no shard computes what the masked model
+// does.
 std::vector<SegmentList> shard_segments(const gguf::GGUFMap& model, const Keep& keep, const ShardParams& params = {});
 
 // What decides which keeps fit, from the file alone.

@@ -10,7 +10,7 @@
 namespace moeshard {
 
 // Of the tokens of sequences 0 .. n_seq-1 in some layers of a model. Arrays are row-major; a *weight* is what an
-// expert's output is multiplied by, a *norm* the L2 norm of that output before.
+// expert's output is multiplied by, a *norm* the L2 norm of that output before, and a *contribution* weight x norm.
 class RoutingStatistics {
 public:
     // `scores_are_logits`: the router's scores have yet to go through a softmax (gpt-oss).
@@ -22,10 +22,12 @@ public:
 
     std::vector<int32_t> count;     // (n_seq, n_layers, n_expert): tokens that chose the expert
     std::vector<double> mass;       // the same shape: sum of its weights
-    std::vector<double> saliency;   // the same shape: sum of weight x norm
+    std::vector<double> saliency;   // the same shape: sum of its contributions
+    std::vector<double> energy;     // the same shape: sum of the squares of its contributions
     std::vector<double> entropy;    // (n_seq, n_layers): sum of the entropies of the router's distribution, nats
     std::vector<float> peak;        // (n_layers, n_expert): the largest norm
     std::vector<int32_t> together;  // (n_layers, n_expert, n_expert): tokens that chose both
+    std::vector<float> cosaliency;  // the same shape: sum of the products of both contributions
 
     const std::vector<int32_t>& layers() const { return layers_; }
     int32_t n_seq() const { return n_seq_; }

@@ -23,7 +23,8 @@ struct LayerTrace {
     std::vector<float> weights;  // (n_tokens, n_used), as the expert outputs are weighted
     // (n_tokens, n_expert) or empty: probabilities where the gating is a softmax over all experts, independent scores
     // where it is elementwise (sigmoid, sqrt-softplus), and the logits where the softmax comes after the selection.
-    // A dropped expert has 0 (-inf among logits).
+    // A dropped expert has 0 (-inf among logits), and so has one that the layer of a shard does not hold while others
+    // do.
     std::vector<float> probs;
     std::vector<float> norms;  // (n_tokens, n_used) or empty
 };

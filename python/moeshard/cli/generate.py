@@ -103,7 +103,8 @@ def _stream(answer: Generation) -> None:
 
 def _facts(answer: Generation, model: Model, mask: Keep | None, seed: int) -> dict[str, Any]:
     """What is worth knowing about a finished answer."""
-    held = None if mask is None else [int(mask[layer].sum()) for layer in model.moe_layers]
+    counts = model.routing.expert_counts
+    held = None if mask is None else [int(mask[layer, : counts[layer]].sum()) for layer in model.moe_layers]
     return {
         "prompt_tokens": len(answer.prompt_tokens),
         "tokens": answer.tokens.tolist(),
@@ -118,6 +119,8 @@ def _facts(answer: Generation, model: Model, mask: Keep | None, seed: int) -> di
 
 def _report(answer: Generation, model: Model, mask: Keep | None, seed: int) -> None:
     """Write the statistics in one line on stderr."""
+    from moeshard.cli.output import span
+
     facts = _facts(answer, model, mask, seed)
     parts = [
         f"prompt {facts['prompt_tokens']} tokens, {facts['prompt_tokens_per_second']:.0f} tokens/s",
@@ -126,6 +129,5 @@ def _report(answer: Generation, model: Model, mask: Keep | None, seed: int) -> N
     ]
     held = facts["experts_held"]
     if held:
-        span = f"{min(held)}" if min(held) == max(held) else f"{min(held)}-{max(held)}"
-        parts.append(f"{span} of {model.n_expert} experts per layer")
+        parts.append(f"{span(min(held), max(held))} of {model.n_expert} experts per layer")
     typer.secho("[" + " · ".join(parts) + "]", dim=True, err=True)

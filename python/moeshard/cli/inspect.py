@@ -56,6 +56,9 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
         facts.append(("context", f"{found.n_ctx_train} tokens in training"))
     if found.n_expert == 0:
         return [*facts, ("experts", "none: a dense model"), ("trunk weights", size(found.trunk_bytes))]
+    if not found.moe_layers:
+        held = f"none in this file, which is part of a model with {found.n_expert} per layer"
+        return [*facts, ("experts", held), ("trunk weights", size(found.trunk_bytes))]
     whole = found.trunk_bytes + found.expert_bytes
     return [
         *facts,
@@ -70,8 +73,11 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
 
 
 def _experts(found: Inspection) -> str:
+    from moeshard.cli.output import span
+
     used = sorted({found.n_expert_used[layer] for layer in found.moe_layers} - {0})
-    text = f"{found.n_expert} per layer, {' or '.join(map(str, used))} per token"
+    held = span(min(found.expert_counts[layer] for layer in found.moe_layers), found.n_expert)
+    text = f"{held} per layer, {' or '.join(map(str, used))} per token"
     if found.n_expert_shared:
         text += f", and {found.n_expert_shared} shared (in the trunk)"
     return text

@@ -84,6 +84,11 @@ def size(n_bytes: float) -> str:
     return f"{n_bytes:.0f} B"
 
 
+def span(fewest: int, most: int) -> str:
+    """Write how many experts layers hold: ``32``, or ``9-58`` where it is not equally many."""
+    return str(most) if fewest == most else f"{fewest}-{most}"
+
+
 @contextmanager
 def progress() -> Iterator[Update]:
     """Show a bar on stderr while the block runs, if that is a terminal and the block is not done soon."""

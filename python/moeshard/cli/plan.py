@@ -22,6 +22,14 @@ def plan(
     nodes: Annotated[
         str | None, typer.Option(help="Memory of each node, such as 24GiB,64GiB; each is given what fits.")
     ] = None,
+    per_layer: Annotated[
+        bool,
+        typer.Option(
+            "--per-layer",
+            help="islands, ranked, reap: --keep, or what fits, is the mean over a node's layers; those that need more "
+            "hold more. Only moeshard loads such shards.",
+        ),
+    ] = False,
     strategy: Annotated[
         str,
         typer.Option(help="islands, contiguous, balanced, ranked, snake, shared-core, reap or coactivation."),
@@ -67,6 +75,7 @@ def plan(
         strategy=strategy,
         use=Use(n_ctx=ctx, n_seq=parallel),
         n_expert_used=experts_used,
+        per_layer=per_layer,
         **options,
     )
     made.write(out, force=force)
@@ -83,6 +92,13 @@ def _facts(made: Plan, index: int) -> dict[str, Any]:
     return {"name": node.name, "n_expert": made.parameters["n_keep"][index], **node.facts}
 
 
+def _held(facts: dict[str, Any], n_expert: int) -> str:
+    from moeshard.cli.output import span
+
+    held = facts.get("experts")
+    return f"{facts['n_expert']} of {n_expert}" if held is None else span(held["fewest"], held["most"])
+
+
 def _report(made: Plan, out: Path) -> None:
     from moeshard.cli.output import console, plain_table, size
 
@@ -94,8 +110,7 @@ def _report(made: Plan, out: Path) -> None:
     for index, node in enumerate(made.nodes):
         facts = _facts(made, index)
         shares = [f"{facts['captured'][name]:.0%}" for name in domains]
-        experts = f"{facts['n_expert']} of {made.model.n_expert}"
-        table.add_row(node.name, experts, size(facts["memory"]["total"]), *shares)
+        table.add_row(node.name, _held(facts, made.model.n_expert), size(facts["memory"]["total"]), *shares)
     console().print(table)
     typer.secho(
         f"[{made.strategy}; {out}; write the shards with: moeshard split MODEL -o DIR --plan {out}]", dim=True, err=True

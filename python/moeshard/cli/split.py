@@ -44,6 +44,14 @@ def split(
             "--balance", help="Change --keep as little as makes all layers (and expert groups) hold equally many."
         ),
     ] = False,
+    per_layer: Annotated[
+        bool,
+        typer.Option(
+            "--per-layer",
+            help="Layers of --keep (or of a plan that was not made so) may hold different numbers of experts. Such a "
+            "shard is loaded by moeshard only.",
+        ),
+    ] = False,
     plan: Annotated[Path | None, typer.Option(help="The shards that a plan file describes.")] = None,
     only: Annotated[int | None, typer.Option(min=0, help="Write this shard alone, counted from 0.")] = None,
     experts_used: Annotated[
@@ -74,6 +82,8 @@ def split(
         raise typer.BadParameter("--keep makes one file: --trunk-once and --only go with --groups or --plan")
     if balance and keep is None:
         raise typer.BadParameter("--balance goes with --keep: groups and plans are balanced already")
+    if per_layer and (balance or groups is not None):
+        raise typer.BadParameter("--per-layer goes with --keep without --balance, or with --plan")
     if plan is not None and experts_used is not None:
         raise typer.BadParameter("--experts-used goes with --groups or --keep: a plan says it for each node")
 
@@ -100,6 +110,7 @@ def split(
             out,
             n_expert_used=None if wanted is not None else experts_used,
             clamp=clamp,
+            per_layer=per_layer,
             trunk_once=trunk_once,
             max_file_size=max_file_size,
             only=only,
@@ -162,7 +173,7 @@ def _plan_is_new(plan: Plan, out: Path, given: Path | None, force: bool) -> bool
 
 
 def _report(source: GGUFMap, written: list[ShardFile], seconds: float, dry_run: bool) -> None:
-    from moeshard.cli.output import console, plain_table, size
+    from moeshard.cli.output import console, plain_table, size, span
 
     whole = sum(part.size for part in source.parts)
     n_expert = source.moe_layout().n_expert
@@ -173,7 +184,7 @@ def _report(source: GGUFMap, written: list[ShardFile], seconds: float, dry_run: 
     for shard in written:
         first, *others = shard.paths
         name = first if not others else f"{first} and {len(others)} more"
-        experts = f"{shard.n_expert} of {n_expert}" if shard.n_expert else ""
+        experts = f"{span(shard.n_expert_fewest, shard.n_expert)} of {n_expert}" if shard.n_expert else ""
         table.add_row(name, experts, size(shard.bytes), f"{shard.bytes / whole:.0%}")
     console().print(table)
     total = sum(shard.bytes for shard in written)

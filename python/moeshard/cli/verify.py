@@ -26,7 +26,7 @@ def verify(
     """
     from moeshard import MoeshardError
     from moeshard import verify as check
-    from moeshard.cli.output import print_json, progress, size
+    from moeshard.cli.output import print_json, progress, size, span
     from moeshard.embedded import resolve_model
 
     with progress() as update:
@@ -40,7 +40,8 @@ def verify(
     if as_json:
         print_json(asdict(found))
     else:
-        held = f", {found.n_expert} of {found.n_expert_source} experts per layer" if found.n_expert else ""
+        experts = f"{span(found.n_expert_fewest, found.n_expert)} of {found.n_expert_source} experts per layer"
+        held = f", {experts}" if found.n_expert else ""
         typer.echo(f"{found.path}: a {found.kind} of {source}{held}: all {size(found.bytes)} are the model's own")
         if found.logits is not None:
             difference = found.logits.largest_difference

@@ -1,0 +1,116 @@
+"""What is lost by experts that are dropped together: against every token, and on traffic whose best answer is known."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from moeshard.cosaliency import contributions, least_lost
+from moeshard.plan import ModelIdentity
+from moeshard.profile import Profile
+
+
+def profile_of_tokens(tokens: np.ndarray, domain: list[int]) -> Profile:
+    """A profile of sequences whose tokens have these contributions (S, T, M, E)."""
+    s, t, m, e = tokens.shape
+    d = max(domain) + 1
+    products = np.einsum("stma,stmb->smab", tokens, tokens)
+    return Profile(
+        model=ModelIdentity("made up", "qwen3moe", "0" * 64, m, e, list(range(m))),
+        domains=[f"domain-{i}" for i in range(d)],
+        layers=np.arange(m, dtype=np.int32),
+        domain=np.array(domain, dtype=np.int32),
+        n_tokens=np.full(s, t, dtype=np.int32),
+        count=(tokens > 0).sum(axis=1).astype(np.int32),
+        mass=tokens.sum(axis=1).astype(np.float32),
+        saliency=tokens.sum(axis=1).astype(np.float32),
+        energy=(tokens**2).sum(axis=1).astype(np.float32),
+        entropy=np.ones((s, m), dtype=np.float32),
+        peak=np.ones((d, m, e), dtype=np.float32),
+        together=np.zeros((d, m, e, e), dtype=np.int32),
+        cosaliency=np.stack([products[np.array(domain) == i].sum(axis=0) for i in range(d)]).astype(np.float32),
+    )
+
+
+@pytest.fixture
+def tokens() -> np.ndarray:
+    rng = np.random.default_rng(0)
+    values = rng.gamma(1.0, size=(2, 50, 3, 10))
+    return values * (rng.random(values.shape) < 0.3)
+
+
+def test_lost_is_the_square_of_what_each_token_misses(tokens: np.ndarray) -> None:
+    # With one sequence in each domain nothing is approximated.
+    parts = contributions(profile_of_tokens(tokens, [0, 1]), np.arange(2))
+    rng = np.random.default_rng(1)
+    for keep in rng.random((20, 3, 10)) < 0.5:
+        missed = (tokens * ~keep).sum(axis=3) ** 2
+        whole = tokens.sum(axis=3) ** 2
+        wanted = (missed.sum(axis=1) / whole.sum(axis=1)).mean(axis=1)
+        np.testing.assert_allclose(parts.lost(keep), wanted, rtol=1e-4)
+    assert parts.lost(np.ones((3, 10), dtype=bool)).tolist() == [0, 0]
+    np.testing.assert_allclose(parts.lost(np.zeros((3, 10), dtype=bool)), 1, rtol=1e-5)
+
+
+def test_products_are_what_lost_sums_up(tokens: np.ndarray) -> None:
+    parts = contributions(profile_of_tokens(tokens, [0, 1]), np.arange(2))
+    weights = np.array([0.25, 0.75])
+    keep = np.random.default_rng(2).random((3, 10)) < 0.5
+    dropped = (~keep).astype(float)
+    form = np.einsum("ma,mab,mb->", dropped, parts.products(weights), dropped)
+    assert form == pytest.approx(parts.lost(keep) @ weights, rel=1e-4)
+
+
+def test_as_good_as_the_best_of_all_choices(tokens: np.ndarray) -> None:
+    products = contributions(profile_of_tokens(tokens, [0, 1]), np.arange(2)).products(np.ones(2) / 2)
+    keep = least_lost(products, 4, np.zeros((3, 10), dtype=bool))
+    assert keep.sum(axis=1).tolist() == [4, 4, 4]
+    for row in range(3):
+        found = products[row][np.ix_(~keep[row], ~keep[row])].sum()
+        others = [products[row][np.ix_(out, out)].sum() for out in map(list, itertools.combinations(range(10), 6))]
+        assert found <= 1.02 * min(others)
+
+
+def test_every_token_keeps_something_rather_than_some_everything() -> None:
+    # Tokens of one kind use experts 0 and 1, those of the other 2 and 3, which contribute less.
+    tokens = np.zeros((1, 100, 1, 4))
+    tokens[0, :50, 0, :2], tokens[0, 50:, 0, 2:] = 1.1, 1.0
+    products = contributions(profile_of_tokens(tokens, [0]), np.arange(1)).products(np.ones(1))
+    keep = least_lost(products, 2, np.zeros((1, 4), dtype=bool))[0]
+    assert np.argsort(-tokens.sum(axis=(0, 1, 2)), kind="stable")[:2].tolist() == [0, 1], "what each alone says"
+    assert keep[:2].sum() == 1 and keep[2:].sum() == 1
+
+
+def test_protected_experts_stay(tokens: np.ndarray) -> None:
+    products = contributions(profile_of_tokens(tokens, [0, 1]), np.arange(2)).products(np.ones(2) / 2)
+    protected = np.zeros((3, 10), dtype=bool)
+    protected[:, [3, 8]] = True
+    assert least_lost(products, 4, protected)[:, [3, 8]].all()
+    # More than there is room for: those of most squares.
+    keep = least_lost(products, 4, np.ones((3, 10), dtype=bool))
+    assert keep.sum(axis=1).tolist() == [4, 4, 4]
+
+
+def test_layers_that_need_more_get_more(tokens: np.ndarray) -> None:
+    tokens[:, :, 1, 2:] *= 0.01  # two experts do nearly all in this layer
+    products = contributions(profile_of_tokens(tokens, [0, 1]), np.arange(2)).products(np.ones(2) / 2)
+    none = np.zeros((3, 10), dtype=bool)
+    even, free = least_lost(products, 5, none), least_lost(products, 5, none, fewest=2)
+    assert free.sum() == even.sum() == 15
+    assert free.sum(axis=1)[1] < 5 and free.sum(axis=1).min() >= 2
+
+    def lost(keep: np.ndarray) -> float:
+        return float(np.einsum("ma,mab,mb->", (~keep).astype(float), products, (~keep).astype(float)))
+
+    assert lost(free) < lost(even)
+
+
+def test_a_layer_without_contributions_is_no_error() -> None:
+    tokens = np.zeros((1, 10, 2, 6))
+    tokens[0, :, 0] = 1
+    parts = contributions(profile_of_tokens(tokens, [0]), np.arange(1))
+    keep = least_lost(parts.products(np.ones(1)), 3, np.zeros((2, 6), dtype=bool))
+    assert keep.sum(axis=1).tolist() == [3, 3]
+    assert np.isfinite(parts.lost(keep)).all()
