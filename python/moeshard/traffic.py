@@ -140,7 +140,8 @@ def _read_chat(path: str, model: Model | None) -> list[str]:
         if model is None:
             raise MoeshardError(f"chat '{path}' needs a model, whose chat template it is written in")
         try:
-            documents.append(model.chat_prompt(messages))
+            # A conversation that ends with the model's answer is whole: no other answer begins.
+            documents.append(model.chat_prompt(messages, answer=messages[-1]["role"] != "assistant"))
         except MoeshardError as error:
             raise MoeshardError(f"{path}, line {number}: {error}") from error
     if not documents:
