@@ -24,24 +24,34 @@ import moeshard
 Run = Callable[[], None]
 
 
-def cpu_seconds(run: Run) -> float:
-    start = time.process_time()
+def seconds(run: Run) -> tuple[float, float]:
+    """Return CPU time and wall time of a run."""
+    cpu, wall = time.process_time(), time.perf_counter()
     run()
-    return time.process_time() - start
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def paired_seconds(plain: Run, variant: Run, rounds: int) -> np.ndarray:
+    """Time pairs in alternating order: float64 (rounds, plain and variant, CPU and wall)."""
+    plain(), variant()
+    times = np.empty((rounds, 2, 2))
+    for i in range(rounds):
+        for which in (0, 1) if i % 2 == 0 else (1, 0):
+            times[i, which] = seconds((plain, variant)[which])
+    return times
+
+
+def median_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Return the median and its 95 % bootstrap interval."""
+    medians = np.median(np.random.default_rng(0).choice(values, (2000, len(values))), axis=1)
+    low, high = np.percentile(medians, [2.5, 97.5])
+    return float(np.median(values)), float(low), float(high)
 
 
 def paired_ratio(plain: Run, variant: Run, rounds: int) -> tuple[float, float, float]:
-    """Return the median of plain/variant over `rounds` pairs in alternating order, and its 95 % interval."""
-    plain(), variant()
-    ratios = []
-    for i in range(rounds):
-        first, second = (plain, variant) if i % 2 == 0 else (variant, plain)
-        times = cpu_seconds(first), cpu_seconds(second)
-        ratios.append(times[0] / times[1] if i % 2 == 0 else times[1] / times[0])
-    rng = np.random.default_rng(0)
-    medians = np.median(rng.choice(ratios, (2000, rounds)), axis=1)
-    low, high = np.percentile(medians, [2.5, 97.5])
-    return float(np.median(ratios)), float(low), float(high)
+    """Return the median of plain/variant in CPU time over pairs in alternating order, and its 95 % interval."""
+    cpu = paired_seconds(plain, variant, rounds)[:, :, 0]
+    return median_interval(cpu[:, 0] / cpu[:, 1])
 
 
 def random_keep(model: moeshard.Model, seed: int = 0) -> np.ndarray:

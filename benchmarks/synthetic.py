@@ -1,6 +1,7 @@
 """Write a GGUF of the shapes of a real Mixture-of-Experts model with random weights.
 
     python benchmarks/synthetic.py OUT.gguf --layers 2
+    python benchmarks/synthetic.py OUT.gguf --layers 48 --narrow 4    # as deep as the real one, a quarter as wide
 
 Architecture qwen3moe with the shapes of Qwen3-30B-A3B, of any layer count, in Q8_0, with the tokenizer (and so the
 vocabulary) of the embedded model. Its text is noise; its speed and its layout are those of the real one.
@@ -9,7 +10,7 @@ vocabulary) of the embedded model. Its text is noise; its speed and its layout a
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gguf
@@ -32,6 +33,16 @@ class Shape:
     n_expert: int = 128
     n_expert_used: int = 8
     n_ff_exp: int = 768
+
+    def narrowed(self, by: int) -> Shape:
+        """Return a shape whose layers are a part as wide, with as many experts."""
+        return replace(
+            self,
+            n_embd=self.n_embd // by,
+            n_head=self.n_head // by,
+            n_head_kv=max(1, self.n_head_kv // by),
+            n_ff_exp=self.n_ff_exp // by,
+        )
 
 
 def q8_0(rng: np.random.Generator, *shape: int) -> npt.NDArray[np.uint8]:
@@ -110,9 +121,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--narrow", type=int, choices=(1, 2, 4, 8), default=1, help="divide the width by this")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    write(args.out, args.layers, seed=args.seed)
+    write(args.out, args.layers, Shape().narrowed(args.narrow), seed=args.seed)
     print(f"{args.out}: {args.layers} layers, {args.out.stat().st_size / 2**30:.2f} GiB")
 
 

@@ -101,7 +101,7 @@ def test_totals_count_domains_alike(profile: Profile) -> None:
     np.testing.assert_allclose(profile.total("saliency") - profile.total("saliency", ["en"]), only)
     with pytest.raises(MoeshardError, match="no domain 'xx'"):
         profile.total("mass", ["xx"])
-    with pytest.raises(MoeshardError, match="saliency, mass, count or reap"):
+    with pytest.raises(MoeshardError, match="saliency, mass, count, reap"):
         profile.ranking("size")
     reap = profile.ranking("reap")
     chosen = profile.total("count") > 0
@@ -168,6 +168,15 @@ def test_damaged_profiles_are_refused(profile: Profile, tmp_path: Path) -> None:
     good = path.read_bytes()
     with np.load(path) as file:
         arrays = dict(file)
+
+    def with_head(place: list[str], value: object) -> np.ndarray:
+        head = json.loads(str(arrays["head"]))
+        within = head
+        for key in place[:-1]:
+            within = within[key]
+        within[place[-1]] = value
+        return np.array(json.dumps(head))
+
     for name, value in (
         ("count", arrays["count"][:, :2]),
         ("mass", arrays["mass"].astype(int)),
@@ -176,13 +185,18 @@ def test_damaged_profiles_are_refused(profile: Profile, tmp_path: Path) -> None:
         ("layers", arrays["layers"][::-1]),
         ("head", np.array("{}")),
         ("head", np.array("no json")),
+        ("head", with_head(["model", "n_expert"], "128")),
+        ("head", with_head(["model", "moe_layers"], "01234")),
+        ("head", with_head(["domains"], [0, 1])),
+        ("head", with_head(["domains"], ["en", "en"])),
+        ("head", with_head(["facts"], None)),
     ):
         np.savez(path, **{**arrays, name: value})
         with pytest.raises(MoeshardError, match=r"p\.npz"):
             read_profile(path)
-    for data in (b"", good[: len(good) // 2], b"PK\3\4" + bytes(100)):
+    for data in (b"", b"Some text.", good[: len(good) // 2], b"PK\3\4" + bytes(100)):
         path.write_bytes(data)
-        with pytest.raises(MoeshardError, match=r"p\.npz"):
+        with pytest.raises(MoeshardError, match=r"p\.npz.*damaged"):
             read_profile(path)
     with pytest.raises(MoeshardError, match=r"none\.npz"):
         read_profile(tmp_path / "none.npz")
@@ -210,12 +224,14 @@ def test_an_interrupted_analysis_goes_on(
         analyze(model, domains, window=WINDOW, save_to=part, progress=stop)
     left = read_profile(part)
     assert 0 < (left.n_tokens > 0).sum() < left.n_tokens.size
+    spent = left.facts["seconds"]
     assert len({int(d) for d in left.domain[left.n_tokens > 0]}) == 2, "domains take turns"
     seen: list[int] = []
     found = analyze(
         model, domains, window=WINDOW, save_to=part, resume=True, progress=lambda done, total: seen.append(done)
     )
     assert seen[0] == left.n_tokens.sum()
+    assert 0 < spent < found.facts["seconds"]
     assert not part.exists()
     for name in ("n_tokens", "count", "mass", "saliency", "energy", "entropy", "peak", "together", "cosaliency"):
         np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
@@ -262,6 +278,20 @@ def test_standard_errors_are_those_of_other_samples(profile: Profile) -> None:
     scatter = np.std([shares(sample) for sample in samples], axis=0)
     said = np.mean([share_errors(sample) for sample in samples[:5]], axis=0)
     assert 0.8 < said.mean() / scatter.mean() < 1.25
+
+
+def test_chats_end_where_they_end(tmp_path: Path) -> None:
+    class Chatty:
+        def chat_prompt(self, messages: list[dict[str, str]], *, answer: bool) -> str:
+            return "+".join(message["role"] for message in messages) + ("+?" if answer else "")
+
+    lines = [["user"], ["user", "assistant"]]
+    path = tmp_path / "chat.jsonl"
+    path.write_text(
+        "\n".join(json.dumps({"messages": [{"role": role, "content": "x"} for role in line]}) for line in lines)
+    )
+    (domain,) = read_texts([], [path], model=Chatty())  # type: ignore[arg-type]
+    assert domain.texts == ("user+?", "user+assistant")
 
 
 def test_bad_traffic_is_named(model: moeshard.Model, tmp_path: Path) -> None:
@@ -325,9 +355,31 @@ def test_command_line(cli: Cli, tmp_path: Path) -> None:
     for options, message in (
         (("--micro", "-n", 5), "--micro"),
         (("--layers", "0", "--all-layers"), "contradict"),
-        (("--layers", "9"), "9"),
+        (("--layers", "0-5"), "the model has 5 layers, numbered from 0 to 4"),
         (("--text", "nothing.txt"), "nothing.txt"),
+        (("--ranking", "luck"), "saliency, mass, count, reap"),
+        (("--window", 100000), "trained on 512"),
+        (("-o", tmp_path / "nowhere" / "no.npz"), "does not exist"),
     ):
         done = cli("analyze", "tinymoe", "-o", tmp_path / "no.npz", *options)
         assert done.code != 0 and message in done.err
-    assert not (tmp_path / "no.npz").exists()
+    assert not list(tmp_path.glob("no.npz*"))
+
+
+def test_what_an_interrupted_analysis_left_is_not_replaced_unsaid(cli: Cli, tmp_path: Path) -> None:
+    left = tmp_path / "p.npz.partial"
+    left.write_bytes(b"of another day")
+    arguments = ("analyze", "tinymoe", "-o", tmp_path / "p.npz", "-n", 512, "--threads", 1)
+    resumed = cli(*arguments, "--resume")
+    assert resumed.code == 1 and str(left) in resumed.err
+    done = cli(*arguments)
+    assert done.code == 0 and "--resume" in done.err and not left.exists()
+
+
+def test_samples_of_short_documents_are_as_large_as_asked(model: moeshard.Model) -> None:
+    text = moeshard.embedded_text("en")
+    chats = Domain("chats", tuple(text[at : at + 200] for at in range(0, 20000, 200)))
+    assert sum(map(len, sequences(model, chats, WINDOW * 8, 1000))) == pytest.approx(1000, rel=0.1)
+    assert [len(tokens) for tokens in sequences(model, Domain("long", (text,)), WINDOW, 30)] == [30]
+    with pytest.raises(MoeshardError, match="no name before"):
+        read_texts(["=mine.txt"])

@@ -284,6 +284,27 @@ class TestProgress:
             update("working", 0.5)
         assert capsys.readouterr() == ("", "")
 
+    def test_bar_of_what_reports_rarely(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        shown = self.Terminal()
+        monkeypatch.setattr(sys, "stderr", shown)
+        monkeypatch.setattr(output, "PATIENCE_SECONDS", 0.01)
+        with output.progress() as update:
+            update("working", 0.0)
+            for _ in range(500):
+                if "working" in shown.getvalue():
+                    break
+                time.sleep(0.01)
+        assert "working" in shown.getvalue()
+
+    def test_tokens_per_second_are_those_of_this_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        clock = iter((100.0, 104.0))
+        monkeypatch.setattr(output.time, "monotonic", lambda: next(clock))
+        said: list[tuple[str, float]] = []
+        show = output.tokens_per_second(lambda what, fraction: said.append((what, fraction)), "reading")
+        show(1000, 4000)
+        show(3000, 4000)
+        assert said == [("reading", 0.25), ("reading, 500 tokens/s", 0.75)]
+
     def test_bar_of_what_takes_long(self, monkeypatch: pytest.MonkeyPatch) -> None:
         shown = self.Terminal()
         monkeypatch.setattr(sys, "stderr", shown)

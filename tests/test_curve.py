@@ -264,7 +264,7 @@ def test_command_line(
     # Text that experts were chosen by says too little of what is lost.
     (tmp_path / "seen.txt").write_text(embedded_text(names[0], "calibration"), encoding="utf-8")
     seen = cli(*base[:4], "--text", tmp_path / "seen.txt", *small[6:])
-    assert seen.code == 0 and "the profile was made from text 'seen' too" in seen.err
+    assert seen.code == 0 and "experts were chosen by text 'seen' too" in seen.err
     assert "warning" not in done.err
 
     assert cli(*base, "--keep", "many").code == 2

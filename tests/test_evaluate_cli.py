@@ -73,6 +73,7 @@ def test_json_has_what_it_should(run: Callable[..., Any], tinymoe: Path, plan: P
     assert result.code == 0, result.err
     found = json.loads(result.out)
     assert found["moeshard_evaluation"] == 1 and found["domains"] == NAMES and found["generation"] is None
+    assert "warning" not in result.err and found["settings"]["seen"] == []
     assert found["settings"]["windows"] == dict.fromkeys(NAMES, 3) and found["settings"]["prompt"] == 16
     model = moeshard.Model(tinymoe, n_threads=1)
     assert found["settings"]["n_expert_used"] == {"full": model.n_expert_used, "nodes": [model.n_expert_used, 12]}
@@ -88,6 +89,20 @@ def test_json_has_what_it_should(run: Callable[..., Any], tinymoe: Path, plan: P
     assert found["placed"]["regret"] == pytest.approx(found["placed"]["nll"] - found["oracle"]["nll"])
     assert found["placed"]["nll"] == pytest.approx(found["probes"]["saliency"]["nll"])
     assert set(found["probes"]) == set(PROBES)
+
+
+def test_text_that_the_plan_was_made_from_is_told(
+    cli: Cli, plan: Path, texts: list[str | Path], tmp_path: Path
+) -> None:
+    made = moeshard.read_plan(plan)
+    seen = moeshard.Domain("other name", (embedded_text(NAMES[0])[:4000],))
+    made.parameters["texts"] = {"mail": seen.digest}
+    made.write(tmp_path / "plan.json")
+    result = cli("evaluate", "tinymoe", "--plan", tmp_path / "plan.json", *texts, *QUICK, "--generate", "0", "--json")
+    assert result.err.count("warning") == 1 and f"by text '{NAMES[0]}' too" in result.err
+    found = json.loads(result.out)
+    assert found["settings"]["seen"] == [NAMES[0]]
+    assert found["plan"]["file"] == str(tmp_path / "plan.json")
 
 
 def test_figures_are_those_of_the_losses(tinymoe: Path, plan: Path, saved: Path) -> None:

@@ -105,7 +105,7 @@ def test_file_named_like_a_list(file: WriteFile, tmp_path: pathlib.Path, monkeyp
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ("", ["no experts given", "'all'"]),
+        ("", ["nothing given", "'all'"]),
         ("0-7,12-20", ["'12-20' is out of range", "16 experts", "0 to 15"]),
         ("16", ["'16' is out of range"]),
         ("0-99999999", ["out of range"]),
@@ -144,7 +144,7 @@ def test_errors(spec: Any, said: list[str]) -> None:
     [
         ("0\n1\nx\n3", ["line 3", "'x' is not an expert", "0 to 15"]),
         ("0\n# a\n\n1-16", ["line 4", "'1-16' is out of range"]),
-        ("0: 1\n1:\n", ["line 2", "no experts given"]),
+        ("0: 1\n1:\n", ["line 2", "nothing given"]),
         ("0: 1\n1", ["line 2", "prefix", "on every line or on none"]),
         ("0\n1: 1", ["line 2", "prefix"]),
         ("4: 1", ["line 1", "'4' is not a layer", "0 to 3"]),

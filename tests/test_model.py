@@ -221,6 +221,8 @@ def test_bad_calls_say_what_is_wrong(model: moeshard.Model, call: object, messag
 
 def test_chat_template_by_name(model: moeshard.Model) -> None:
     prompt = model.chat_prompt([{"role": "user", "content": "hi"}], template="chatml")
+    whole = model.chat_prompt([{"role": "user", "content": "hi"}], template="chatml", answer=False)
+    assert prompt == whole + "<|im_start|>assistant\n"
     assert prompt == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -263,3 +265,7 @@ def test_progress_can_stop_a_load() -> None:
 
     with pytest.raises(ZeroDivisionError):
         moeshard.Model(moeshard.embedded_model(), progress=broken)
+
+
+def test_every_public_name_is_there() -> None:
+    assert all(getattr(moeshard, name) is not None for name in moeshard.__all__)

@@ -210,6 +210,7 @@ def test_budgets_are_filled_and_not_exceeded(tinymoe: Path, own_profile: Profile
 
 def test_a_plan_says_what_it_captures(tinymoe: Path, own_profile: Profile, tmp_path: Path) -> None:
     plan = make_plan(tinymoe, own_profile, n_keep=[32] * 4)
+    assert plan.parameters["texts"] == own_profile.facts["texts"]
     for node in plan.nodes:
         for name, share in node.facts["captured"].items():
             assert share == pytest.approx(captured(own_profile, node.keep, [name]), abs=1e-4)

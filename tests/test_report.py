@@ -23,6 +23,7 @@ from moeshard.evaluation_record import Evaluation, read_evaluation
 from moeshard.plan import ModelIdentity
 from moeshard.planner import captured, choose_experts
 from moeshard.profile import Profile
+from moeshard.report.losses import comparison
 from moeshard.report.sources import Sources, read_sources
 from moeshard.report.writing import figures, folder_of, write_report
 from moeshard.traffic import Domain
@@ -300,6 +301,12 @@ def test_losses_are_those_of_the_evaluation(page: Path, files: dict[str, Path], 
         assert (float(row["low"]), float(row["high"])) == point.scores.excess_ci
     placed = next(row for row in table(page, "keep-fraction-loss") if row["experts"] == "as placed")
     assert float(placed["excess"]) == document["placed"]["excess"]
+
+
+def test_text_that_the_plan_was_made_from_is_told(evaluation: Evaluation) -> None:
+    assert "on other text more is lost" not in " ".join(comparison(evaluation).says)
+    told = replace(evaluation, settings=replace(evaluation.settings, seen=["mail"]))
+    assert "from the text of mail too: on other text more is lost" in comparison(told).says[-1]
 
 
 def test_any_of_the_files_will_do(files: dict[str, Path], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 # Names are looked up when first used: `import moeshard` costs next to nothing, and a command line that only prints its
 # help never loads the native library.
 _HOME = {
+    "Curve": "moeshard.curve",
     "Domain": "moeshard.traffic",
     "Evaluation": "moeshard.evaluation_record",
     "GGUFMap": "moeshard._core",
@@ -24,11 +25,13 @@ _HOME = {
     "Placement": "moeshard.placement",
     "Plan": "moeshard.plan",
     "PlanNode": "moeshard.plan",
+    "Profile": "moeshard.profile",
     "Ranking": "moeshard.ranking",
     "Session": "moeshard.session",
     "ShardFile": "moeshard.splitting",
     "Trace": "moeshard.trace",
     "TraceChunk": "moeshard.trace",
+    "analyze": "moeshard.analysis",
     "balanced_keep": "moeshard.balance",
     "cmake_dir": "moeshard.paths",
     "embedded_model": "moeshard.embedded",
@@ -38,11 +41,15 @@ _HOME = {
     "format_keep": "moeshard.keep",
     "group_experts": "moeshard.grouping",
     "include_dir": "moeshard.paths",
+    "make_plan": "moeshard.planner",
+    "measure_curve": "moeshard.curve",
     "merge": "moeshard.merging",
     "parse_keep": "moeshard.keep",
     "plan_groups": "moeshard.planning",
+    "read_curve": "moeshard.curve",
     "read_evaluation": "moeshard.evaluation_record",
     "read_plan": "moeshard.plan",
+    "read_profile": "moeshard.profile",
     "read_ranking": "moeshard.ranking",
     "read_texts": "moeshard.traffic",
     "split": "moeshard.splitting",
@@ -52,7 +59,9 @@ _HOME = {
 
 if TYPE_CHECKING:
     from moeshard._core import GGUFMap, MoeshardError
+    from moeshard.analysis import analyze
     from moeshard.balance import balanced_keep
+    from moeshard.curve import Curve, measure_curve, read_curve
     from moeshard.embedded import embedded_model, embedded_text
     from moeshard.evaluating import evaluate
     from moeshard.evaluation_record import Evaluation, read_evaluation
@@ -64,7 +73,9 @@ if TYPE_CHECKING:
     from moeshard.paths import cmake_dir, include_dir
     from moeshard.placement import Placed, Placement
     from moeshard.plan import Plan, PlanNode, read_plan
+    from moeshard.planner import make_plan
     from moeshard.planning import plan_groups
+    from moeshard.profile import Profile, read_profile
     from moeshard.ranking import Ranking, read_ranking, write_ranking
     from moeshard.session import Session
     from moeshard.splitting import ShardFile, split
@@ -73,6 +84,7 @@ if TYPE_CHECKING:
     from moeshard.verification import verify
 
 __all__ = [
+    "Curve",
     "Domain",
     "Evaluation",
     "GGUFMap",
@@ -83,12 +95,14 @@ __all__ = [
     "Placement",
     "Plan",
     "PlanNode",
+    "Profile",
     "Ranking",
     "Session",
     "ShardFile",
     "Trace",
     "TraceChunk",
     "__version__",
+    "analyze",
     "balanced_keep",
     "cmake_dir",
     "embedded_model",
@@ -98,11 +112,15 @@ __all__ = [
     "format_keep",
     "group_experts",
     "include_dir",
+    "make_plan",
+    "measure_curve",
     "merge",
     "parse_keep",
     "plan_groups",
+    "read_curve",
     "read_evaluation",
     "read_plan",
+    "read_profile",
     "read_ranking",
     "read_texts",
     "split",

@@ -70,7 +70,9 @@ def analyze(
     if model.n_expert == 0:
         raise MoeshardError(f"{model.path}: is a dense model: there is no routing to measure")
     chosen = _check_layers(model, layers)
-    window = window or min(WINDOW, model.n_ctx_train or WINDOW)
+    window = window or default_window(model)
+    if model.n_ctx_train and window > model.n_ctx_train:
+        raise MoeshardError(f"sequences of {window} tokens: the model was trained on {model.n_ctx_train} at most")
     plan = _cut(model, domains, window, n_tokens)
     if n_generate:
         plan += _continue(model, plan, len(domains), window, n_generate)
@@ -83,11 +85,22 @@ def analyze(
     profile = _empty(model, domains, chosen, plan, facts)
     if resume and save_to is not None and os.path.exists(save_to):
         profile = _left_over(save_to, profile)
-    _run(model, plan, profile, save_to, progress)
-    profile.facts["seconds"] = profile.facts.get("seconds", 0.0) + time.monotonic() - started
+    started -= profile.facts.get("seconds", 0.0)  # of the run that was interrupted
+    _run(model, plan, profile, started, save_to, progress)
+    profile.facts["seconds"] = time.monotonic() - started
     if save_to is not None:
         Path(save_to).unlink(missing_ok=True)
     return profile
+
+
+def default_window(model: Model) -> int:
+    """Return how many tokens a sequence has unless told otherwise."""
+    return min(WINDOW, model.n_ctx_train or WINDOW)
+
+
+def batch_sequences(window: int) -> int:
+    """Return how many sequences of so many tokens are computed in one batch."""
+    return max(1, BATCH_TOKENS // window)
 
 
 def _check_layers(model: Model, layers: Sequence[int] | None) -> list[int]:
@@ -106,7 +119,7 @@ def _cut(model: Model, domains: Sequence[Domain], window: int, n_tokens: int | N
     if not domains:
         raise MoeshardError("there is no text to measure")
     cut = [sequences(model, domain, window, n_tokens) for domain in domains]
-    per_batch = max(1, BATCH_TOKENS // window)
+    per_batch = batch_sequences(window)
     plan = []
     for at in range(0, max(map(len, cut)), per_batch):
         for index, tokens in enumerate(cut):
@@ -174,13 +187,14 @@ def _run(
     model: Model,
     plan: list[_Sequence],
     profile: Profile,
+    started: float,
     save_to: str | os.PathLike[str] | None,
     progress: Progress | None,
 ) -> None:
     total = sum(len(sequence.tokens) for sequence in plan)
     done = int(profile.n_tokens.sum())
     window = max(len(sequence.tokens) for sequence in plan)
-    per_batch = max(1, BATCH_TOKENS // window)
+    per_batch = batch_sequences(window)
     scores_are_logits = model.layout.gating == "softmax_weight"
     saved = time.monotonic()
     if progress is not None:
@@ -197,6 +211,7 @@ def _run(
             if progress is not None:
                 progress(done, total)
             if save_to is not None and time.monotonic() - saved > SAVE_SECONDS:
+                profile.facts["seconds"] = time.monotonic() - started
                 profile.save(save_to, force=True)
                 saved = time.monotonic()
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moeshard._core import GGUFMap, MoeshardError
-from moeshard.documents import check_version, expect, read_document, take, write_document
+from moeshard.documents import check_version, expect, parse_named, read_document, take, write_document
 from moeshard.evaluation import PROMPT, WINDOW, Progress, measure_losses
 from moeshard.files import write_atomically
 from moeshard.fingerprint import identify
@@ -217,14 +217,11 @@ def read_curve(path: str | os.PathLike[str]) -> Curve:
     Raises:
         MoeshardError: the file cannot be read, or is no curve; naming the file and the place in it.
     """
-    document = read_document(path, "curve")
-    try:
-        return _from_json(document)
-    except MoeshardError as error:
-        raise MoeshardError(f"curve '{os.fspath(path)}': {error}") from error
+    return parse_named(path, "curve", read_document(path, "curve"), curve_from_json)
 
 
-def _from_json(document: dict[str, Any]) -> Curve:
+def curve_from_json(document: dict[str, Any]) -> Curve:
+    """Read the document of a file, as `read_curve` does."""
     check_version(document, "moeshard_curve", VERSION, "curve")
     strategies = {}
     for name, values in take(document, "strategies", dict).items():

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from moeshard._core import MoeshardError
 
+_S = TypeVar("_S")
 _T = TypeVar("_T")
 _WORDS: dict[type, str] = {
     dict: "an object",
@@ -36,9 +38,17 @@ def read_document(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:  # ValueError: a path that no system call takes
         raise MoeshardError(f"cannot read {what} '{name}': {getattr(error, 'strerror', None) or error}") from error
     try:
-        return _load(text, what)
+        return parse_document(text, what)
     except MoeshardError as error:
         raise MoeshardError(f"{what} '{name}': {error}") from error
+
+
+def parse_named(path: str | os.PathLike[str], what: str, content: _S, parse: Callable[[_S], _T]) -> _T:
+    """Return what `parse` makes of the content of a file; its errors then name the file."""
+    try:
+        return parse(content)
+    except MoeshardError as error:
+        raise MoeshardError(f"{what} '{os.fspath(path)}': {error}") from error
 
 
 def write_document(document: dict[str, Any], what: str) -> str:
@@ -60,7 +70,8 @@ def check_version(document: dict[str, Any], key: str, version: int, what: str) -
     found = take(document, key, int)
     if found != version:
         raise MoeshardError(
-            f"{key}: it is of version {found}, but this moeshard reads version {version}; update moeshard"
+            f"{key}: it is of version {found}, but this moeshard reads version {version}; "
+            + ("update moeshard" if found > version else "make the file again")
         )
 
 
@@ -82,8 +93,12 @@ def expect(value: object, kind: type[_T], place: str) -> _T:
     return value
 
 
-def _load(text: str, what: str) -> dict[str, Any]:
-    """Parse JSON into an object, without what Python takes beyond JSON or would pass over."""
+def parse_document(text: str, what: str) -> dict[str, Any]:
+    """Parse JSON into an object, without what Python takes beyond JSON or would pass over.
+
+    Raises:
+        MoeshardError: as `read_document`, without the file's name.
+    """
 
     def finite(number: str) -> float:
         value = float(number)

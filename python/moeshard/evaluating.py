@@ -16,7 +16,7 @@ from moeshard.loops import N_ANSWERS, N_TOKENS, Loops, Prompt, measure_loops
 from moeshard.nodes import NodeModel, plan_nodes
 from moeshard.plan import Plan, read_plan
 from moeshard.scoring import CONFIDENCE, RESAMPLES, Scorer, check_windows
-from moeshard.traffic import Domain, embedded_traffic
+from moeshard.traffic import Domain, embedded_traffic, texts_seen
 
 if TYPE_CHECKING:
     from moeshard.model import Model
@@ -140,6 +140,7 @@ def evaluate(
             prompt=n_prompt,
             windows={name: int((losses.domain == index).sum()) for index, name in enumerate(losses.domains)},
             texts={domain.name: domain.digest for domain in texts},
+            seen=texts_seen(texts, planned.parameters.get("texts")),
             confidence=confidence,
             resamples=resamples,
             seed=seed,

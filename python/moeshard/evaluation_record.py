@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from moeshard._core import MoeshardError
-from moeshard.documents import check_version, expect, read_document, take, write_document
+from moeshard.documents import check_version, expect, parse_named, read_document, take, write_document
 from moeshard.files import write_atomically
 from moeshard.loops import Example, Loops, Rate, Thresholds
 from moeshard.plan import ModelIdentity, model_from_json, model_to_json
@@ -32,6 +32,8 @@ class Settings:
     """Per domain."""
     texts: dict[str, str]
     """SHA-256 of each domain's texts, see `moeshard.traffic.Domain.digest`."""
+    seen: list[str]
+    """Domains whose text the plan was made from, as far as the plan says: on other text more is lost."""
     confidence: float
     resamples: int
     seed: int
@@ -129,14 +131,11 @@ def read_evaluation(path: str | os.PathLike[str]) -> Evaluation:
         MoeshardError: the file cannot be read, is no evaluation, is of another version, or something in it is missing
             or wrong; naming the file and the place in it, such as ``groups[1].nll``.
     """
-    document = read_document(path, "evaluation")
-    try:
-        return _from_json(document)
-    except MoeshardError as error:
-        raise MoeshardError(f"evaluation '{os.fspath(path)}': {error}") from error
+    return parse_named(path, "evaluation", read_document(path, "evaluation"), evaluation_from_json)
 
 
-def _from_json(document: dict[str, Any]) -> Evaluation:
+def evaluation_from_json(document: dict[str, Any]) -> Evaluation:
+    """Read the document of a file, as `read_evaluation` does."""
     check_version(document, _KEY, VERSION, "evaluation")
     plan = take(document, "plan", dict)
     placed = take(document, "placed", dict)
@@ -211,6 +210,7 @@ def _settings(value: dict[str, Any]) -> Settings:
         prompt=take(value, "prompt", int, where),
         windows={name: expect(number, int, f"{where}.windows.{name}") for name, number in windows.items()},
         texts={name: expect(digest, str, f"{where}.texts.{name}") for name, digest in texts.items()},
+        seen=_list(value, "seen", str, where) if "seen" in value else [],
         confidence=take(value, "confidence", float, where),
         resamples=take(value, "resamples", int, where),
         seed=take(value, "seed", int, where),

@@ -127,34 +127,33 @@ def _example(n_expert: int) -> str:
     return f"0-{n_expert // 2 - 1},{n_expert - 1}" if n_expert > 3 else "0"
 
 
-def parse_row(text: str, where: str, n_expert: int) -> Keep:
-    """One list of experts; `where` begins the message of an error."""
-    row = np.zeros(n_expert, dtype=np.bool_)
+def parse_row(text: str, where: str, n: int, one: str = "an expert", all_of: str = "experts per layer") -> Keep:
+    """A list of experts, or of what else a model has `n` of; `where` begins the message of an error."""
+    row = np.zeros(n, dtype=np.bool_)
     tokens = text.replace(",", " ").split()
     if not tokens:
-        raise MoeshardError(f"{where}: no experts given; write ids such as '{_example(n_expert)}', 'all' or 'none'")
+        raise MoeshardError(f"{where}: nothing given; write ids such as '{_example(n)}', 'all' or 'none'")
     for token in tokens:
         if token.lower() in _ALL:
             row[:] = True
             continue
         if token.lower() == _NONE:
             if len(tokens) > 1:
-                raise MoeshardError(f"{where}: 'none' stands alone, without other experts beside it")
+                raise MoeshardError(f"{where}: 'none' stands alone, without others beside it")
             continue
         match = _TOKEN.fullmatch(token)
         if match is None:
             raise MoeshardError(
-                f"{where}: '{token}' is not an expert; write ids from 0 to {n_expert - 1} and ranges of them, "
-                f"such as '{_example(n_expert)}' (no spaces within a range)"
+                f"{where}: '{token}' is not {one}; write ids from 0 to {n - 1} and ranges of them, "
+                f"such as '{_example(n)}' (no spaces within a range)"
             )
         first = int(match[1])
         last = first if match[2] is None else int(match[2])
         if last < first:
             raise MoeshardError(f"{where}: the range '{token}' runs backwards; write '{last}-{first}'")
-        if last >= n_expert:
+        if last >= n:
             raise MoeshardError(
-                f"{where}: '{token}' is out of range: the model has {n_expert} experts per layer, numbered from 0 to "
-                f"{n_expert - 1}"
+                f"{where}: '{token}' is out of range: the model has {n} {all_of}, numbered from 0 to {n - 1}"
             )
         row[first : last + 1] = True
     return row

@@ -201,12 +201,12 @@ class Model:
         """Whether the model ends its answer with this token."""
         return self._native.is_end_of_generation(token)
 
-    def chat_prompt(self, messages: Sequence[Message], *, template: str = "") -> str:
-        """Format messages ``{"role": …, "content": …}`` as the model's chat template does, ready for its answer.
+    def chat_prompt(self, messages: Sequence[Message], *, template: str = "", answer: bool = True) -> str:
+        """Format messages ``{"role": …, "content": …}`` as the model's chat template does, ready for its answer or not.
 
         Raises MoeshardError where the model has no template, or none that llama.cpp knows.
         """
-        return self._native.apply_chat_template([(m["role"], m["content"]) for m in messages], True, template)
+        return self._native.apply_chat_template([(m["role"], m["content"]) for m in messages], answer, template)
 
     # Keeps.
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from moeshard._core import MoeshardError
-from moeshard.documents import check_version, expect, read_document, take, write_document
+from moeshard.documents import check_version, expect, parse_named, read_document, take, write_document
 from moeshard.files import write_atomically
 from moeshard.keep import Keep, format_ids, format_row, parse_row
 
@@ -155,11 +155,7 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
         MoeshardError: the file cannot be read, is no plan, or is of another version; naming the file and the place in
             it, such as ``nodes[2].keep["5"]``.
     """
-    document = read_document(path, "plan")
-    try:
-        return _from_json(document)
-    except MoeshardError as error:
-        raise MoeshardError(f"plan '{os.fspath(path)}': {error}") from error
+    return parse_named(path, "plan", read_document(path, "plan"), plan_from_json)
 
 
 def model_to_json(model: ModelIdentity) -> dict[str, Any]:
@@ -241,7 +237,8 @@ def _node_to_json(node: PlanNode, model: ModelIdentity) -> dict[str, Any]:
     return {"name": node.name, **used, "keep": keep, **node.facts}
 
 
-def _from_json(document: dict[str, Any]) -> Plan:
+def plan_from_json(document: dict[str, Any]) -> Plan:
+    """Read the document of a file, as `read_plan` does."""
     check_version(document, "moeshard_plan", VERSION, "plan")
     model = model_from_json(take(document, "model", dict))
     nodes = [

@@ -161,7 +161,13 @@ def make_plan(
         if budgets is not None:
             facts["budget"] = budgets[index]
         nodes.append(PlanNode(f"node-{index}", keep, n_expert_used, facts))
-    parameters = {"n_keep": list(n_keep), "domains": profile.domains, **vars(use), **options}
+    parameters = {
+        "n_keep": list(n_keep),
+        "domains": profile.domains,
+        "texts": profile.facts.get("texts"),
+        **vars(use),
+        **options,
+    }
     if per_layer:
         parameters[PER_LAYER] = True
     return Plan(nodes, strategy, parameters, replace(identity, facts={"path": model_name(source.path)}))

@@ -14,10 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from moeshard._core import MoeshardError
+from moeshard.documents import check_version, expect, parse_document, parse_named, take
 from moeshard.files import write_atomically
-from moeshard.plan import ModelIdentity
+from moeshard.plan import ModelIdentity, model_from_json, model_to_json
 
 VERSION = 2
+_KEY = "moeshard_profile"
+RANKINGS = ("saliency", "mass", "count", "reap")
+"""What `Profile.scores` ranks by."""
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -98,10 +102,10 @@ class Profile:
         `what` is ``saliency``, ``mass``, ``count``, or ``reap``: mean of weight · norm over the tokens that chose the
         expert (arXiv 2510.13999).
         """
-        if what in ("saliency", "mass", "count"):
-            return self.total(what, domains)
+        if what not in RANKINGS:
+            raise MoeshardError(f"unknown ranking '{what}'; choose from {', '.join(RANKINGS)}")
         if what != "reap":
-            raise MoeshardError(f"unknown ranking '{what}'; choose saliency, mass, count or reap")
+            return self.total(what, domains)
         count = self.total("count", domains)
         scores = self.total("saliency", domains) / np.maximum(count, np.finfo(np.float64).tiny)
         scores[count == 0] = 0
@@ -119,8 +123,8 @@ class Profile:
         Raises MoeshardError where it cannot be written, or exists and `force` is False.
         """
         head = {
-            "moeshard_profile": VERSION,
-            "model": {name: getattr(self.model, name) for name in _MODEL_KEYS},
+            _KEY: VERSION,
+            "model": model_to_json(self.model),
             "domains": self.domains,
             "facts": self.facts,
         }
@@ -133,7 +137,6 @@ class Profile:
 
 
 _ARRAYS = tuple(f.name for f in fields(Profile) if f.name not in ("model", "domains", "facts"))
-_MODEL_KEYS = ("name", "arch", "fingerprint", "n_layer", "n_expert", "moe_layers")
 _AXES = {
     "layers": "M",
     "domain": "S",
@@ -158,24 +161,30 @@ def read_profile(path: str | os.PathLike[str]) -> Profile:
     """
     name = os.fspath(path)
     try:
+        with open(name, "rb") as archive:
+            if not zipfile.is_zipfile(archive):  # numpy would speak of pickles
+                raise MoeshardError(f"{name}: is not a profile, or it is damaged; `moeshard analyze` makes one")
         with np.load(name, allow_pickle=False) as file:
             if "head" not in file or "saliency_by_sequence" not in file:
                 raise MoeshardError(f"{name}: is not a profile; `moeshard analyze` makes one")
-            head = json.loads(str(file["head"]))
-            if not isinstance(head, dict) or head.get("moeshard_profile") != VERSION:
-                raise MoeshardError(f"{name}: is a profile of another version; update moeshard, or analyze again")
+            model, domains, facts = parse_named(name, "profile", str(file["head"]), _read_head)
             arrays = {key: file["saliency_by_sequence" if key == "saliency" else key] for key in _ARRAYS}
     except OSError as error:
         raise MoeshardError(f"cannot read profile '{name}': {error.strerror or error}") from error
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, RecursionError) as error:
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise MoeshardError(f"{name}: is not a profile, or it is damaged: {error}") from error
-    try:
-        model = ModelIdentity(**{key: head["model"][key] for key in _MODEL_KEYS})
-        profile = Profile(model, list(head["domains"]), facts=dict(head["facts"]), **arrays)
-    except (KeyError, TypeError) as error:
-        raise MoeshardError(f"{name}: is a damaged profile: {error}") from error
+    profile = Profile(model, domains, facts=facts, **arrays)
     _check_shapes(profile, name)
     return profile
+
+
+def _read_head(text: str) -> tuple[ModelIdentity, list[str], dict[str, Any]]:
+    head = parse_document(text, "profile")
+    check_version(head, _KEY, VERSION, "profile")
+    domains = [expect(name, str, f"domains[{index}]") for index, name in enumerate(take(head, "domains", list))]
+    if len(set(domains)) < len(domains):
+        raise MoeshardError(f"domains: a name stands twice: {', '.join(domains)}")
+    return model_from_json(take(head, "model", dict)), domains, take(head, "facts", dict)
 
 
 def _check_shapes(profile: Profile, name: str) -> None:

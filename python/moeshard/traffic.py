@@ -64,6 +64,8 @@ def read_texts(
         name, separator, path = spec.partition("=")
         if not separator or os.path.isfile(spec):
             name, path = Path(spec).stem, spec
+        if not name:
+            raise MoeshardError(f"text '{spec}': there is no name before the '='; write NAME=FILE")
         text = _read(path)
         if not text.strip():
             raise MoeshardError(f"text '{path}' is empty")
@@ -76,6 +78,18 @@ def read_texts(
 def embedded_traffic(part: Part) -> list[Domain]:
     """Return the texts of the package: ``calibration`` to choose experts with, ``heldout`` to score on."""
     return [Domain(name, (embedded_text(name, part),)) for name in embedded_domains()]
+
+
+def texts_seen(domains: Sequence[Domain], record: object) -> list[str]:
+    """Return the names of domains whose text experts were chosen by.
+
+    Args:
+        domains: to be measured on.
+        record: what says that: the fact ``texts`` of a profile or the parameter ``texts`` of a plan, digests by domain.
+            Where it is anything else, nothing is known of them.
+    """
+    known = set(map(str, record.values())) if isinstance(record, dict) else set()
+    return [domain.name for domain in domains if domain.digest in known]
 
 
 def sequences(model: Model, domain: Domain, window: int, most_tokens: int | None = None) -> list[Tokens]:
@@ -102,8 +116,10 @@ def sequences(model: Model, domain: Domain, window: int, most_tokens: int | None
         raise MoeshardError(f"text '{domain.name}' has fewer than {_SHORTEST} tokens: too little to say anything")
     if most_tokens is None:
         return found
-    number = min(len(found), max(1, round(most_tokens / window)))
-    return [found[k * len(found) // number] for k in range(number)]
+    mean = sum(map(len, found)) / len(found)
+    number = min(len(found), max(1, round(most_tokens / mean)))
+    chosen = [found[k * len(found) // number] for k in range(number)]
+    return chosen if number > 1 else [chosen[0][: max(most_tokens, _SHORTEST)]]
 
 
 def _read(path: str) -> str:
@@ -123,7 +139,11 @@ def _read_chat(path: str, model: Model | None) -> list[str]:
         messages = _messages(line, f"{path}, line {number}")
         if model is None:
             raise MoeshardError(f"chat '{path}' needs a model, whose chat template it is written in")
-        documents.append(model.chat_prompt(messages))
+        try:
+            # A conversation that ends with the model's answer is whole: no other answer begins.
+            documents.append(model.chat_prompt(messages, answer=messages[-1]["role"] != "assistant"))
+        except MoeshardError as error:
+            raise MoeshardError(f"{path}, line {number}: {error}") from error
     if not documents:
         raise MoeshardError(f"chat '{path}' is empty")
     return documents

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeshard.cli.options import ForceOption, JsonOption, ModelArgument
+from moeshard.cli.options import (
+    ChatsOption,
+    ForceOption,
+    GpuLayersOption,
+    JsonOption,
+    ModelArgument,
+    TextOption,
+    ThreadsOption,
+)
 
 if TYPE_CHECKING:
     from moeshard.profile import Profile
@@ -21,19 +29,11 @@ MICRO_TOKENS = 4096
 def analyze(
     model: ModelArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="The profile to write, an .npz file.")],
-    text: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[NAME=]FILE",
-            show_default="the embedded texts",
-            help="A text of the traffic; several of one NAME make one domain.",
-        ),
-    ] = None,
-    chat: Annotated[
-        list[Path] | None, typer.Option(help='Chats, a line of JSON each: {"messages": [{"role", "content"}, …]}.')
-    ] = None,
+    text: TextOption = None,
+    chat: ChatsOption = None,
     tokens: Annotated[
-        int | None, typer.Option("--tokens", "-n", min=1, show_default="all", help="So many tokens of each domain.")
+        int | None,
+        typer.Option("--tokens", "-n", min=1, show_default="all", help="About so many tokens of each domain."),
     ] = None,
     micro: Annotated[
         bool, typer.Option("--micro", help=f"A first look: {MICRO_TOKENS} tokens of each domain.")
@@ -49,8 +49,8 @@ def analyze(
     export_ranking: Annotated[Path | None, typer.Option(help="Also write the ranking as CSV, for split.")] = None,
     ranking: Annotated[str, typer.Option(help="What that ranks by: saliency, mass, count or reap.")] = "saliency",
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted analysis stopped.")] = False,
-    threads: Annotated[int, typer.Option(min=0, help="Threads that compute; 0: one per processor.")] = 0,
-    gpu_layers: Annotated[int, typer.Option(help="Layers on the GPU, where there is one; -1: all.")] = -1,
+    threads: ThreadsOption = 0,
+    gpu_layers: GpuLayersOption = -1,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -67,13 +67,19 @@ def analyze(
     from moeshard import write_ranking
     from moeshard.analysis import analyze as measure
     from moeshard.cli.loading import load_model
-    from moeshard.cli.output import check_free, print_json, progress
+    from moeshard.cli.output import check_free, print_json, progress, tokens_per_second, warn
+    from moeshard.profile import RANKINGS
     from moeshard.reliability import verdict
     from moeshard.traffic import embedded_traffic, read_texts
 
     check_free(out, export_ranking, force=force)
+    if ranking not in RANKINGS:
+        raise typer.BadParameter(f"--ranking '{ranking}': choose from {', '.join(RANKINGS)}")
     loaded = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers)
     domains = read_texts(text or [], chat or [], model=loaded) or embedded_traffic("calibration")
+    partial = out.with_name(out.name + ".partial")
+    if partial.exists() and not resume:
+        warn(f"{partial}: what an interrupted analysis left, to go on from with --resume, will be replaced")
     chosen = None if layers is None else _parse_layers(layers, loaded.n_layer)
     with progress() as update:
         profile = measure(
@@ -83,9 +89,9 @@ def analyze(
             window=window,
             layers=chosen,
             n_generate=generate,
-            save_to=out.with_name(out.name + ".partial"),
+            save_to=partial,
             resume=resume,
-            progress=lambda done, total: update("reading", done / max(total, 1)),
+            progress=tokens_per_second(update, "reading"),
         )
     profile.save(out, force=force)
     if export_ranking is not None:
@@ -102,7 +108,7 @@ def _parse_layers(text: str, n_layer: int) -> list[int]:
 
     from moeshard.keep import parse_row
 
-    return np.flatnonzero(parse_row(text, f"--layers '{text}'", n_layer)).tolist()
+    return np.flatnonzero(parse_row(text, f"--layers '{text}'", n_layer, "a layer", "layers")).tolist()
 
 
 def _facts(profile: Profile, found: Verdict, out: Path) -> dict[str, Any]:

@@ -7,28 +7,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moeshard.cli.options import ForceOption, GpuLayersOption, JsonOption, ModelArgument, ThreadsOption
+from moeshard.cli.options import (
+    ChatsOption,
+    ForceOption,
+    GpuLayersOption,
+    HeldOutOption,
+    JsonOption,
+    ModelArgument,
+    ThreadsOption,
+)
 
 if TYPE_CHECKING:
     from moeshard.curve import Curve
-    from moeshard.profile import Profile
-    from moeshard.traffic import Domain
 
 
 def curve(
     model: ModelArgument,
     profile: Annotated[Path, typer.Option(help="What `moeshard analyze` measured; experts are chosen by it.")],
-    text: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[NAME=]FILE",
-            show_default="the embedded held-out texts",
-            help="A text to predict; several of one NAME make one domain. Not one that the profile was made from.",
-        ),
-    ] = None,
-    chat: Annotated[
-        list[Path] | None, typer.Option(help='Chats, a line of JSON each: {"messages": [{"role", "content"}, …]}.')
-    ] = None,
+    text: HeldOutOption = None,
+    chat: ChatsOption = None,
     keep: Annotated[
         str | None,
         typer.Option(
@@ -61,11 +58,11 @@ def curve(
     sizes = None if keep is None else _parse_sizes(keep)
 
     from moeshard.cli.loading import load_model
-    from moeshard.cli.output import check_free, print_json, progress
+    from moeshard.cli.output import check_free, print_json, progress, warn_of_seen
     from moeshard.curve import measure_curve
     from moeshard.files import write_atomically
     from moeshard.profile import read_profile
-    from moeshard.traffic import embedded_traffic, read_texts
+    from moeshard.traffic import embedded_traffic, read_texts, texts_seen
 
     check_free(out, csv, png, force=force)
     if png is not None:
@@ -75,7 +72,7 @@ def curve(
     measured = read_profile(profile)
     loaded = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers)
     domains = read_texts(text or [], chat or [], model=loaded) or embedded_traffic("heldout")
-    _warn_of_seen(measured, domains)
+    warn_of_seen(texts_seen(domains, measured.facts.get("texts")))
     with progress() as update:
         found = measure_curve(
             loaded,
@@ -107,23 +104,13 @@ def _parse_sizes(text: str) -> list[int]:
         raise typer.BadParameter(f"--keep '{text}': expected numbers of experts such as 16,32,64") from error
 
 
-def _warn_of_seen(profile: Profile, domains: list[Domain]) -> None:
-    seen = set(profile.facts.get("texts", {}).values())
-    for domain in domains:
-        if domain.digest in seen:
-            typer.secho(
-                f"warning: the profile was made from text '{domain.name}' too: what is lost on other text is more",
-                fg=typer.colors.YELLOW,
-                err=True,
-            )
-
-
 def draw_png(found: Curve) -> bytes:
     from moeshard.curve_figure import HEIGHT, draw_curve
     from moeshard.report.drawing import render
     from moeshard.report.figure import Panel
 
-    return render(Panel("loss by experts kept", lambda canvas: draw_curve(canvas, found), HEIGHT), "curve")[1]
+    title = f"{found.model.name}: what a part of the experts costs"
+    return render(Panel("loss by experts kept", lambda canvas: draw_curve(canvas, found), HEIGHT), "curve", title)[1]
 
 
 def _report(found: Curve, written: list[Path]) -> None:

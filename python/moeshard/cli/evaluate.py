@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moeshard.cli.options import ForceOption, GpuLayersOption, JsonOption, ModelArgument, ThreadsOption
+from moeshard.cli.options import (
+    ChatsOption,
+    ForceOption,
+    GpuLayersOption,
+    HeldOutOption,
+    JsonOption,
+    ModelArgument,
+    ThreadsOption,
+)
 
 if TYPE_CHECKING:
     from moeshard import Evaluation
@@ -16,17 +25,8 @@ if TYPE_CHECKING:
 def evaluate(
     model: ModelArgument,
     plan: Annotated[Path, typer.Option(help="The nodes: what `moeshard plan` or `moeshard split` wrote.")],
-    text: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[NAME=]FILE",
-            show_default="the embedded held-out texts",
-            help="A text to predict; several of one NAME make one domain. Not one that the plan was made from.",
-        ),
-    ] = None,
-    chat: Annotated[
-        list[Path] | None, typer.Option(help='Chats, a line of JSON each: {"messages": [{"role", "content"}, …]}.')
-    ] = None,
+    text: HeldOutOption = None,
+    chat: ChatsOption = None,
     shards: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Run the shards in this folder instead of masks on the model.")
     ] = None,
@@ -70,15 +70,14 @@ def evaluate(
 
     The exit code is 0, or 1 for an error or a quality under --min-quality.
     """
-    from moeshard import MoeshardError
     from moeshard import evaluate as measure
     from moeshard.answers import Sampling
     from moeshard.cli.evaluation_tables import report
     from moeshard.cli.loading import load_model
-    from moeshard.cli.output import check_free, print_json, progress
+    from moeshard.cli.output import check_free, print_json, progress, warn_of_seen
     from moeshard.evaluation_record import PROBES
     from moeshard.plan import read_plan
-    from moeshard.traffic import embedded_traffic, read_texts
+    from moeshard.traffic import embedded_traffic, read_texts, texts_seen
 
     known = {name: name for name in PROBES}
     if probe not in known:
@@ -87,15 +86,14 @@ def evaluate(
         raise typer.BadParameter(f"--prompt {prompt} leaves nothing to predict of --window {window}")
     # All that can be wrong is looked at before the work, not after it.
     check_free(out, force=force)
-    if out is not None and not out.parent.is_dir():
-        raise MoeshardError(f"{out}: the folder '{out.parent}' does not exist; make it, or choose another one")
-    read_plan(plan)
+    nodes = read_plan(plan)
     loaded = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers)
     domains = read_texts(text or [], chat or [], model=loaded) or embedded_traffic("heldout")
+    warn_of_seen(texts_seen(domains, nodes.parameters.get("texts")))
     with progress() as update:
         found = measure(
             loaded,
-            plan,
+            nodes,
             domains,
             shards=shards,
             probe=known[probe],
@@ -108,6 +106,7 @@ def evaluate(
             seed=seed,
             progress=update,
         )
+    found = replace(found, plan_file=str(plan))
     if out is not None:
         found.save(out, force=force)
     if as_json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -26,6 +27,29 @@ ModelArgument = Annotated[
         show_default=False,
         help="A GGUF file (any part of one in several), or the word 'tinymoe' for the embedded model.",
     ),
+]
+
+TextOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[NAME=]FILE",
+        show_default="the embedded texts",
+        help="A text of the traffic; several of one NAME make one domain.",
+    ),
+]
+
+HeldOutOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[NAME=]FILE",
+        show_default="the embedded held-out texts",
+        help="A text to predict, none that experts were chosen by; several of one NAME make one domain.",
+    ),
+]
+
+ChatsOption = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="FILE", help='Chats, a line of JSON each: {"messages": [{"role": …, "content": …}, …]}.'),
 ]
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text for people.")]

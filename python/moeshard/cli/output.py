@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -51,12 +52,27 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def warn(text: str) -> None:
+    """Say on stderr what the user should know before trusting a result."""
+    import typer
+
+    typer.secho(f"warning: {text}", fg=typer.colors.YELLOW, err=True)
+
+
+def warn_of_seen(names: Iterable[str]) -> None:
+    """Warn of texts, by the names of their domains, that experts were chosen by: see `moeshard.traffic.texts_seen`."""
+    for name in names:
+        warn(f"experts were chosen by text '{name}' too: on other text more is lost than on this")
+
+
 def check_free(*paths: Path | None, force: bool) -> None:
-    """Raise a `MoeshardError` where a file to be written exists: said before the work that it shall hold."""
+    """Raise a `MoeshardError` where a file cannot be written: said before the work that it shall hold."""
     from moeshard import MoeshardError
 
-    for path in paths:
-        if path is not None and path.exists() and not force:
+    for path in filter(None, paths):
+        if not path.parent.is_dir():
+            raise MoeshardError(f"{path}: the folder '{path.parent}' does not exist; make it, or choose another one")
+        if path.exists() and not force:
             raise MoeshardError(f"{path}: exists already; choose another name, or replace it with --force")
 
 
@@ -86,6 +102,10 @@ def progress() -> Iterator[Update]:
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
     task = bar.add_task("", total=1.0)
     start = time.monotonic()
+    # By a thread: work that reports rarely, a large model's, is seen to run before its first report.
+    timer = threading.Timer(PATIENCE_SECONDS, bar.start)
+    timer.daemon = True
+    timer.start()
 
     def update(what: str, fraction: float) -> None:
         bar.update(task, description=what, completed=fraction)
@@ -95,4 +115,24 @@ def progress() -> Iterator[Update]:
     try:
         yield update
     finally:
+        timer.cancel()
+        timer.join()
         bar.stop()
+
+
+def tokens_per_second(update: Update, what: str) -> Callable[[int, int], None]:
+    """Return what takes the tokens done and those of the whole, and shows how fast they are done.
+
+    Those that were done before its first call do not count: they are of an earlier run.
+    """
+    first: list[tuple[int, float]] = []
+
+    def show(done: int, total: int) -> None:
+        now = time.monotonic()
+        if not first:
+            first.append((done, now))
+        before, start = first[0]
+        speed = f", {(done - before) / (now - start):.0f} tokens/s" if done > before and now > start else ""
+        update(f"{what}{speed}", done / max(total, 1))
+
+    return show

@@ -67,12 +67,13 @@ def require_matplotlib() -> None:
         raise MoeshardError("a report needs matplotlib: pip install 'moeshard[report]'") from error
 
 
-def render(panel: Panel, name: str) -> tuple[str, bytes]:
+def render(panel: Panel, name: str, title: str = "") -> tuple[str, bytes]:
     """Draw a panel.
 
     Args:
         panel: what to draw.
         name: part of the ids in the SVG, so that several fit into one page.
+        title: of the PNG, which may go where no page says what it shows.
 
     Returns:
         An ``<svg>`` element for a page, with a transparent ground and no reference outside itself, and a PNG on white.
@@ -86,7 +87,9 @@ def render(panel: Panel, name: str) -> tuple[str, bytes]:
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         canvas = Canvas(figsize=(WIDTH, panel.height), layout="constrained")
         panel.draw(canvas)
-        canvas.savefig(png, format="png", dpi=160, facecolor="white")
+        heading = canvas.text(0.01, 1.02, title, fontsize=9, va="bottom")
+        canvas.savefig(png, format="png", dpi=160, facecolor="white", bbox_inches="tight", pad_inches=0.08)
+        heading.remove()
         canvas.set_layout_engine("none")  # it is done, and takes most of the time
         canvas.savefig(svg, format="svg", transparent=True, dpi=160)
     return _embeddable(svg.getvalue(), name, panel.label), png.getvalue()

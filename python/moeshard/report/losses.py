@@ -29,6 +29,11 @@ def nats(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"
 
 
+def times(value: float) -> str:
+    """Write a perplexity, or how many times as large as another it is."""
+    return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
+
+
 def short_nats(value: float) -> str:
     """Write nats per token for a small cell."""
     return f"{value:.2f}"
@@ -51,11 +56,11 @@ def loss_curve(curve: Curve, plan: Plan | None, evaluation: Evaluation | None) -
     lines: list[list[Cell]] = []
     for name, points in curve.strategies.items():
         for point in points:
-            own, fraction, times = point.scores, point.keep / n_expert, curve.times_top_k(point)
+            own, fraction, multiple = point.scores, point.keep / n_expert, curve.times_top_k(point)
             lines.append(
                 [
-                    *(name, point.keep, percent(fraction), f"{times:.3g}", nats(own.excess)),
-                    *(between(own.excess_ci, nats), f"{own.ratio:.3g}"),
+                    *(name, point.keep, percent(fraction), f"{multiple:.3g}", nats(own.excess)),
+                    *(between(own.excess_ci, nats), times(own.ratio)),
                 ]
             )
     rows: list[list[Cell]] = [
@@ -100,7 +105,7 @@ def _mark(axes: Axes, nodes: Sequence[tuple[str, float, Scores]]) -> None:
         below, above = scores.excess_ci
         spread = [[max(0.0, scores.excess - below)], [max(0.0, above - scores.excess)]]
         together = index == len(nodes) - 1
-        label = "the plan, as placed" if together else "each of its nodes, for all domains" if index == 0 else None
+        label = "the plan, as placed" if together else "nodes of the plan, for all domains" if index == 0 else None
         style: dict[str, Any] = {"fmt": "x", "color": INK, "markersize": 6, "markeredgewidth": 1.5, "zorder": 4}
         if together:
             style = {"fmt": "*", "color": MARK, "markersize": 12, "zorder": 5}
@@ -183,8 +188,8 @@ def comparison(evaluation: Evaluation) -> Figure:
         texts: list[Cell] = [
             nats(own.nll),
             f"{nats(own.excess)} ({between(own.excess_ci, nats)})",
-            f"{own.perplexity:.4g}",
-            f"{own.ratio:.3g} ({between(own.ratio_ci, lambda value: f'{value:.3g}')})",
+            times(own.perplexity),
+            f"{times(own.ratio)} ({between(own.ratio_ci, times)})",
         ]
         if agreement is None:
             numbers += ["", "", ""]
@@ -235,6 +240,12 @@ def _ways(evaluation: Evaluation) -> Iterator[tuple[str, Scores, str]]:
 
 
 def _say_comparison(evaluation: Evaluation) -> list[str]:
+    seen = evaluation.settings.seen
+    warning = f"The plan was made from the text of {', '.join(seen)} too: on other text more is lost than on this."
+    return [*_say_losses(evaluation), *([warning] if seen else [])]
+
+
+def _say_losses(evaluation: Evaluation) -> list[str]:
     placed, hashed, oracle = evaluation.placed, evaluation.hashed, evaluation.oracle
     confidence = percent(evaluation.settings.confidence)
     if len(evaluation.groups) == 1:

@@ -25,7 +25,7 @@ a { color: var(--link) }
 nav { margin: 1rem 0; display: flex; flex-wrap: wrap; gap: .2rem 1.1rem }
 section { border-top: 1px solid var(--line); margin-top: 2rem; padding-top: 1.4rem }
 .faint, figcaption { color: var(--faint); font-size: .875rem }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .6rem; margin: 1.2rem 0 }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .6rem; margin: 1.2rem 0 }
 .facts div { background: var(--raised); border-radius: .5rem; padding: .6rem .8rem }
 .facts dt { color: var(--faint); font-size: .8rem }
 .facts dd { margin: 0; font-size: 1.25rem; font-variant-numeric: tabular-nums; overflow-wrap: anywhere }

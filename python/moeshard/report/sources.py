@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeshard._core import MoeshardError
-from moeshard.curve import Curve, read_curve
-from moeshard.documents import read_document
-from moeshard.evaluation_record import Evaluation, read_evaluation
-from moeshard.plan import ModelIdentity, Plan, read_plan
+from moeshard.curve import Curve, curve_from_json
+from moeshard.documents import parse_named, read_document
+from moeshard.evaluation_record import Evaluation, evaluation_from_json
+from moeshard.plan import ModelIdentity, Plan, plan_from_json
 from moeshard.profile import Profile, read_profile
 
 
@@ -68,7 +68,11 @@ def read_sources(paths: Sequence[str | os.PathLike[str]]) -> Sources:
     return sources
 
 
-_READERS: dict[str, Callable[[str], Any]] = {"plan": read_plan, "evaluation": read_evaluation, "curve": read_curve}
+_PARSERS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "plan": plan_from_json,
+    "evaluation": evaluation_from_json,
+    "curve": curve_from_json,
+}
 _ARTICLES = {"profile": "a profile", "plan": "a plan", "evaluation": "an evaluation", "curve": "a curve"}
 
 
@@ -76,9 +80,9 @@ def _read(name: str) -> tuple[str, Any]:
     if _is_archive(name):
         return "profile", read_profile(name)
     document = read_document(name, "file")
-    for kind, read in _READERS.items():
+    for kind, parse in _PARSERS.items():
         if f"moeshard_{kind}" in document:
-            return kind, read(name)
+            return kind, parse_named(name, kind, document, parse)
     raise MoeshardError(
         f"'{name}' is no profile, plan, evaluation or curve; `moeshard analyze`, `plan`, `evaluate` and `curve` make "
         f"these"

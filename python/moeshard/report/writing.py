@@ -79,7 +79,7 @@ def write_report(sources: Sources, path: str | os.PathLike[str], *, force: bool 
     for figure in made:
         pictures = []
         for index, panel in enumerate(figure.panels):
-            svg, png = render(panel, figure.stem(index))
+            svg, png = render(panel, figure.stem(index), f"{figure.title}: {panel.label}")
             pictures.append(svg)
             write_atomically(folder / f"{figure.stem(index)}.png", png, force=force)
         write_atomically(folder / f"{figure.name}.csv", figure.data.to_csv(), force=force)
@@ -114,6 +114,6 @@ def _facts(sources: Sources) -> list[tuple[str, str]]:
         facts.append(("experts of a node, per layer", f"{sizes} of {plan.model.n_expert}"))
     if profile is not None:
         facts.append(
-            ("measured", f"{int(profile.n_tokens.sum()):,} tokens of {counted(len(profile.domains), 'domain')}")
+            (f"tokens measured, of {counted(len(profile.domains), 'domain')}", f"{int(profile.n_tokens.sum()):,}")
         )
     return facts
