@@ -161,7 +161,11 @@ void trace_experts(const llm_graph_context& graph, ggml_tensor* experts, int il)
     if (!input || !current_state()->trace.norms || input->traced.empty()) return;
     GraphInput::Traced& traced = input->traced.back();
     if (traced.il != il || traced.squares) return;
-    traced.squares = ggml_sum_rows(graph.ctx0, ggml_sqr(graph.ctx0, experts));  // [1, n_used, n_tokens]
+    // A dot product of each output with itself: it reads them once and is vectorised, unlike a sum of squares.
+    ggml_tensor* rows =
+        ggml_reshape_3d(graph.ctx0, experts, experts->ne[0], 1, ggml_nelements(experts) / experts->ne[0]);
+    traced.squares = ggml_reshape_3d(graph.ctx0, ggml_mul_mat(graph.ctx0, rows, rows), 1, experts->ne[1],
+                                     experts->ne[2]);  // [1, n_used, n_tokens]
     keep_for_trace(graph, traced.squares);
 }
 
