@@ -7,8 +7,8 @@ Experts are chosen on the calibration texts (or --calibration NAME=FILE), losses
 --heldout NAME=FILE), which nothing is chosen or tuned by. Each window of 256 tokens begins with a prompt of 64 that
 places the session and is not scored. Losses are nats per token over the whole model, mean over domains, with 95 %
 intervals of a paired bootstrap over windows: of sessions sent to any node (hashed), to the node that a probe finds by
-the prompt, and to the best one (oracle). "right", "over the oracle", "over islands", top-1 and KL are of placing by
-loss. Speeds are ratios of CPU time measured in turn, one thread.
+the prompt (placed: by loss and saliency together), and to the best one (oracle). "right", "over the oracle", "over
+islands", top-1 and KL are of sessions as placed. Speeds are ratios of CPU time measured in turn, one thread.
 """
 
 from __future__ import annotations
@@ -32,12 +32,11 @@ from moeshard.keep import Keep
 from moeshard.loops import Prompt, measure_loops
 from moeshard.nodes import NodeModel, masked_nodes
 from moeshard.planner import ISLANDS, STRATEGY_NAMES, choose_experts
+from moeshard.probing import PROBES
 from moeshard.profile import Profile
 from moeshard.reliability import concentration, summed_concentration, tops, verdict
 from moeshard.scoring import Interval, Scorer, Scores
 from moeshard.traffic import Domain, embedded_traffic, read_texts
-
-PROBES = ("loss", "saliency")
 
 
 def main() -> None:
@@ -168,17 +167,15 @@ def _nodes(
     )
     found = _measure(model, profile, heldout, n_nodes, size, options.windows)
     best = next(served for served in found if served.label == ISLANDS)
-    yield (
-        "| strategy | hashed | placed by loss | by saliency | oracle | right | over the oracle | over islands | top-1 "
-        "| KL |"
-    )
-    yield f"|{'---|' * 10}"
+    columns = "hashed | placed | by loss | by saliency | oracle | right | over the oracle | over islands | top-1 | KL"
+    yield f"| strategy | {columns} |"
+    yield f"|{'---|' * 11}"
     for served in found:
         cells = [_excess(score) for score in (served.hashed, *served.placed.values())]
-        where = served.losses.placement("loss")
-        agreement = served.placed["loss"].agreement
+        where = served.losses.placement()
+        agreement = served.placed["both"].agreement
         assert agreement is not None
-        over = served.losses.placed_losses(where) - best.losses.placed_losses(best.losses.placement("loss"))
+        over = served.losses.placed_losses(where) - best.losses.placed_losses(best.losses.placement())
         cells += [
             f"{served.scorer.right(where):.0%}",
             _interval(*served.scorer.regret(where)),
@@ -188,10 +185,10 @@ def _nodes(
         ]
         yield f"| {served.label} | {' | '.join(cells)} |"
     yield ""
-    placed = best.placed["loss"].excess
+    placed = best.placed["both"].excess
     others = {served.label: served.hashed.excess for served in found}
     yield (
-        f"islands, placed by loss, loses {placed / others['snake']:.0%} of what snake does, hashed, and "
+        f"islands, as placed, loses {placed / others['snake']:.0%} of what snake does, hashed, and "
         f"{placed / others['shared-core']:.0%} of shared-core's.\n"
     )
     if options.answers:
@@ -200,7 +197,7 @@ def _nodes(
 
 def _loops(model: moeshard.Model, served: Served, heldout: list[Domain], options: argparse.Namespace) -> Iterator[str]:
     windows, owners = cut_windows(model, heldout, WINDOW, options.windows)
-    where = served.losses.placement("loss")
+    where = served.losses.placement()
     found = measure_loops(
         model,
         served.nodes,

@@ -15,8 +15,8 @@ import moeshard
 from moeshard import GGUFMap, MoeshardError, Plan, PlanNode, read_evaluation
 from moeshard.embedded import embedded_domains, embedded_text
 from moeshard.evaluation import measure_losses
-from moeshard.evaluation_record import PROBES
 from moeshard.fingerprint import identify
+from moeshard.probing import PROBES
 
 QUICK = ("--windows", "3", "--window", "64", "--prompt", "16", "--threads", "1")
 SCORES = {"nll", "nll_ci", "perplexity", "excess", "excess_ci", "ratio", "ratio_ci", "kl", "kl_ci", "kl_p99"}
@@ -136,8 +136,8 @@ def test_tables(run: Callable[..., Any], tmp_path: Path) -> None:
         assert scores.agreement is not None and f"{scores.agreement.top1:.1%}" == lines[name][-1]
     for name in NAMES:
         assert f"{found.full.domains[name].perplexity:.1f}" == lines[name][1]
-    assert "The loss probe" in result.out and "degenerate loops" in result.out
-    assert all(len(line) <= 80 for line in result.out.splitlines() if "probe" not in line and "A loop" not in line)
+    assert "Placed by both (this one counts)" in result.out and "degenerate loops" in result.out
+    assert all(len(line) <= 80 for line in result.out.splitlines() if "Placed by" not in line and "A loop" not in line)
 
 
 def test_a_node_that_holds_everything_loses_nothing(tinymoe: Path, cli: Cli, tmp_path: Path, texts: list[str]) -> None:
@@ -159,8 +159,8 @@ def test_quality_becomes_an_exit_code(run: Callable[..., Any], tmp_path: Path) -
     found = json.loads(result.out)
     assert result.code == 1 and found["placed"]["ratio"] > 1 / 0.99
     assert result.err.splitlines()[-1] == (
-        f"error: placed.ratio: by loss perplexity is {found['placed']['ratio']:.3f} times the whole model's, a quality "
-        f"of {np.exp(-found['placed']['excess']):.3f}, below the 0.99 of --min-quality"
+        f"error: placed.ratio: placed by both, perplexity is {found['placed']['ratio']:.3f} times the whole model's, a "
+        f"quality of {np.exp(-found['placed']['excess']):.3f}, below the 0.99 of --min-quality"
     )
     assert read_evaluation(out).placed.nll == found["placed"]["nll"]
     enough = str(np.exp(-found["placed"]["excess"]) - 1e-6)

@@ -83,7 +83,7 @@ def test_a_keep_of_everything_loses_nothing(losses: Losses) -> None:
 def test_placement(losses: Losses) -> None:
     oracle = losses.placed_losses(losses.placement("oracle"))
     np.testing.assert_array_equal(oracle, losses.group_losses().min(axis=0))
-    for probe in ("loss", "saliency"):
+    for probe in ("both", "loss", "saliency"):
         node = losses.placement(probe)
         assert (losses.placed_losses(node) >= oracle).all()
     assert (losses.placement("saliency") == 0).all(), "the node that holds everything captures most"

@@ -18,12 +18,10 @@ from moeshard.embedded import embedded_domains, embedded_text
 from moeshard.evaluation import measure_losses
 from moeshard.fingerprint import identify
 from moeshard.perplexity import text_windows
-from moeshard.placement import MIN_TOKENS, place_by_loss, place_by_saliency
-from moeshard.probing import by_saliency
+from moeshard.placing import MIN_TOKENS, place_by_both, place_by_loss, place_by_saliency
+from moeshard.probing import PROBES, by_saliency
 from moeshard.strategies import best
 from moeshard.traffic import Domain
-
-PROBES = ("loss", "saliency")
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +112,7 @@ def test_scores_are_those_of_brute_force(model: moeshard.Model, prompts: dict[st
     keeps = halves(model)
     placement = Placement(plan_of(model, *keeps), model)
     for own in prompts.values():
-        placed = placement.place(own[0])
+        placed = placement.place(own[0], "loss")
         # Batches of another size round otherwise, and quantised activations make steps of that.
         assert placed.full == pytest.approx(brute_force_loss(model, own[0], None), rel=0.01)
         for node, keep in zip(placement.plan.nodes, keeps, strict=True):
@@ -125,7 +123,7 @@ def test_scores_are_those_of_brute_force(model: moeshard.Model, prompts: dict[st
 def test_nodes_with_their_own_experts_per_token(model: moeshard.Model, everything: np.ndarray) -> None:
     tokens = model.tokenize(embedded_text(embedded_domains()[0])[:600])[:80]
     used = model.n_expert_used // 2
-    placed = Placement(plan_of(model, everything, used=used), model).place(tokens)
+    placed = Placement(plan_of(model, everything, used=used), model).place(tokens, "loss")
     other = model.sibling(n_expert_used=used)
     assert placed.scores["n0"] == pytest.approx(brute_force_loss(other, tokens, None), rel=0.01)
     assert placed.full == pytest.approx(brute_force_loss(model, tokens, None), rel=0.01)
@@ -143,7 +141,7 @@ def test_evaluation_places_alike(model: moeshard.Model, island_plan: Plan) -> No
         windows = text_windows(model.tokenize(text.texts[0]), 64)
         for number in range(2):
             tokens = windows[number * len(windows) // 2]
-            scores = placement.place(tokens[: n_prompt + 1]).scores
+            scores = placement.place(tokens[: n_prompt + 1], "loss").scores
             np.testing.assert_allclose(list(scores.values()), losses.groups[:, row, :n_prompt].mean(axis=1), rtol=0.01)
             held = placement.place(tokens[:n_prompt], "saliency").scores
             np.testing.assert_allclose(list(held.values()), losses.captured[:, row], atol=0.01)
@@ -174,6 +172,32 @@ def test_losses_by_hand() -> None:
     assert place_by_loss(["a", "b", "c"], losses + np.arange(40), full, min_quality=0).error == pytest.approx(
         placed.error
     )
+
+
+def test_both_by_hand() -> None:
+    rng = np.random.default_rng(0)
+    full, wanted = rng.random(40), 1 + rng.random((3, 41))
+    losses = full + np.array([[0.2], [0.5]]) + 0.1 * rng.random((2, 40))
+    held = wanted * np.array([0.3, 0.6])[:, None, None]
+    placed = place_by_both(["a", "b"], losses, full, wanted, held)
+    by_loss = place_by_loss(["a", "b"], losses, full)
+    assert by_loss.node == "a", "by loss alone it is the other one"
+    fit = {
+        name: np.exp(full.mean() - loss.mean()) * part
+        for name, loss, part in zip("ab", losses, (0.3, 0.6), strict=True)
+    }
+    assert placed.scores == pytest.approx(fit) and placed.quality == pytest.approx(fit["b"]) and placed.full == 1
+    assert placed.node == "b" and placed.margin == pytest.approx(math.log(fit["b"] / fit["a"]))
+    assert placed.captured == pytest.approx({"a": 0.3, "b": 0.6})
+    assert placed.excess == pytest.approx({n: v - full.mean() for n, v in by_loss.scores.items()})
+    # All tokens want the same of the experts, so what is uncertain is the loss; the first token has none.
+    assert by_loss.error is not None and placed.error == pytest.approx(by_loss.error, rel=0.02)
+    assert "in the logarithm behind" in placed.reason
+    assert place_by_both(["a", "b"], losses, full, wanted, held, min_fit=0.5).node is None
+    with pytest.raises(MoeshardError, match="one token more"):
+        place_by_both(["a", "b"], losses, full, wanted[:, :40], held[:, :, :40])
+    with pytest.raises(MoeshardError, match="do not fit"):
+        place_by_both(["a"], losses, full, wanted, held)
 
 
 def test_too_close_to_call_by_hand() -> None:
@@ -249,7 +273,7 @@ def test_bad_prompts_and_limits_are_named(model: moeshard.Model, island_plan: Pl
         placement.place("")
     with pytest.raises(MoeshardError, match="one token"):
         placement.place([5])
-    with pytest.raises(MoeshardError, match="choose loss or saliency"):
+    with pytest.raises(MoeshardError, match="choose both, loss or saliency"):
         placement.place("text", "luck")
     for probe in PROBES:
         with pytest.raises(MoeshardError):
@@ -300,7 +324,10 @@ def test_command_line(cli: Cli, island_plan: Plan, tmp_path: Path) -> None:
     text = embedded_text(name)[:1200]
     base = ("place", "--plan", plan, "--threads", 1)
     done = cli(*base, "-p", text, "--min-quality", 0)
-    assert done.code == 0 and f"{name} predicts the prompt best" in done.out and "whole model" in done.out
+    assert done.code == 0 and f"{name} fits the prompt best" in done.out
+    assert "captured" in done.out and "nats" in done.out
+    lost = cli(*base, "-p", text, "--probe", "loss", "--min-quality", 0)
+    assert lost.code == 0 and f"{name} predicts the prompt best" in lost.out and "captured" not in lost.out
     (tmp_path / "prompt.txt").write_text(text + "\n", encoding="utf-8")
     told = json.loads(cli(*base, "tinymoe", "-f", tmp_path / "prompt.txt", "--min-quality", 0, "--json").out)
     assert told["node"] == name and told["index"] == 0 and told["clear"] in (True, False)
@@ -313,7 +340,7 @@ def test_command_line(cli: Cli, island_plan: Plan, tmp_path: Path) -> None:
     assert refused.code == 3 and json.loads(refused.out)["node"] is None
     for arguments, said in (
         (("-p", text, "--chat"), "chat template"),
-        (("-p", text, "--probe", "luck"), "choose loss or saliency"),
+        (("-p", text, "--probe", "luck"), "choose both, loss or saliency"),
         (("-p", ""), "the prompt is empty"),
         (("no/such.gguf", "-p", text), "no/such.gguf"),
     ):

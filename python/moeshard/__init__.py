@@ -21,7 +21,7 @@ _HOME = {
     "Generation": "moeshard.generation",
     "Model": "moeshard.model",
     "MoeshardError": "moeshard._core",
-    "Placed": "moeshard.placement",
+    "Placed": "moeshard.placing",
     "Placement": "moeshard.placement",
     "Plan": "moeshard.plan",
     "PlanNode": "moeshard.plan",
@@ -71,7 +71,8 @@ if TYPE_CHECKING:
     from moeshard.merging import merge
     from moeshard.model import Model
     from moeshard.paths import cmake_dir, include_dir
-    from moeshard.placement import Placed, Placement
+    from moeshard.placement import Placement
+    from moeshard.placing import Placed
     from moeshard.plan import Plan, PlanNode, read_plan
     from moeshard.planner import make_plan
     from moeshard.planning import plan_groups

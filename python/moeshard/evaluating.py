@@ -11,10 +11,11 @@ import numpy as np
 from moeshard._core import MoeshardError
 from moeshard.answers import Sampling
 from moeshard.evaluation import PROMPT, WINDOW, Losses, cut_windows, measure_losses
-from moeshard.evaluation_record import PROBES, Evaluation, GroupScores, Probe, ProbeScores, Settings
+from moeshard.evaluation_record import Evaluation, GroupScores, ProbeScores, Settings
 from moeshard.loops import N_ANSWERS, N_TOKENS, Loops, Prompt, measure_loops
 from moeshard.nodes import NodeModel, plan_nodes
 from moeshard.plan import Plan, read_plan
+from moeshard.probing import PROBES, Probe
 from moeshard.scoring import CONFIDENCE, RESAMPLES, Scorer, check_windows
 from moeshard.traffic import Domain, embedded_traffic, texts_seen
 
@@ -35,7 +36,7 @@ def evaluate(
     domains: Sequence[Domain] | None = None,
     *,
     shards: str | os.PathLike[str] | None = None,
-    probe: Probe = "loss",
+    probe: Probe = "both",
     n_windows: int | None = N_WINDOWS,
     window: int = WINDOW,
     n_prompt: int = PROMPT,
@@ -55,7 +56,7 @@ def evaluate(
             keeps its own.
         domains: text that the plan was not made from; None: the embedded held-out texts.
         shards: folder of the plan's shards, to be run instead of masks on the model.
-        probe: what places sessions by their prompts, ``loss`` or ``saliency``; see `Losses.placement`.
+        probe: what places sessions by their prompts, ``both``, ``loss`` or ``saliency``; see `Losses.placement`.
         n_windows: per domain, evenly spread over its text; None: all.
         window: tokens predicted in each.
         n_prompt: of them, so many are the prompt and are not scored.

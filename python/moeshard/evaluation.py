@@ -88,20 +88,24 @@ class Losses:
         losses: Doubles = self.groups[:, :, self.after].mean(axis=2, dtype=np.float64)
         return losses
 
-    def placement(self, probe: str = "loss") -> Ints:
+    def placement(self, probe: str = "both") -> Ints:
         """Return int (S,): the node that each session is placed on.
 
         `probe` is ``loss``: the node that predicts the prompt itself best; ``saliency``: the one that holds most of the
-        experts that the whole model's router wants for the prompt; ``oracle``: the one that will be best.
+        experts that the whole model's router wants for the prompt; ``both``: by the sum of minus the loss and the
+        logarithm of what it holds; ``oracle``: the one that will be best.
         """
-        if probe == "loss":
-            scores = -self.groups[:, :, : self.n_prompt].mean(axis=2, dtype=np.float64)
+        loss = self.groups[:, :, : self.n_prompt].mean(axis=2, dtype=np.float64)
+        if probe == "both":
+            scores = np.log(np.maximum(self.captured, np.finfo(np.float64).tiny)) - loss
+        elif probe == "loss":
+            scores = -loss
         elif probe == "saliency":
             scores = self.captured
         elif probe == "oracle":
             scores = -self.group_losses()
         else:
-            raise MoeshardError(f"unknown probe '{probe}'; choose loss, saliency or oracle")
+            raise MoeshardError(f"unknown probe '{probe}'; choose both, loss, saliency or oracle")
         node: Ints = scores.argmax(axis=0)
         return node
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 from moeshard._core import MoeshardError
 from moeshard.documents import check_version, expect, parse_named, read_document, take, write_document
@@ -15,9 +15,6 @@ from moeshard.scoring import Interval, Scores, interval, scores_from_json
 
 VERSION = 1
 _KEY = "moeshard_evaluation"
-
-Probe = Literal["loss", "saliency"]
-PROBES: tuple[Probe, ...] = get_args(Probe)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,9 @@ from moeshard.nodes import NodeModel, by_model
 
 if TYPE_CHECKING:
     from moeshard.model import Model
+
+Probe = Literal["both", "loss", "saliency"]
+PROBES: tuple[Probe, ...] = get_args(Probe)
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -65,6 +68,23 @@ def by_saliency(wanted: Doubles, held: Doubles) -> Probed:
     share = held.sum(axis=2) / total
     influence = (held - share[:, :, None] * wanted) / total[:, None]
     return Probed(share.mean(axis=1), influence.mean(axis=1))
+
+
+def by_both(losses: npt.NDArray[np.floating], wanted: Doubles, held: Doubles) -> Probed:
+    """Judge nodes by loss and saliency together: the goodness is minus the mean loss plus the logarithm of the share.
+
+    The loss of a short prompt hangs on a few hard tokens, its saliency on all tokens but not on what comes out; each
+    corrects the other.
+
+    Args:
+        losses: (G, T - 1), nats, of the tokens after the first.
+        wanted, held: of the same T tokens, see `by_saliency`.
+    """
+    loss, share = by_loss(losses), by_saliency(wanted, held)
+    goodness = np.maximum(share.goodness, np.finfo(np.float64).tiny)
+    influence = share.influence / goodness[:, None]
+    influence[:, 1:] += loss.influence
+    return Probed(loss.goodness + np.log(goodness), influence)
 
 
 def prompt_losses(model: Model, nodes: Sequence[NodeModel], tokens: Tokens, n_ctx: int) -> Floats:

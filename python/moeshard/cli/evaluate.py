@@ -34,9 +34,9 @@ def evaluate(
         str,
         typer.Option(
             help="What places a session by its prompt. loss: the node that predicts it best. saliency: the one that "
-            "holds most of the experts that it wants."
+            "holds most of the experts that it wants. both: by the two together."
         ),
-    ] = "loss",
+    ] = "both",
     windows: Annotated[int, typer.Option(min=2, help="Windows of each domain, evenly spread over its text.")] = 16,
     window: Annotated[int, typer.Option(min=2, help="Tokens predicted in a window.")] = 256,
     prompt: Annotated[
@@ -75,8 +75,8 @@ def evaluate(
     from moeshard.cli.evaluation_tables import report
     from moeshard.cli.loading import load_model
     from moeshard.cli.output import check_free, print_json, progress, warn_of_seen
-    from moeshard.evaluation_record import PROBES
     from moeshard.plan import read_plan
+    from moeshard.probing import PROBES
     from moeshard.traffic import embedded_traffic, read_texts, texts_seen
 
     known = {name: name for name in PROBES}
@@ -125,6 +125,6 @@ def _demand(found: Evaluation, min_quality: float) -> None:
     quality = found.placed.quality
     if quality < min_quality:
         raise MoeshardError(
-            f"placed.ratio: by {found.probe} perplexity is {found.placed.ratio:.3f} times the whole model's, a "
+            f"placed.ratio: placed by {found.probe}, perplexity is {found.placed.ratio:.3f} times the whole model's, a "
             f"quality of {quality:.3f}, below the {min_quality:g} of --min-quality"
         )

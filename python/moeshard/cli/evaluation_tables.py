@@ -81,10 +81,10 @@ def _by_domain(found: Evaluation, rows: dict[str, Scores]) -> Table:
 def _probes(found: Evaluation) -> list[str]:
     lines = []
     for name, probe in found.probes.items():
-        mark = " (placed by this one)" if name == found.probe else ""
+        mark = " (this one counts)" if name == found.probe else ""
         lines.append(
-            f"The {name} probe finds the best node for {probe.right:.0%} of sessions and loses {probe.regret:.3f} "
-            f"nats per token over it [{_span(probe.regret_ci, '.3f')}]{mark}."
+            f"Placed by {name}{mark}, {probe.right:.0%} of sessions are on their best node, and all of them together "
+            f"lose {probe.regret:.3f} nats per token over it [{_span(probe.regret_ci, '.3f')}]."
         )
     shares = ", ".join(f"{name} {share:.0%}" for name, share in found.share.items())
     return [*lines, f"Sessions as placed: {shares}."]

@@ -11,7 +11,7 @@ from moeshard.cli.options import GpuLayersOption, JsonOption, ThreadsOption
 from moeshard.cli.prompts import ChatOption, PromptFileOption, PromptOption, SystemOption, apply_template, read_prompt
 
 if TYPE_CHECKING:
-    from moeshard.placement import Placed
+    from moeshard.placing import Placed
 
 REFUSED = 3
 """Exit code where no node is good enough."""
@@ -35,16 +35,16 @@ def place(
         str,
         typer.Option(
             help="loss: the node that predicts the prompt best. saliency: the one that holds most of the experts that "
-            "the prompt wants; faster, as nodes are not computed."
+            "the prompt wants; faster, as nodes are not computed. both: by the two together."
         ),
-    ] = "loss",
+    ] = "both",
     min_quality: Annotated[
         float,
         typer.Option(
             min=0.0,
             max=1.0,
             help="loss: refuse where the prompt's perplexity on the whole model, divided by that on the best node, is "
-            "lower; 0: never.",
+            "lower; 0: never. both: the product of the two limits counts.",
         ),
     ] = 0.5,
     min_captured: Annotated[
@@ -87,17 +87,22 @@ def _report(placed: Placed) -> None:
 
     from moeshard.cli.output import console, plain_table
 
-    by_loss = placed.probe == "loss"
+    columns: dict[str, dict[str, str]] = {}
+    if placed.excess is not None:
+        columns["nats per token over the whole model"] = {name: f"{nats:+.3f}" for name, nats in placed.excess.items()}
+        columns["quality"] = {name: f"{exp(-nats):.2f}" for name, nats in placed.excess.items()}
+    if placed.captured is not None:
+        columns["captured"] = {name: f"{share:.0%}" for name, share in placed.captured.items()}
+    if placed.probe == "both":
+        columns["fit"] = {name: f"{fit:.2f}" for name, fit in placed.scores.items()}
     table = plain_table()
     table.add_column("node")
-    for header in ("nats per token", "over the whole model", "quality") if by_loss else ("captured",):
-        table.add_column(header, justify="right", no_wrap=True)
-    for name, score in sorted(placed.scores.items(), key=lambda item: item[1] if by_loss else -item[1]):
-        excess = score - placed.full
-        row = [f"{score:.3f}", f"{excess:+.3f}", f"{exp(-excess):.2f}"] if by_loss else [f"{score:.0%}"]
-        table.add_row(name, *row, style="bold" if name == placed.node else None)
-    if by_loss:
-        table.add_row("whole model", f"{placed.full:.3f}", "", "", style="dim")
+    for header in columns:
+        table.add_column(header, justify="right")
+    lower_is_better = placed.probe == "loss"
+    for name in sorted(placed.scores, key=placed.scores.__getitem__, reverse=not lower_is_better):
+        style = "bold" if name == placed.node else None
+        table.add_row(name, *(texts[name] for texts in columns.values()), style=style)
     console().print(table)
     typer.echo()
     typer.echo(placed.reason if placed.node else f"refused: {placed.reason}")
