@@ -1,4 +1,4 @@
-#include "register.hpp"
+#include "bindings/register.hpp"
 
 PYBIND11_MODULE(_core, m) {
     m.doc() = "The native core of moeshard.";

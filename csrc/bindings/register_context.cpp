@@ -4,11 +4,11 @@
 #include <cstring>
 #include <memory>
 
-#include "arrays.hpp"
-#include "interrupt.hpp"
+#include "bindings/arrays.hpp"
+#include "bindings/interrupt.hpp"
+#include "bindings/register.hpp"
 #include "moeshard/context.hpp"
 #include "moeshard/statistics.hpp"
-#include "register.hpp"
 
 using moeshard::Context;
 using moeshard::ContextParams;

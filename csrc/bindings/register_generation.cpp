@@ -2,9 +2,9 @@
 
 #include <memory>
 
-#include "arrays.hpp"
+#include "bindings/arrays.hpp"
+#include "bindings/register.hpp"
 #include "moeshard/generation.hpp"
-#include "register.hpp"
 
 using moeshard::Generation;
 using moeshard::GenerationParams;

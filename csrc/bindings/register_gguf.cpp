@@ -7,10 +7,10 @@
 #include <filesystem>
 #include <memory>
 
+#include "bindings/register.hpp"
 #include "ggml.h"
 #include "moeshard/gguf.hpp"
 #include "moeshard/moe_layout.hpp"
-#include "register.hpp"
 
 namespace py = pybind11;
 

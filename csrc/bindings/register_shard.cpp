@@ -8,11 +8,11 @@
 #include <string>
 #include <vector>
 
-#include "arrays.hpp"
-#include "interrupt.hpp"
+#include "bindings/arrays.hpp"
+#include "bindings/interrupt.hpp"
+#include "bindings/register.hpp"
 #include "moeshard/shard.hpp"
 #include "moeshard/write.hpp"
-#include "register.hpp"
 
 namespace {
 

@@ -1,9 +1,9 @@
-#include "control.hpp"
+#include "engine/control.hpp"
 
 #include <memory>
 #include <utility>
 
-#include "hook_state.hpp"
+#include "engine/hook_state.hpp"
 #include "llama-ext.h"
 
 namespace moeshard::hook {

@@ -1,4 +1,4 @@
-#include "graph_input.hpp"
+#include "engine/graph_input.hpp"
 
 #include <cstring>
 #include <string>

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "hook_state.hpp"
+#include "engine/hook_state.hpp"
 #include "llama-graph.h"
 
 namespace moeshard::hook {

@@ -3,9 +3,9 @@
 #include <memory>
 #include <string>
 
+#include "engine/graph_input.hpp"
+#include "engine/moeshard-hook.h"
 #include "ggml-backend.h"
-#include "graph_input.hpp"
-#include "moeshard-hook.h"
 #include "moeshard/error.hpp"
 
 namespace moeshard::hook {

@@ -1,13 +1,13 @@
-#include "hook_state.hpp"
+#include "engine/hook_state.hpp"
 
 #include <algorithm>
 #include <cmath>
 #include <mutex>
 #include <unordered_map>
 
+#include "engine/moeshard-hook.h"
 #include "llama-context.h"
 #include "llama-model.h"
-#include "moeshard-hook.h"
 #include "moeshard/error.hpp"
 
 namespace moeshard::hook {

@@ -6,7 +6,7 @@
 #include <memory>
 #include <vector>
 
-#include "control.hpp"
+#include "engine/control.hpp"
 #include "moeshard/keep.hpp"
 #include "moeshard/trace.hpp"
 

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <vector>
 
-#include "copy.hpp"
+#include "files/copy.hpp"
 #include "moeshard/write.hpp"
 
 namespace moeshard {

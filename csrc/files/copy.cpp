@@ -1,4 +1,4 @@
-#include "copy.hpp"
+#include "files/copy.hpp"
 
 #include <fcntl.h>
 #include <unistd.h>

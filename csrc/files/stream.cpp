@@ -1,4 +1,4 @@
-#include "stream.hpp"
+#include "files/stream.hpp"
 
 #include <algorithm>
 #include <cerrno>

@@ -1,4 +1,4 @@
-#include "temporary.hpp"
+#include "files/temporary.hpp"
 
 #include <dirent.h>
 #include <fcntl.h>

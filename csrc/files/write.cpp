@@ -17,8 +17,8 @@
 #include <set>
 #include <thread>
 
-#include "copy.hpp"
-#include "temporary.hpp"
+#include "files/copy.hpp"
+#include "files/temporary.hpp"
 
 namespace moeshard {
 

@@ -1,11 +1,11 @@
-#include "classify.hpp"
+#include "moe/classify.hpp"
 
 #include <algorithm>
 #include <string_view>
 
-#include "checked.hpp"
 #include "ggml.h"
-#include "tensor_name.hpp"
+#include "gguf/checked.hpp"
+#include "moe/tensor_name.hpp"
 
 namespace moeshard {
 

@@ -4,8 +4,8 @@
 #include <optional>
 #include <string>
 
+#include "moe/tensor_name.hpp"
 #include "moeshard/moe_layout.hpp"
-#include "tensor_name.hpp"
 
 namespace moeshard {
 

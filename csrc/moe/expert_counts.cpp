@@ -1,4 +1,4 @@
-#include "expert_counts.hpp"
+#include "moe/expert_counts.hpp"
 
 #include "moeshard/error.hpp"
 

@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <optional>
 
-#include "checked.hpp"
-#include "classify.hpp"
-#include "expert_counts.hpp"
-#include "gating.hpp"
+#include "gguf/checked.hpp"
+#include "moe/classify.hpp"
+#include "moe/expert_counts.hpp"
+#include "moe/gating.hpp"
 
 namespace moeshard {
 

@@ -1,4 +1,4 @@
-#include "tensor_name.hpp"
+#include "moe/tensor_name.hpp"
 
 #include <string>
 

@@ -5,10 +5,10 @@
 #include <string>
 #include <thread>
 
-#include "control.hpp"
+#include "engine/control.hpp"
 #include "ggml-cpu.h"
-#include "guard.hpp"
 #include "llama.h"
+#include "runtime/guard.hpp"
 
 namespace moeshard {
 

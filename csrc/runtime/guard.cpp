@@ -1,4 +1,4 @@
-#include "guard.hpp"
+#include "runtime/guard.hpp"
 
 #include <cstdio>
 #include <cstdlib>

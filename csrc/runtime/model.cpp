@@ -2,12 +2,12 @@
 
 #include <algorithm>
 
-#include "control.hpp"
-#include "guard.hpp"
+#include "engine/control.hpp"
+#include "files/stream.hpp"
 #include "llama.h"
 #include "moeshard/moe_layout.hpp"
-#include "precheck.hpp"
-#include "stream.hpp"
+#include "runtime/guard.hpp"
+#include "runtime/precheck.hpp"
 
 namespace moeshard {
 

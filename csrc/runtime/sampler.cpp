@@ -1,9 +1,9 @@
 #include <cmath>
 #include <vector>
 
-#include "guard.hpp"
 #include "llama.h"
 #include "moeshard/generation.hpp"
+#include "runtime/guard.hpp"
 
 namespace moeshard {
 

@@ -1,4 +1,4 @@
-#include "assemble.hpp"
+#include "shard/assemble.hpp"
 
 #include <cstring>
 #include <limits>

@@ -1,4 +1,4 @@
-#include "counts.hpp"
+#include "shard/counts.hpp"
 
 #include <algorithm>
 

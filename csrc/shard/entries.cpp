@@ -2,8 +2,8 @@
 #include <cstring>
 #include <limits>
 
-#include "assemble.hpp"
-#include "checked.hpp"
+#include "gguf/checked.hpp"
+#include "shard/assemble.hpp"
 
 namespace moeshard::gather {
 

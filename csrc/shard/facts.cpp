@@ -1,10 +1,10 @@
-#include "facts.hpp"
+#include "shard/facts.hpp"
 
 #include <algorithm>
 #include <cstring>
 
-#include "checked.hpp"
-#include "counts.hpp"
+#include "gguf/checked.hpp"
+#include "shard/counts.hpp"
 
 namespace moeshard {
 

@@ -5,10 +5,10 @@
 #include <string_view>
 #include <vector>
 
-#include "assemble.hpp"
-#include "expert_counts.hpp"
+#include "moe/expert_counts.hpp"
+#include "moe/tensor_name.hpp"
 #include "moeshard/shard.hpp"
-#include "tensor_name.hpp"
+#include "shard/assemble.hpp"
 
 namespace moeshard::gather {
 

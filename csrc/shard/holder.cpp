@@ -1,10 +1,10 @@
-#include "holder.hpp"
+#include "shard/holder.hpp"
 
 #include <algorithm>
 
-#include "checked.hpp"
-#include "facts.hpp"
 #include "ggml.h"
+#include "gguf/checked.hpp"
+#include "shard/facts.hpp"
 
 namespace moeshard::gather {
 

@@ -4,9 +4,9 @@
 
 #include <vector>
 
-#include "assemble.hpp"
 #include "moeshard/moe_layout.hpp"
 #include "moeshard/shard.hpp"
+#include "shard/assemble.hpp"
 
 namespace moeshard::gather {
 

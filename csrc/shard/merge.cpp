@@ -2,10 +2,10 @@
 #include <algorithm>
 #include <set>
 
-#include "checked.hpp"
-#include "counts.hpp"
-#include "facts.hpp"
-#include "holder.hpp"
+#include "gguf/checked.hpp"
+#include "shard/counts.hpp"
+#include "shard/facts.hpp"
+#include "shard/holder.hpp"
 
 namespace moeshard {
 

@@ -2,9 +2,9 @@
 
 #include <algorithm>
 
-#include "counts.hpp"
-#include "facts.hpp"
-#include "holder.hpp"
+#include "shard/counts.hpp"
+#include "shard/facts.hpp"
+#include "shard/holder.hpp"
 
 namespace moeshard {
 
