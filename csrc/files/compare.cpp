@@ -19,10 +19,10 @@ uint64_t common_hole(const SegmentList& list, const Segment& segment, uint64_t a
     const gguf::Mapping& source = *list.sources()[segment.source];
     if (!source.is_sparse()) return 0;
     const uint64_t from = segment.from + at;
-    const uint64_t hole = gather::next_data(source.fd(), from, segment.from + segment.size).offset - from;
+    const uint64_t hole = files::next_data(source.fd(), from, segment.from + segment.size).offset - from;
     if (hole == 0) return 0;
     const uint64_t begin = segment.offset + at;
-    return gather::next_data(file.fd(), begin, begin + hole).offset - begin;
+    return files::next_data(file.fd(), begin, begin + hole).offset - begin;
 }
 
 }  // namespace

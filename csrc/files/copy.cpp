@@ -10,7 +10,7 @@
 #include <cerrno>
 #include <cstring>
 
-namespace moeshard::gather {
+namespace moeshard::files {
 
 namespace {
 
@@ -159,4 +159,4 @@ gguf::ByteRange next_data(int fd, uint64_t offset, uint64_t end) {
     return {begin, stop - begin};
 }
 
-}  // namespace moeshard::gather
+}  // namespace moeshard::files

@@ -7,7 +7,7 @@
 
 #include "moeshard/gguf.hpp"
 
-namespace moeshard::gather {
+namespace moeshard::files {
 
 // All that write throw Error naming `path`, the file written to.
 void write_at(int fd, const std::string& path, uint64_t offset, const uint8_t* data, uint64_t size);
@@ -42,4 +42,4 @@ void read_ahead(const gguf::Mapping& from, uint64_t offset, uint64_t size);
 // Where the next data of the file begins, at or after `offset`, and where it ends; `end` twice if there is none before.
 gguf::ByteRange next_data(int fd, uint64_t offset, uint64_t end);
 
-}  // namespace moeshard::gather
+}  // namespace moeshard::files

@@ -12,7 +12,7 @@
 
 #include "moeshard/error.hpp"
 
-namespace moeshard::gather {
+namespace moeshard::files {
 
 namespace {
 
@@ -103,4 +103,4 @@ void TemporaryFile::publish(bool force) {
     temporary_.clear();
 }
 
-}  // namespace moeshard::gather
+}  // namespace moeshard::files

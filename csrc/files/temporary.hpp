@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <string>
 
-namespace moeshard::gather {
+namespace moeshard::files {
 
 // Made beside its place, under a hidden name; removed by the destructor unless it was published. What a killed process
 // left behind under such a name is removed by the next one that writes the same file.
@@ -31,4 +31,4 @@ private:
 // The folder that `path` lies in.
 std::string folder_of(const std::string& path);
 
-}  // namespace moeshard::gather
+}  // namespace moeshard::files

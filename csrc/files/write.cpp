@@ -24,7 +24,7 @@ namespace moeshard {
 
 namespace {
 
-using gather::TemporaryFile;
+using files::TemporaryFile;
 
 constexpr uint64_t kTaskBytes = 8 << 20;    // progress is seen, and work shared, in steps of this
 constexpr uint64_t kAheadBytes = 16 << 20;  // read before they are copied
@@ -62,12 +62,12 @@ std::vector<Task> tasks_of(const std::vector<Output>& outputs) {
     return tasks;
 }
 
-void run(const Task& task, const SegmentList& list, const TemporaryFile& file, gather::Copier& copier) {
+void run(const Task& task, const SegmentList& list, const TemporaryFile& file, files::Copier& copier) {
     const uint64_t offset = task.segment->offset + task.at;
     switch (task.segment->kind) {
         case Segment::Kind::kLiteral: {
             const char* data = list.literals().data() + task.segment->from + task.at;
-            gather::write_at(file.fd(), file.path(), offset, reinterpret_cast<const uint8_t*>(data), task.size);
+            files::write_at(file.fd(), file.path(), offset, reinterpret_cast<const uint8_t*>(data), task.size);
             break;
         }
         case Segment::Kind::kRange:
@@ -77,7 +77,7 @@ void run(const Task& task, const SegmentList& list, const TemporaryFile& file, g
         case Segment::Kind::kExpertIds: {
             std::vector<uint8_t> bytes(task.size);
             list.read(offset, bytes.data(), bytes.size());
-            gather::write_at(file.fd(), file.path(), offset, bytes.data(), bytes.size());
+            files::write_at(file.fd(), file.path(), offset, bytes.data(), bytes.size());
             break;
         }
         case Segment::Kind::kZeros:
@@ -89,7 +89,7 @@ void run(const Task& task, const SegmentList& list, const TemporaryFile& file, g
 std::string canonical(const std::string& path) {
     const std::filesystem::path given(path);
     std::error_code failed;
-    const std::filesystem::path folder = std::filesystem::weakly_canonical(gather::folder_of(path), failed);
+    const std::filesystem::path folder = std::filesystem::weakly_canonical(files::folder_of(path), failed);
     return failed ? path : (folder / given.filename()).string();
 }
 
@@ -100,11 +100,11 @@ void reserve(const SegmentList& list, const TemporaryFile& file) {
     }
     uint64_t begin = 0;
     const auto reserve_up_to = [&](uint64_t end) {
-        if (end > begin) gather::reserve(file.fd(), file.path(), begin, end - begin);
+        if (end > begin) files::reserve(file.fd(), file.path(), begin, end - begin);
     };
     for (const Segment& segment : list.segments()) {
         const bool is_range = segment.kind == Segment::Kind::kRange;
-        if (!is_range || !gather::may_share(segment.from, segment.offset, segment.size)) continue;
+        if (!is_range || !files::may_share(segment.from, segment.offset, segment.size)) continue;
         reserve_up_to(segment.offset);
         begin = segment.end();
     }
@@ -165,7 +165,7 @@ public:
 private:
     void work() {
         try {
-            gather::Copier copier;
+            files::Copier copier;
             while (const Task* task = take()) {
                 moeshard::run(*task, *outputs_[task->output].segments, *files_[task->output], copier);
                 done_ += task->size;
@@ -189,7 +189,7 @@ private:
             ahead_bytes_ += later.size;
             if (later.segment->kind != Segment::Kind::kRange) continue;
             const gguf::Mapping& source = *outputs_[later.output].segments->sources()[later.segment->source];
-            gather::read_ahead(source, later.segment->from + later.at, later.size);
+            files::read_ahead(source, later.segment->from + later.at, later.size);
         }
         return &task;
     }
@@ -253,7 +253,7 @@ void write_files(const std::vector<Output>& outputs, const WriteParams& params) 
     for (const Output& output : outputs) output.segments->check_sources();
     std::set<std::string> folders;
     publish(files, params.force);
-    for (const auto& file : files) folders.insert(gather::folder_of(file->path()));
+    for (const auto& file : files) folders.insert(files::folder_of(file->path()));
     for (const std::string& folder : folders) flush_folder(folder);
 }
 

@@ -226,6 +226,19 @@ std::string why_equal(const MoeLayout& layout) {
     return "";
 }
 
+Routing routing_of(const MoeLayout& layout) {
+    Routing routing;
+    routing.n_layer = static_cast<int32_t>(layout.n_layer);
+    routing.n_expert = static_cast<int32_t>(layout.n_expert);
+    routing.n_expert_used.assign(layout.n_expert_used.begin(), layout.n_expert_used.end());
+    routing.expert_counts.assign(layout.expert_counts.begin(), layout.expert_counts.end());
+    if (layout.n_expert_groups > 1) {
+        routing.n_group = static_cast<int32_t>(layout.n_expert_groups);
+        routing.n_group_used = static_cast<int32_t>(layout.n_expert_groups_used);
+    }
+    return routing;
+}
+
 MoeLayout moe_layout(const Directory& directory, const std::vector<Tensor>& tensors, const std::string& file) {
     const Metadata metadata(directory, file);
     MoeLayout layout;

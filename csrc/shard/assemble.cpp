@@ -3,7 +3,7 @@
 #include <cstring>
 #include <limits>
 
-namespace moeshard::gather {
+namespace moeshard::shard {
 
 namespace {
 
@@ -168,4 +168,4 @@ std::vector<SegmentList> assemble(NewFile file, uint64_t max_file_size, const st
     return lists;
 }
 
-}  // namespace moeshard::gather
+}  // namespace moeshard::shard

@@ -11,7 +11,7 @@
 
 #include "moeshard/segments.hpp"
 
-namespace moeshard::gather {
+namespace moeshard::shard {
 
 struct FileRange {
     std::shared_ptr<const gguf::Mapping> file;
@@ -57,4 +57,4 @@ std::string uints_entry(std::string_view key, const std::vector<uint32_t>& value
 // `like` with other numbers, in its own type; a single number fills all of its values.
 std::string replaced_entry(const gguf::Entry& like, const std::vector<uint64_t>& values);
 
-}  // namespace moeshard::gather
+}  // namespace moeshard::shard

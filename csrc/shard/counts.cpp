@@ -2,22 +2,7 @@
 
 #include <algorithm>
 
-namespace moeshard {
-
-Routing routing_of(const MoeLayout& layout) {
-    Routing routing;
-    routing.n_layer = static_cast<int32_t>(layout.n_layer);
-    routing.n_expert = static_cast<int32_t>(layout.n_expert);
-    routing.n_expert_used.assign(layout.n_expert_used.begin(), layout.n_expert_used.end());
-    routing.expert_counts.assign(layout.expert_counts.begin(), layout.expert_counts.end());
-    if (layout.n_expert_groups > 1) {
-        routing.n_group = static_cast<int32_t>(layout.n_expert_groups);
-        routing.n_group_used = static_cast<int32_t>(layout.n_expert_groups_used);
-    }
-    return routing;
-}
-
-namespace gather {
+namespace moeshard::shard {
 
 namespace {
 
@@ -156,6 +141,4 @@ Counts count_experts(const MoeLayout& layout, const Keep& keep, const ShardParam
     return counts;
 }
 
-}  // namespace gather
-
-}  // namespace moeshard
+}  // namespace moeshard::shard

@@ -8,7 +8,7 @@
 #include "moeshard/keep.hpp"
 #include "moeshard/shard.hpp"
 
-namespace moeshard::gather {
+namespace moeshard::shard {
 
 struct Counts {
     uint32_t n_expert = 0;                // kept in every layer; the most in any, where they keep different numbers
@@ -24,4 +24,4 @@ std::vector<uint32_t> expert_layers(const MoeLayout& layout);
 // Throws Error where no shard holds `keep` and computes what the masked model does; `name` stands for the model.
 Counts count_experts(const MoeLayout& layout, const Keep& keep, const ShardParams& params, const std::string& name);
 
-}  // namespace moeshard::gather
+}  // namespace moeshard::shard

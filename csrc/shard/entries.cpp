@@ -5,7 +5,7 @@
 #include "gguf/checked.hpp"
 #include "shard/assemble.hpp"
 
-namespace moeshard::gather {
+namespace moeshard::shard {
 
 namespace {
 
@@ -71,4 +71,4 @@ std::string replaced_entry(const gguf::Entry& like, const std::vector<uint64_t>&
                          : scalar_entry(like.key, like.type, bytes);
 }
 
-}  // namespace moeshard::gather
+}  // namespace moeshard::shard

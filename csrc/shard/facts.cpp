@@ -10,7 +10,7 @@ namespace moeshard {
 
 namespace {
 
-using namespace gather;
+using namespace shard;
 using gguf::Entry;
 
 constexpr const char* kKindNames[] = {"shard", "trunk", "experts"};
@@ -105,7 +105,7 @@ std::optional<ShardFacts> shard_facts(const gguf::GGUFMap& file) {
     return facts;
 }
 
-namespace gather {
+namespace shard {
 
 std::vector<std::vector<Piece>> fact_entries(const ShardFacts& facts) {
     std::vector<std::vector<Piece>> entries;
@@ -132,6 +132,6 @@ std::vector<std::vector<Piece>> fact_entries(const ShardFacts& facts) {
     return entries;
 }
 
-}  // namespace gather
+}  // namespace shard
 
 }  // namespace moeshard

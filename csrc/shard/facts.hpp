@@ -10,7 +10,7 @@
 #include "moeshard/shard.hpp"
 #include "shard/assemble.hpp"
 
-namespace moeshard::gather {
+namespace moeshard::shard {
 
 inline constexpr std::string_view kPrefix = "moeshard.";
 inline constexpr std::string_view kKind = "moeshard.kind";
@@ -27,4 +27,4 @@ inline bool is_of_file(std::string_view key) { return starts_with(key, kPrefix) 
 // The facts as entries, notes last.
 std::vector<std::vector<Piece>> fact_entries(const ShardFacts& facts);
 
-}  // namespace moeshard::gather
+}  // namespace moeshard::shard

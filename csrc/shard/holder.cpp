@@ -6,7 +6,7 @@
 #include "gguf/checked.hpp"
 #include "shard/facts.hpp"
 
-namespace moeshard::gather {
+namespace moeshard::shard {
 
 namespace {
 
@@ -130,4 +130,4 @@ NewTensor gather_tensor(const std::vector<Holder>& holders, const std::string& n
 
 std::string table_key(const std::string& tensor) { return "moeshard.source.tensor." + tensor; }
 
-}  // namespace moeshard::gather
+}  // namespace moeshard::shard

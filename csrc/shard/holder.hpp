@@ -8,7 +8,7 @@
 #include "moeshard/shard.hpp"
 #include "shard/assemble.hpp"
 
-namespace moeshard::gather {
+namespace moeshard::shard {
 
 // A file and the experts in it.
 class Holder {
@@ -42,4 +42,4 @@ NewTensor gather_tensor(const std::vector<Holder>& holders, const std::string& n
 // Under which key the ids of a table before it was converted are written down: what is lost by that cannot be computed.
 std::string table_key(const std::string& tensor);
 
-}  // namespace moeshard::gather
+}  // namespace moeshard::shard

@@ -11,7 +11,7 @@ namespace moeshard {
 
 namespace {
 
-using namespace gather;
+using namespace shard;
 using gguf::Entry;
 using gguf::GGUFMap;
 

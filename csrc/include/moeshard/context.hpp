@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "moeshard/keep.hpp"
+#include "moeshard/memory.hpp"
 #include "moeshard/model.hpp"
 #include "moeshard/trace.hpp"
 
@@ -23,13 +24,6 @@ struct ContextParams {
     int32_t n_ubatch = 512;  // tokens computed at once
     int32_t n_seq_max = 1;   // sequences 0 .. n_seq_max-1
     int32_t n_threads = 0;   // 0: as many as the processors this process may use
-};
-
-// Bytes.
-struct MemoryUse {
-    uint64_t model = 0;    // weights
-    uint64_t context = 0;  // keys and values of attention, or other state
-    uint64_t compute = 0;  // intermediate results
 };
 
 // For which tokens of an input the logits are computed.
