@@ -32,15 +32,15 @@ std::unique_ptr<Generation> make(std::shared_ptr<moeshard::Context> context, con
 
 const char* reason_name(const Generation& generation) {
     switch (generation.stop_reason()) {
-        case StopReason::running:
+        case StopReason::kRunning:
             return "running";
-        case StopReason::end:
+        case StopReason::kEnd:
             return "end";
-        case StopReason::stop:
+        case StopReason::kStop:
             return "stop";
-        case StopReason::length:
+        case StopReason::kLength:
             return "length";
-        case StopReason::context:
+        case StopReason::kContext:
             return "context";
     }
     return "running";

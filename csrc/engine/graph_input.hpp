@@ -44,18 +44,18 @@ private:
         int il = 0;
     };
 
-    State& state;
-    const int64_t n_tokens;
-    const int64_t n_outputs;
-    const bool tracing;
-    const TraceOptions options;
-    Mask of_tokens;
-    Mask of_outputs;
-    std::vector<HashIds> hashed;
-
     std::vector<int32_t> rows(const llama_ubatch& ubatch, int64_t n_rows) const;
     void set_mask(const Mask& mask, const llama_ubatch& ubatch) const;
     void set_hash_ids(const HashIds& ids, const llama_ubatch& ubatch) const;
+
+    State& state_;
+    const int64_t n_tokens_;
+    const int64_t n_outputs_;
+    const bool tracing_;
+    const TraceOptions options_;
+    Mask of_tokens_;
+    Mask of_outputs_;
+    std::vector<HashIds> hashed_;
 };
 
 }  // namespace moeshard::hook

@@ -27,14 +27,14 @@ thread_local State* current = nullptr;
 
 State* current_state() { return current; }
 
-UbatchScope::UbatchScope(const llama_context* ctx) : outer(current) {
+UbatchScope::UbatchScope(const llama_context* ctx) : outer_(current) {
     const std::lock_guard lock(registry_mutex);
     const auto found = registry().find(ctx);
     current = found == registry().end() ? nullptr : found->second.get();
     if (current) current->building = nullptr;
 }
 
-UbatchScope::~UbatchScope() { current = outer; }
+UbatchScope::~UbatchScope() { current = outer_; }
 
 void context_freed(const llama_context* ctx) {
     const std::lock_guard lock(registry_mutex);

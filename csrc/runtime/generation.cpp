@@ -31,57 +31,76 @@ size_t started(const std::string& text, const std::string& stop) {
 
 }  // namespace
 
-Generation::Generation(std::shared_ptr<Context> context, std::vector<int32_t> prompt, const GenerationParams& wanted,
-                       int32_t seq)
-    : context_(std::move(context)),
-      prompt_(std::move(prompt)),
+struct Generation::Impl {
+    Impl(std::shared_ptr<Context> on, std::vector<int32_t> first, const GenerationParams& wanted, int32_t sequence);
+
+    std::optional<std::string> next();
+    void step();
+    std::string release();
+
+    std::shared_ptr<Context> context;
+    std::vector<int32_t> prompt;
+    GenerationParams params;
+    int32_t seq;
+    Sampler sampler;
+    std::vector<int32_t> tokens;
+    std::string pending;  // not handed out: a cut character, or what may become a stop text
+    StopReason reason = StopReason::kRunning;
+    int64_t prompt_us = 0;
+    int64_t generation_us = 0;
+};
+
+Generation::Impl::Impl(std::shared_ptr<Context> on, std::vector<int32_t> first, const GenerationParams& wanted,
+                       int32_t sequence)
+    : context(std::move(on)),
+      prompt(std::move(first)),
       params(wanted),
-      seq(seq),
-      sampler(context_->model(), wanted.sampling) {
-    if (context_->model().is_diffusion()) {
-        throw Error(context_->model().path() +
+      seq(sequence),
+      sampler(context->model(), wanted.sampling) {
+    if (context->model().is_diffusion()) {
+        throw Error(context->model().path() +
                     ": a diffusion model does not write from left to right, which is how text is generated here");
     }
-    if (prompt_.empty()) throw Error("the prompt is empty: generation needs at least one token to start from");
+    if (prompt.empty()) throw Error("the prompt is empty: generation needs at least one token to start from");
     params.stop.erase(std::remove(params.stop.begin(), params.stop.end(), ""), params.stop.end());
-    for (const int32_t token : prompt_) sampler.accept(token);
+    for (const int32_t token : prompt) sampler.accept(token);
 }
 
 // Computes the newest token (at first the prompt) and draws the one after it.
-void Generation::step() {
-    const bool first = tokens_.empty();
-    if (params.max_tokens >= 0 && tokens_.size() >= static_cast<size_t>(params.max_tokens)) {
-        reason = StopReason::length;
+void Generation::Impl::step() {
+    const bool first = tokens.empty();
+    if (params.max_tokens >= 0 && tokens.size() >= static_cast<size_t>(params.max_tokens)) {
+        reason = StopReason::kLength;
         return;
     }
-    if (!first && context_->n_past(seq) >= context_->n_ctx()) {
-        reason = StopReason::context;
+    if (!first && context->n_past(seq) >= context->n_ctx()) {
+        reason = StopReason::kContext;
         return;
     }
     const int64_t start = llama_time_us();
-    const int32_t* input = first ? prompt_.data() : &tokens_.back();
+    const int32_t* input = first ? prompt.data() : &tokens.back();
     int32_t token = 0;
-    context_->decode({{seq, input, first ? prompt_.size() : 1, Outputs::last}},
-                     [&](size_t, size_t, const float* logits) { token = sampler.sample(logits); });
+    context->decode({{seq, input, first ? prompt.size() : 1, Outputs::kLast}},
+                    [&](size_t, size_t, const float* logits) { token = sampler.sample(logits); });
     (first ? prompt_us : generation_us) += llama_time_us() - start;
-    if (context_->model().is_end_of_generation(token) && !params.ignore_end) {
-        reason = StopReason::end;
+    if (context->model().is_end_of_generation(token) && !params.ignore_end) {
+        reason = StopReason::kEnd;
         return;
     }
-    tokens_.push_back(token);
-    pending += context_->model().piece(token);
+    tokens.push_back(token);
+    pending += context->model().piece(token);
 }
 
 // What of `pending` can be handed out now.
-std::string Generation::release() {
-    size_t held = reason == StopReason::running ? cut_character(pending) : 0;
+std::string Generation::Impl::release() {
+    size_t held = reason == StopReason::kRunning ? cut_character(pending) : 0;
     for (const std::string& stop : params.stop) {
         const size_t found = pending.find(stop);
         if (found != std::string::npos) {
             pending.resize(found);
-            reason = StopReason::stop;
+            reason = StopReason::kStop;
             held = 0;
-        } else if (reason == StopReason::running) {
+        } else if (reason == StopReason::kRunning) {
             held = std::max(held, started(pending, stop));
         }
     }
@@ -90,8 +109,8 @@ std::string Generation::release() {
     return text;
 }
 
-std::optional<std::string> Generation::next() {
-    while (reason == StopReason::running) {
+std::optional<std::string> Generation::Impl::next() {
+    while (reason == StopReason::kRunning) {
         step();
         std::string text = release();
         if (!text.empty()) return text;
@@ -99,5 +118,19 @@ std::optional<std::string> Generation::next() {
     if (!pending.empty()) return std::exchange(pending, {});
     return std::nullopt;
 }
+
+Generation::Generation(std::shared_ptr<Context> context, std::vector<int32_t> prompt, const GenerationParams& params,
+                       int32_t seq)
+    : impl_(std::make_unique<Impl>(std::move(context), std::move(prompt), params, seq)) {}
+
+Generation::~Generation() = default;
+
+std::optional<std::string> Generation::next() { return impl_->next(); }
+StopReason Generation::stop_reason() const { return impl_->reason; }
+const std::vector<int32_t>& Generation::prompt() const { return impl_->prompt; }
+const std::vector<int32_t>& Generation::tokens() const { return impl_->tokens; }
+double Generation::prompt_seconds() const { return static_cast<double>(impl_->prompt_us) * 1e-6; }
+double Generation::generation_seconds() const { return static_cast<double>(impl_->generation_us) * 1e-6; }
+Context& Generation::context() { return *impl_->context; }
 
 }  // namespace moeshard
