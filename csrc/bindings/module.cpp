@@ -9,5 +9,7 @@ PYBIND11_MODULE(_core, m) {
     register_shard(m);
     register_model(m);
     register_context(m);
+    register_sampler(m);
     register_generation(m);
+    register_batcher(m);
 }

@@ -56,6 +56,7 @@ struct Context::Impl {
     void decode(const std::vector<Input>& inputs, const LogitsSink& sink);
     void trace(const std::vector<Input>& inputs, const TraceOptions& options, TraceSink sink);
     void reset(int32_t seq);
+    int32_t truncate(int32_t seq, int32_t n);
 
     void check(const std::vector<Input>& inputs) const;
     void compute(const std::vector<Input>& inputs, const LogitsSink& sink);
@@ -180,7 +181,9 @@ void Context::Impl::compute(const std::vector<Input>& inputs, const LogitsSink& 
 
         batch.native.n_tokens = 0;
         std::vector<Output> outputs;
-        const size_t share = std::max<size_t>(static_cast<size_t>(params.n_batch) / unfinished, 1);
+        // Sequences of one length are computed side by side, so all get the same share; but what fits is not cut.
+        const bool fits = n_tokens <= static_cast<size_t>(params.n_batch);
+        const size_t share = fits ? n_tokens : std::max<size_t>(static_cast<size_t>(params.n_batch) / unfinished, 1);
         const size_t most_outputs = std::max<size_t>(outputs_per_batch() / unfinished, 1);
         for (size_t i = 0; i < inputs.size(); ++i) {
             const Input& input = inputs[i];
@@ -251,6 +254,23 @@ void Context::Impl::reset(int32_t seq) {
     }
 }
 
+int32_t Context::Impl::truncate(int32_t seq, int32_t n) {
+    if (broken) throw Error(kBrokenMessage);
+    if (n < 0) throw Error("a sequence cannot be cut to " + std::to_string(n) + " tokens");
+    if (n >= n_past(seq)) return n_past(seq);
+    llama_memory_t memory = llama_get_memory(ctx);
+    const bool cut = n > 0 && memory && llama_memory_seq_rm(memory, seq, n, -1);
+    // What a token still looks back on must be there.
+    const int32_t window = llama_model_n_swa(model->handle());
+    const int32_t oldest = window > 0 ? std::max(0, n - window) : 0;
+    if (!cut || llama_memory_seq_pos_min(memory, seq) > oldest) {
+        reset(seq);
+        return 0;
+    }
+    past[static_cast<size_t>(seq)] = n;
+    return n;
+}
+
 bool Context::Impl::should_abort(void* self) {
     auto& context = *static_cast<Impl*>(self);
     if (context.aborted) return true;
@@ -285,6 +305,7 @@ void Context::trace(const std::vector<Input>& inputs, const TraceOptions& option
 }
 
 void Context::reset(int32_t seq) { impl_->reset(seq); }
+int32_t Context::truncate(int32_t seq, int32_t n) { return impl_->truncate(seq, n); }
 void Context::abort() { impl_->aborted = true; }
 void Context::set_interrupt(std::function<bool()> check) { impl_->interrupt = std::move(check); }
 

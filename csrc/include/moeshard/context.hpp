@@ -75,6 +75,9 @@ public:
 
     // Empties a sequence (seq < 0: all of them); masks stay.
     void reset(int32_t seq = -1);
+    // Forgets all tokens of a sequence but the first `n`, or all where the model's memory cannot be cut there
+    // (recurrent layers, a sliding window that moved on). Returns how many it holds now.
+    int32_t truncate(int32_t seq, int32_t n);
 
     // Makes a decode that another thread is in throw Error; the next one runs again.
     void abort();

@@ -1,4 +1,4 @@
-// Text generation: a sampler and the loop that streams pieces of text.
+// Text generation: the loop that streams pieces of text.
 #pragma once
 
 #include <cstdint>
@@ -8,36 +8,9 @@
 #include <vector>
 
 #include "moeshard/context.hpp"
+#include "moeshard/sampler.hpp"
 
 namespace moeshard {
-
-struct SamplingParams {
-    float temperature = 0.8f;     // 0 or less: greedy, the others are then ignored but for the penalty
-    int32_t top_k = 40;           // 0 or less: off
-    float top_p = 0.95f;          // 1: off
-    float min_p = 0.05f;          // 0: off
-    float repeat_penalty = 1.0f;  // 1: off
-    int32_t repeat_last_n = 64;   // tokens that the penalty looks back on; -1: 64
-    uint32_t seed = 0xFFFFFFFF;   // this value: a random one
-};
-
-class Sampler {
-public:
-    // Throws Error on a parameter out of range.
-    Sampler(const Model& model, const SamplingParams& params);
-    ~Sampler();
-    Sampler(const Sampler&) = delete;
-    Sampler& operator=(const Sampler&) = delete;
-
-    // Draws from n_vocab logits, and counts the token for the penalty.
-    int32_t sample(const float* logits);
-    // Counts a token that was not drawn, e.g. of the prompt.
-    void accept(int32_t token);
-
-private:
-    struct Impl;
-    std::unique_ptr<Impl> impl_;
-};
 
 struct GenerationParams {
     SamplingParams sampling;
