@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from moeshard._core import MoeshardError
-from moeshard.documents import check_version, expect, parse_named, read_document, take, write_document
-from moeshard.files import write_atomically
+from moeshard.files.atomic import write_atomically
+from moeshard.files.documents import check_version, expect, parse_named, read_document, take, write_document
 from moeshard.keep import Keep, format_ids, format_row, parse_row
 
 VERSION = 1

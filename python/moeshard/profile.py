@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moeshard._core import MoeshardError
-from moeshard.documents import check_version, expect, parse_document, parse_named, take
-from moeshard.files import write_atomically
+from moeshard.files.atomic import write_atomically
+from moeshard.files.documents import check_version, expect, parse_document, parse_named, take
 from moeshard.plan import ModelIdentity, model_from_json, model_to_json
 
 VERSION = 2

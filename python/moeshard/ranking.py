@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeshard._core import MoeshardError
-from moeshard.files import write_atomically
+from moeshard.files.atomic import write_atomically
 from moeshard.keep import format_ids
 
 Scores = npt.NDArray[np.float64]

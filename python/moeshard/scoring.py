@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moeshard._core import MoeshardError
-from moeshard.documents import expect, take
 from moeshard.evaluation import Doubles, Ints, Losses
+from moeshard.files.documents import expect, take
 
 Interval = tuple[float, float]
 

@@ -60,7 +60,7 @@ def curve(
     from moeshard.cli.loading import load_model
     from moeshard.cli.output import check_free, print_json, progress, warn_of_seen
     from moeshard.curve import measure_curve
-    from moeshard.files import write_atomically
+    from moeshard.files.atomic import write_atomically
     from moeshard.profile import read_profile
     from moeshard.traffic import embedded_traffic, read_texts, texts_seen
 

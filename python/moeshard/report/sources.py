@@ -9,8 +9,8 @@ from typing import Any
 
 from moeshard._core import MoeshardError
 from moeshard.curve import Curve, curve_from_json
-from moeshard.documents import parse_named, read_document
 from moeshard.evaluation_record import Evaluation, evaluation_from_json
+from moeshard.files.documents import parse_named, read_document
 from moeshard.plan import ModelIdentity, Plan, plan_from_json
 from moeshard.profile import Profile, read_profile
 

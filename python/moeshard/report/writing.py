@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moeshard._core import MoeshardError
-from moeshard.files import write_atomically
+from moeshard.files.atomic import write_atomically
 from moeshard.report.drawing import render, require_matplotlib
 from moeshard.report.figure import Figure, counted
 from moeshard.report.losses import comparison, loops, loss_curve, loss_matrix, nats
