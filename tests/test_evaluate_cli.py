@@ -15,7 +15,7 @@ import moeshard
 from moeshard import GGUFMap, MoeshardError, Plan, PlanNode, read_evaluation
 from moeshard.embedded import embedded_domains, embedded_text
 from moeshard.evaluation import measure_losses
-from moeshard.fingerprint import identify
+from moeshard.gguf.identity import identify
 from moeshard.probing import PROBES
 
 QUICK = ("--windows", "3", "--window", "64", "--prompt", "16", "--threads", "1")

@@ -16,7 +16,7 @@ import moeshard
 from moeshard import GGUFMap, MoeshardError, Placement, Plan, PlanNode
 from moeshard.embedded import embedded_domains, embedded_text
 from moeshard.evaluation import measure_losses
-from moeshard.fingerprint import identify
+from moeshard.gguf.identity import identify
 from moeshard.perplexity import text_windows
 from moeshard.placing import MIN_TOKENS, place_by_both, place_by_loss, place_by_saliency
 from moeshard.probing import PROBES, by_saliency

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moeshard._core import GGUFMap, MoeshardError
-from moeshard.fingerprint import identify
+from moeshard.gguf.identity import identify
 from moeshard.profile import Profile, read_profile
 from moeshard.session import Statistics
 from moeshard.traffic import WINDOW, Domain, Tokens, sequences

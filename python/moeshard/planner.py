@@ -15,7 +15,7 @@ from moeshard._core import GGUFMap, MoeshardError
 from moeshard.budget import Memory, Use, fit, largest_keep, shard_memory
 from moeshard.choosing import Rows, across_layers
 from moeshard.embedded import model_name
-from moeshard.fingerprint import identify
+from moeshard.gguf.identity import identify
 from moeshard.islands import islands
 from moeshard.keep import Keep, held_range
 from moeshard.plan import PER_LAYER, ModelIdentity, Plan, PlanNode

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from moeshard._core import GGUFMap, MoeshardError
-from moeshard.fingerprint import identify
+from moeshard.gguf.identity import identify
 from moeshard.grouping import group_experts
 from moeshard.plan import Plan, PlanNode
 from moeshard.ranking import read_ranking

@@ -15,7 +15,7 @@ import numpy as np
 
 from moeshard import _core
 from moeshard._core import GGUFMap, MoeshardError, SegmentList
-from moeshard.fingerprint import identify
+from moeshard.gguf.identity import identify
 from moeshard.keep import Keep, KeepSpec, held_range, parse_keep
 from moeshard.plan import ModelIdentity, Plan, PlanNode
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from moeshard import _core
 from moeshard._core import GGUFMap, MoeshardError, SegmentList, ShardFacts
-from moeshard.fingerprint import fingerprint
+from moeshard.gguf.identity import fingerprint
 from moeshard.keep import held_range
 from moeshard.splitting import Progress
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from moeshard.inspection import ExpertTensorInfo, Inspection
+    from moeshard.gguf.inspection import ExpertTensorInfo, Inspection
 
 LABEL_WIDTH = 16
 
@@ -25,7 +25,7 @@ def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
     """
     from moeshard.cli.output import console, print_json
     from moeshard.embedded import resolve_model
-    from moeshard.inspection import inspect_model
+    from moeshard.gguf.inspection import inspect_model
 
     found = inspect_model(resolve_model(model))
     if as_json:
