@@ -28,7 +28,7 @@ from moeshard.analysis import analyze
 from moeshard.budget import Use, shard_memory
 from moeshard.embedded import resolve_model
 from moeshard.evaluation import PROMPT, WINDOW, Losses, cut_windows, measure_losses
-from moeshard.keep import Keep
+from moeshard.keep.text import Keep
 from moeshard.loops import Prompt, measure_loops
 from moeshard.nodes import NodeModel, masked_nodes
 from moeshard.planner import ISLANDS, STRATEGY_NAMES, choose_experts

@@ -32,19 +32,19 @@ _HOME = {
     "Trace": "moeshard.trace",
     "TraceChunk": "moeshard.trace",
     "analyze": "moeshard.analysis",
-    "balanced_keep": "moeshard.balance",
+    "balanced_keep": "moeshard.keep.balance",
     "cmake_dir": "moeshard.paths",
     "embedded_model": "moeshard.embedded",
     "embedded_text": "moeshard.embedded",
     "embedded_traffic": "moeshard.traffic",
     "evaluate": "moeshard.evaluating",
-    "format_keep": "moeshard.keep",
+    "format_keep": "moeshard.keep.text",
     "group_experts": "moeshard.grouping",
     "include_dir": "moeshard.paths",
     "make_plan": "moeshard.planner",
     "measure_curve": "moeshard.curve",
     "merge": "moeshard.merging",
-    "parse_keep": "moeshard.keep",
+    "parse_keep": "moeshard.keep.text",
     "plan_groups": "moeshard.planning",
     "read_curve": "moeshard.curve",
     "read_evaluation": "moeshard.evaluation_record",
@@ -60,14 +60,14 @@ _HOME = {
 if TYPE_CHECKING:
     from moeshard._core import GGUFMap, MoeshardError
     from moeshard.analysis import analyze
-    from moeshard.balance import balanced_keep
     from moeshard.curve import Curve, measure_curve, read_curve
     from moeshard.embedded import embedded_model, embedded_text
     from moeshard.evaluating import evaluate
     from moeshard.evaluation_record import Evaluation, read_evaluation
     from moeshard.generation import Generation
     from moeshard.grouping import group_experts
-    from moeshard.keep import format_keep, parse_keep
+    from moeshard.keep.balance import balanced_keep
+    from moeshard.keep.text import format_keep, parse_keep
     from moeshard.merging import merge
     from moeshard.model import Model
     from moeshard.paths import cmake_dir, include_dir

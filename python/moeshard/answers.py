@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeshard._core import MoeshardError
-from moeshard.keep import Keep
+from moeshard.keep.text import Keep
 
 if TYPE_CHECKING:
     from moeshard.model import Model

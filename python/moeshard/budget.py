@@ -9,7 +9,7 @@ import numpy as np
 
 from moeshard import _core
 from moeshard._core import GGUFMap, MoeLayout, MoeshardError
-from moeshard.keep import Keep
+from moeshard.keep.text import Keep
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from moeshard.evaluation import PROMPT, WINDOW, Progress, measure_losses
 from moeshard.files.atomic import write_atomically
 from moeshard.files.documents import check_version, expect, parse_named, read_document, take, write_document
 from moeshard.gguf.identity import identify
-from moeshard.keep import Keep
+from moeshard.keep.text import Keep
 from moeshard.plan import ModelIdentity, model_from_json, model_to_json
 from moeshard.planner import ISLANDS, STRATEGY_NAMES, check_profile, choose_experts
 from moeshard.profile import Profile

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeshard.embedded import embedded_domains, embedded_text
-from moeshard.keep import Keep, format_row
+from moeshard.keep.text import Keep, format_row
 from moeshard.perplexity import Score, Window, score, text_windows
 
 if TYPE_CHECKING:

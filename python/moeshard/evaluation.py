@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeshard._core import MoeshardError
-from moeshard.keep import Keep
+from moeshard.keep.text import Keep
 from moeshard.nodes import NodeModel, by_model, masked_nodes
 from moeshard.perplexity import text_windows
 from moeshard.traffic import Domain

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeshard._core import MoeshardError
-from moeshard.keep import Keep
+from moeshard.keep.text import Keep
 from moeshard.ranking import Ranking, Scores
 
 MODES = ("contiguous", "balanced", "ranked", "snake")

@@ -13,7 +13,7 @@ from moeshard import _core
 from moeshard._core import GGUFMap, MoeLayout, MoeshardError, SegmentList
 
 if TYPE_CHECKING:
-    from moeshard.keep import Keep, KeepSpec
+    from moeshard.keep.text import Keep, KeepSpec
 
 StrPath = str | os.PathLike[str]
 
@@ -73,7 +73,7 @@ def _file(path: str) -> Origin:
 
 
 def _part_of(path: str, keep: KeepSpec, n_expert_used: int) -> Origin:
-    from moeshard.keep import expert_layers, parse_keep
+    from moeshard.keep.text import expert_layers, parse_keep
 
     file = GGUFMap(path)
     layout = file.moe_layout()

@@ -20,7 +20,7 @@ from moeshard.session import Session, Tokens, as_tokens
 from moeshard.trace import ChunkSink, Trace, TraceBuilder, chunk_sink
 
 if TYPE_CHECKING:
-    from moeshard.keep import KeepSpec
+    from moeshard.keep.text import KeepSpec
 
 Message = dict[str, str]
 
@@ -212,7 +212,7 @@ class Model:
 
     def keep(self, spec: KeepSpec) -> npt.NDArray[np.bool_]:
         """Return bool (n_layer, n_expert) from an array, ``"0-63,70"`` or a file with a line per layer."""
-        from moeshard.keep import parse_keep
+        from moeshard.keep.text import parse_keep
 
         return parse_keep(spec, self.n_layer, self.n_expert, moe_layers=self.moe_layers)
 

@@ -12,7 +12,7 @@ import numpy as np
 from moeshard import _core
 from moeshard._core import GGUFMap, MoeshardError
 from moeshard.gguf.identity import identify
-from moeshard.keep import Keep, held_range
+from moeshard.keep.text import Keep, held_range
 from moeshard.plan import Plan, PlanNode
 from moeshard.splitting import TRUNK_FILE, shard_name
 

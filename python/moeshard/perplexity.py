@@ -14,7 +14,7 @@ import numpy.typing as npt
 from moeshard._core import MoeshardError
 
 if TYPE_CHECKING:
-    from moeshard.keep import KeepSpec
+    from moeshard.keep.text import KeepSpec
     from moeshard.model import Model
 
 Window = npt.NDArray[np.int32]

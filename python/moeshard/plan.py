@@ -12,7 +12,7 @@ import numpy as np
 from moeshard._core import MoeshardError
 from moeshard.files.atomic import write_atomically
 from moeshard.files.documents import check_version, expect, parse_named, read_document, take, write_document
-from moeshard.keep import Keep, format_ids, format_row, parse_row
+from moeshard.keep.text import Keep, format_ids, format_row, parse_row
 
 VERSION = 1
 PER_LAYER = "per_layer"

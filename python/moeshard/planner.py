@@ -17,7 +17,7 @@ from moeshard.choosing import Rows, across_layers
 from moeshard.embedded import model_name
 from moeshard.gguf.identity import identify
 from moeshard.islands import islands
-from moeshard.keep import Keep, held_range
+from moeshard.keep.text import Keep, held_range
 from moeshard.plan import PER_LAYER, ModelIdentity, Plan, PlanNode
 from moeshard.profile import Profile
 from moeshard.strategies import STRATEGIES

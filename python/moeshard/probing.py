@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeshard.evaluation import LOGIT_BYTES, log_sum_exp
-from moeshard.keep import Keep
+from moeshard.keep.text import Keep
 from moeshard.nodes import NodeModel, by_model
 
 if TYPE_CHECKING:

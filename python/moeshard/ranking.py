@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from moeshard._core import MoeshardError
 from moeshard.files.atomic import write_atomically
-from moeshard.keep import format_ids
+from moeshard.keep.text import format_ids
 
 Scores = npt.NDArray[np.float64]
 

@@ -13,7 +13,7 @@ from moeshard.trace import ChunkSink, chunk_sink
 
 if TYPE_CHECKING:
     from moeshard import _core
-    from moeshard.keep import KeepSpec
+    from moeshard.keep.text import KeepSpec
 
 Tokens = npt.ArrayLike
 

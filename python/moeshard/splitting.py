@@ -16,7 +16,7 @@ import numpy as np
 from moeshard import _core
 from moeshard._core import GGUFMap, MoeshardError, SegmentList
 from moeshard.gguf.identity import identify
-from moeshard.keep import Keep, KeepSpec, held_range, parse_keep
+from moeshard.keep.text import Keep, KeepSpec, held_range, parse_keep
 from moeshard.plan import ModelIdentity, Plan, PlanNode
 
 Progress = Callable[[int, int], object]

@@ -10,7 +10,7 @@ import numpy as np
 from moeshard import _core
 from moeshard._core import GGUFMap, MoeshardError, SegmentList, ShardFacts
 from moeshard.gguf.identity import fingerprint
-from moeshard.keep import held_range
+from moeshard.keep.text import held_range
 from moeshard.splitting import Progress
 
 # Of the largest logit. Without some experts, sums are made in another order (a softmax over fewer numbers, a product

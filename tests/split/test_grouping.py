@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moeshard import MoeshardError
 from moeshard.grouping import MODES, group_experts
-from moeshard.keep import Keep, format_row
+from moeshard.keep.text import Keep, format_row
 from moeshard.ranking import Ranking
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeshard import MoeshardError
-from moeshard.keep import Keep
+from moeshard.keep.text import Keep
 from moeshard.plan import ModelIdentity, Plan, PlanNode, read_plan
 
 MODEL = ModelIdentity(

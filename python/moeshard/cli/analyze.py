@@ -106,7 +106,7 @@ def analyze(
 def _parse_layers(text: str, n_layer: int) -> list[int]:
     import numpy as np
 
-    from moeshard.keep import parse_row
+    from moeshard.keep.text import parse_row
 
     return np.flatnonzero(parse_row(text, f"--layers '{text}'", n_layer, "a layer", "layers")).tolist()
 

@@ -12,7 +12,7 @@ from moeshard.cli.prompts import ChatOption, PromptFileOption, PromptOption, Sys
 
 if TYPE_CHECKING:
     from moeshard.generation import Generation
-    from moeshard.keep import Keep
+    from moeshard.keep.text import Keep
     from moeshard.model import Model
 
 MAX_SEED = 2**32 - 2  # the engine takes the one above for "a random one"

@@ -122,7 +122,7 @@ def _tensors(found: Inspection) -> Table:
 
 def _runs(numbers: Sequence[int]) -> str:
     """Write ascending numbers as ranges: ``0-3,5``."""
-    from moeshard.keep import format_ids
+    from moeshard.keep.text import format_ids
 
     return format_ids(numbers)
 

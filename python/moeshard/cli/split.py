@@ -19,7 +19,7 @@ from moeshard.cli.options import (
 if TYPE_CHECKING:
     from moeshard import Plan
     from moeshard._core import GGUFMap
-    from moeshard.keep import Keep
+    from moeshard.keep.text import Keep
     from moeshard.splitting import ShardFile
 
 
@@ -139,7 +139,7 @@ def split(
 
 def _read_keep(source: GGUFMap, text: str, balance: bool) -> Keep:
     from moeshard import balanced_keep, parse_keep
-    from moeshard.keep import expert_layers
+    from moeshard.keep.text import expert_layers
 
     layout = source.moe_layout()
     layers = expert_layers(layout)

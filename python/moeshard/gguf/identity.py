@@ -6,7 +6,7 @@ import hashlib
 import os
 
 from moeshard._core import GGUFMap
-from moeshard.keep import expert_layers
+from moeshard.keep.text import expert_layers
 from moeshard.plan import ModelIdentity
 
 # Of each tensor so many bytes are looked at: two fine-tunings of one model differ in nearly all of them, and a model of

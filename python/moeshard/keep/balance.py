@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeshard._core import MoeshardError
-from moeshard.keep import Keep
+from moeshard.keep.text import Keep
 
 
 def balanced_keep(keep: npt.ArrayLike, moe_layers: Sequence[int], *, expert_groups: int = 1, n_used: int = 1) -> Keep:
