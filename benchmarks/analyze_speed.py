@@ -23,8 +23,8 @@ from engine_cost import Run, median_interval, paired_seconds
 
 import moeshard
 from moeshard.analysis import analyze, batch_sequences, default_window
-from moeshard.embedded import resolve_model
-from moeshard.traffic import embedded_traffic, sequences
+from moeshard.traffic.domains import embedded_traffic, sequences
+from moeshard.traffic.embedded import resolve_model
 
 
 def measure(path: str, rounds: int, n_tokens: int, n_domains: int, n_threads: int) -> None:

@@ -26,7 +26,6 @@ from engine_cost import paired_ratio
 import moeshard
 from moeshard.analysis import analyze
 from moeshard.budget import Use, shard_memory
-from moeshard.embedded import resolve_model
 from moeshard.evaluation import PROMPT, WINDOW, Losses, cut_windows, measure_losses
 from moeshard.keep.text import Keep
 from moeshard.loops import Prompt, measure_loops
@@ -36,7 +35,8 @@ from moeshard.probing import PROBES
 from moeshard.profile import Profile
 from moeshard.reliability import concentration, summed_concentration, tops, verdict
 from moeshard.scoring import Interval, Scorer, Scores
-from moeshard.traffic import Domain, embedded_traffic, read_texts
+from moeshard.traffic.domains import Domain, embedded_traffic, read_texts
+from moeshard.traffic.embedded import resolve_model
 
 
 def main() -> None:

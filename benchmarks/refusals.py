@@ -20,7 +20,7 @@ from moeshard.nodes import plan_nodes
 from moeshard.placement import planned_model
 from moeshard.placing import MIN_CAPTURED, MIN_QUALITY
 from moeshard.probing import PROBES
-from moeshard.traffic import embedded_traffic
+from moeshard.traffic.domains import embedded_traffic
 
 
 def main() -> None:

@@ -12,11 +12,11 @@ from command_line import Cli
 import moeshard
 from moeshard import MoeshardError
 from moeshard.analysis import analyze
-from moeshard.embedded import embedded_domains
 from moeshard.profile import Profile, read_profile
 from moeshard.reliability import concentration, mean_entropy, share_errors, shares, summed_concentration, tops, verdict
 from moeshard.strategies import super_experts
-from moeshard.traffic import Domain, read_texts, sequences
+from moeshard.traffic.domains import Domain, read_texts, sequences
+from moeshard.traffic.embedded import embedded_domains
 
 WINDOW = 64
 

@@ -21,7 +21,7 @@ from moeshard.choosing import across_layers
 from moeshard.islands import islands
 from moeshard.planner import PER_LAYER_STRATEGIES, STRATEGY_NAMES, captured, choose_experts, make_plan
 from moeshard.profile import Profile
-from moeshard.traffic import embedded_traffic
+from moeshard.traffic.domains import embedded_traffic
 
 
 def shares_of(scores: np.ndarray, keep: np.ndarray) -> float:

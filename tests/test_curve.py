@@ -17,11 +17,11 @@ import moeshard
 from moeshard import MoeshardError
 from moeshard.analysis import analyze
 from moeshard.curve import Curve, Point, default_sizes, lone_node, measure_curve, read_curve, rule_of_thumb
-from moeshard.embedded import embedded_domains, embedded_text
 from moeshard.evaluation import measure_losses
 from moeshard.profile import Profile
 from moeshard.scoring import Agreement, Scores
-from moeshard.traffic import Domain
+from moeshard.traffic.domains import Domain
+from moeshard.traffic.embedded import embedded_domains, embedded_text
 
 WINDOW, PROMPT, WINDOWS = 64, 16, 3
 STRATEGIES = ("ranked", "one-list", "contiguous")

@@ -9,12 +9,12 @@ import pytest
 
 import moeshard
 from moeshard import GGUFMap, MoeshardError, Plan, PlanNode
-from moeshard.embedded import embedded_domains
 from moeshard.evaluation import Losses, measure_losses
 from moeshard.gguf.identity import identify
 from moeshard.nodes import masked_nodes, plan_nodes
 from moeshard.perplexity import text_windows
-from moeshard.traffic import Domain
+from moeshard.traffic.domains import Domain
+from moeshard.traffic.embedded import embedded_domains
 
 WINDOW, PROMPT = 64, 16
 

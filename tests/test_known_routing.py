@@ -16,7 +16,7 @@ from moeshard.planner import choose_experts
 from moeshard.profile import Profile
 from moeshard.reliability import concentration, shares, verdict
 from moeshard.strategies import best
-from moeshard.traffic import Domain
+from moeshard.traffic.domains import Domain
 
 WINDOW = 64
 Values = np.ndarray[Any, Any]

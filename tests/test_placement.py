@@ -14,14 +14,14 @@ from command_line import Cli
 
 import moeshard
 from moeshard import GGUFMap, MoeshardError, Placement, Plan, PlanNode
-from moeshard.embedded import embedded_domains, embedded_text
 from moeshard.evaluation import measure_losses
 from moeshard.gguf.identity import identify
 from moeshard.perplexity import text_windows
 from moeshard.placing import MIN_TOKENS, place_by_both, place_by_loss, place_by_saliency
 from moeshard.probing import PROBES, by_saliency
 from moeshard.strategies import best
-from moeshard.traffic import Domain
+from moeshard.traffic.domains import Domain
+from moeshard.traffic.embedded import embedded_domains, embedded_text
 
 
 @pytest.fixture(scope="module")

@@ -174,7 +174,7 @@ def test_coactivation_keeps_together_what_is_used_together() -> None:
 @pytest.fixture(scope="module")
 def own_profile(tinymoe: Path) -> Profile:
     from moeshard.analysis import analyze
-    from moeshard.traffic import embedded_traffic
+    from moeshard.traffic.domains import embedded_traffic
 
     return analyze(moeshard.Model(tinymoe, n_threads=1), embedded_traffic("calibration"), n_tokens=2048, window=128)
 

@@ -26,7 +26,7 @@ from moeshard.profile import Profile
 from moeshard.report.losses import comparison
 from moeshard.report.sources import Sources, read_sources
 from moeshard.report.writing import figures, folder_of, write_report
-from moeshard.traffic import Domain
+from moeshard.traffic.domains import Domain
 
 NASTY = "<script>alert(1)</script> \"a\" & 'b' $x_1$ ]]>"
 FIGURES = {

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 # help never loads the native library.
 _HOME = {
     "Curve": "moeshard.curve",
-    "Domain": "moeshard.traffic",
+    "Domain": "moeshard.traffic.domains",
     "Evaluation": "moeshard.evaluation_record",
     "GGUFMap": "moeshard._core",
     "Generation": "moeshard.generation",
@@ -34,9 +34,9 @@ _HOME = {
     "analyze": "moeshard.analysis",
     "balanced_keep": "moeshard.keep.balance",
     "cmake_dir": "moeshard.paths",
-    "embedded_model": "moeshard.embedded",
-    "embedded_text": "moeshard.embedded",
-    "embedded_traffic": "moeshard.traffic",
+    "embedded_model": "moeshard.traffic.embedded",
+    "embedded_text": "moeshard.traffic.embedded",
+    "embedded_traffic": "moeshard.traffic.domains",
     "evaluate": "moeshard.evaluating",
     "format_keep": "moeshard.keep.text",
     "group_experts": "moeshard.grouping",
@@ -51,7 +51,7 @@ _HOME = {
     "read_plan": "moeshard.plan",
     "read_profile": "moeshard.profile",
     "read_ranking": "moeshard.ranking",
-    "read_texts": "moeshard.traffic",
+    "read_texts": "moeshard.traffic.domains",
     "split": "moeshard.splitting",
     "verify": "moeshard.verification",
     "write_ranking": "moeshard.ranking",
@@ -61,7 +61,6 @@ if TYPE_CHECKING:
     from moeshard._core import GGUFMap, MoeshardError
     from moeshard.analysis import analyze
     from moeshard.curve import Curve, measure_curve, read_curve
-    from moeshard.embedded import embedded_model, embedded_text
     from moeshard.evaluating import evaluate
     from moeshard.evaluation_record import Evaluation, read_evaluation
     from moeshard.generation import Generation
@@ -81,7 +80,8 @@ if TYPE_CHECKING:
     from moeshard.session import Session
     from moeshard.splitting import ShardFile, split
     from moeshard.trace import Trace, TraceChunk
-    from moeshard.traffic import Domain, embedded_traffic, read_texts
+    from moeshard.traffic.domains import Domain, embedded_traffic, read_texts
+    from moeshard.traffic.embedded import embedded_model, embedded_text
     from moeshard.verification import verify
 
 __all__ = [

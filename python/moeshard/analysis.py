@@ -15,7 +15,7 @@ from moeshard._core import GGUFMap, MoeshardError
 from moeshard.gguf.identity import identify
 from moeshard.profile import Profile, read_profile
 from moeshard.session import Statistics
-from moeshard.traffic import WINDOW, Domain, Tokens, sequences
+from moeshard.traffic.domains import WINDOW, Domain, Tokens, sequences
 
 if TYPE_CHECKING:
     from moeshard.model import Model

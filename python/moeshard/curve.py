@@ -21,7 +21,7 @@ from moeshard.plan import ModelIdentity, model_from_json, model_to_json
 from moeshard.planner import ISLANDS, STRATEGY_NAMES, check_profile, choose_experts
 from moeshard.profile import Profile
 from moeshard.scoring import CONFIDENCE, RESAMPLES, Scorer, Scores, scores_from_json
-from moeshard.traffic import Domain
+from moeshard.traffic.domains import Domain
 
 if TYPE_CHECKING:
     from moeshard.model import Model

@@ -17,7 +17,7 @@ from moeshard.nodes import NodeModel, plan_nodes
 from moeshard.plan import Plan, read_plan
 from moeshard.probing import PROBES, Probe
 from moeshard.scoring import CONFIDENCE, RESAMPLES, Scorer, check_windows
-from moeshard.traffic import Domain, embedded_traffic, texts_seen
+from moeshard.traffic.domains import Domain, embedded_traffic, texts_seen
 
 if TYPE_CHECKING:
     from moeshard.model import Model

@@ -19,7 +19,7 @@ from moeshard._core import MoeshardError
 from moeshard.keep.text import Keep
 from moeshard.nodes import NodeModel, by_model, masked_nodes
 from moeshard.perplexity import text_windows
-from moeshard.traffic import Domain
+from moeshard.traffic.domains import Domain
 
 if TYPE_CHECKING:
     from moeshard.model import Model

@@ -28,7 +28,7 @@ class Settings:
     windows: dict[str, int]
     """Per domain."""
     texts: dict[str, str]
-    """SHA-256 of each domain's texts, see `moeshard.traffic.Domain.digest`."""
+    """SHA-256 of each domain's texts, see `moeshard.traffic.domains.Domain.digest`."""
     seen: list[str]
     """Domains whose text the plan was made from, as far as the plan says: on other text more is lost."""
     confidence: float

@@ -14,13 +14,13 @@ import numpy.typing as npt
 from moeshard._core import GGUFMap, MoeshardError
 from moeshard.budget import Memory, Use, fit, largest_keep, shard_memory
 from moeshard.choosing import Rows, across_layers
-from moeshard.embedded import model_name
 from moeshard.gguf.identity import identify
 from moeshard.islands import islands
 from moeshard.keep.text import Keep, held_range
 from moeshard.plan import PER_LAYER, ModelIdentity, Plan, PlanNode
 from moeshard.profile import Profile
 from moeshard.strategies import STRATEGIES
+from moeshard.traffic.embedded import model_name
 
 ISLANDS = "islands"
 STRATEGY_NAMES = (ISLANDS, *STRATEGIES)

@@ -70,7 +70,7 @@ def analyze(
     from moeshard.cli.output import check_free, print_json, progress, tokens_per_second, warn
     from moeshard.profile import RANKINGS
     from moeshard.reliability import verdict
-    from moeshard.traffic import embedded_traffic, read_texts
+    from moeshard.traffic.domains import embedded_traffic, read_texts
 
     check_free(out, export_ranking, force=force)
     if ranking not in RANKINGS:

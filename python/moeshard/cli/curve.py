@@ -62,7 +62,7 @@ def curve(
     from moeshard.curve import measure_curve
     from moeshard.files.atomic import write_atomically
     from moeshard.profile import read_profile
-    from moeshard.traffic import embedded_traffic, read_texts, texts_seen
+    from moeshard.traffic.domains import embedded_traffic, read_texts, texts_seen
 
     check_free(out, csv, png, force=force)
     if png is not None:

@@ -77,7 +77,7 @@ def evaluate(
     from moeshard.cli.output import check_free, print_json, progress, warn_of_seen
     from moeshard.plan import read_plan
     from moeshard.probing import PROBES
-    from moeshard.traffic import embedded_traffic, read_texts, texts_seen
+    from moeshard.traffic.domains import embedded_traffic, read_texts, texts_seen
 
     known = {name: name for name in PROBES}
     if probe not in known:

@@ -24,8 +24,8 @@ def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
     Sizes are of tensor data; the trunk is everything that is not routed experts.
     """
     from moeshard.cli.output import console, print_json
-    from moeshard.embedded import resolve_model
     from moeshard.gguf.inspection import inspect_model
+    from moeshard.traffic.embedded import resolve_model
 
     found = inspect_model(resolve_model(model))
     if as_json:

@@ -60,7 +60,7 @@ def warn(text: str) -> None:
 
 
 def warn_of_seen(names: Iterable[str]) -> None:
-    """Warn of texts, by the names of their domains, that experts were chosen by: see `moeshard.traffic.texts_seen`."""
+    """Warn of texts, by the names of their domains, that experts were chosen by: see `moeshard.traffic.domains.texts_seen`."""
     for name in names:
         warn(f"experts were chosen by text '{name}' too: on other text more is lost than on this")
 

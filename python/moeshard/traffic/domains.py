@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeshard._core import MoeshardError
-from moeshard.embedded import Part, embedded_domains, embedded_text
+from moeshard.traffic.embedded import Part, embedded_domains, embedded_text
 
 if TYPE_CHECKING:
     from moeshard.model import Model

@@ -63,7 +63,7 @@ def embedded_text(domain: str, part: Part = "heldout") -> str:
 
 def _data() -> Path:
     # Not importlib.resources: in an editable install it gives no path that could be handed to the native reader.
-    return Path(__file__).parent / "data"
+    return Path(__file__).parent.parent / "data"
 
 
 def _existing(path: Path) -> Path:
