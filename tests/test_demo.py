@@ -13,7 +13,7 @@ import moeshard
 from moeshard import embedded
 from moeshard.cli import main
 from moeshard.demo import Demo, routed, run_demo, top_experts
-from moeshard.trace import Trace
+from moeshard.runtime.trace import Trace
 
 
 @pytest.fixture(scope="module")

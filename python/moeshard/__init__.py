@@ -18,8 +18,8 @@ _HOME = {
     "Domain": "moeshard.traffic.domains",
     "Evaluation": "moeshard.evaluation_record",
     "GGUFMap": "moeshard._core",
-    "Generation": "moeshard.generation",
-    "Model": "moeshard.model",
+    "Generation": "moeshard.runtime.generation",
+    "Model": "moeshard.runtime.model",
     "MoeshardError": "moeshard._core",
     "Placed": "moeshard.placing",
     "Placement": "moeshard.placement",
@@ -27,10 +27,10 @@ _HOME = {
     "PlanNode": "moeshard.plan",
     "Profile": "moeshard.profile",
     "Ranking": "moeshard.ranking",
-    "Session": "moeshard.session",
+    "Session": "moeshard.runtime.session",
     "ShardFile": "moeshard.splitting",
-    "Trace": "moeshard.trace",
-    "TraceChunk": "moeshard.trace",
+    "Trace": "moeshard.runtime.trace",
+    "TraceChunk": "moeshard.runtime.trace",
     "analyze": "moeshard.analysis",
     "balanced_keep": "moeshard.keep.balance",
     "cmake_dir": "moeshard.paths",
@@ -63,12 +63,10 @@ if TYPE_CHECKING:
     from moeshard.curve import Curve, measure_curve, read_curve
     from moeshard.evaluating import evaluate
     from moeshard.evaluation_record import Evaluation, read_evaluation
-    from moeshard.generation import Generation
     from moeshard.grouping import group_experts
     from moeshard.keep.balance import balanced_keep
     from moeshard.keep.text import format_keep, parse_keep
     from moeshard.merging import merge
-    from moeshard.model import Model
     from moeshard.paths import cmake_dir, include_dir
     from moeshard.placement import Placement
     from moeshard.placing import Placed
@@ -77,9 +75,11 @@ if TYPE_CHECKING:
     from moeshard.planning import plan_groups
     from moeshard.profile import Profile, read_profile
     from moeshard.ranking import Ranking, read_ranking, write_ranking
-    from moeshard.session import Session
+    from moeshard.runtime.generation import Generation
+    from moeshard.runtime.model import Model
+    from moeshard.runtime.session import Session
+    from moeshard.runtime.trace import Trace, TraceChunk
     from moeshard.splitting import ShardFile, split
-    from moeshard.trace import Trace, TraceChunk
     from moeshard.traffic.domains import Domain, embedded_traffic, read_texts
     from moeshard.traffic.embedded import embedded_model, embedded_text
     from moeshard.verification import verify

@@ -14,11 +14,11 @@ import numpy as np
 from moeshard._core import GGUFMap, MoeshardError
 from moeshard.gguf.identity import identify
 from moeshard.profile import Profile, read_profile
-from moeshard.session import Statistics
+from moeshard.runtime.session import Statistics
 from moeshard.traffic.domains import WINDOW, Domain, Tokens, sequences
 
 if TYPE_CHECKING:
-    from moeshard.model import Model
+    from moeshard.runtime.model import Model
 
 BATCH_TOKENS = 2048
 SAVE_SECONDS = 30.0

@@ -24,7 +24,7 @@ from moeshard.scoring import CONFIDENCE, RESAMPLES, Scorer, Scores, scores_from_
 from moeshard.traffic.domains import Domain
 
 if TYPE_CHECKING:
-    from moeshard.model import Model
+    from moeshard.runtime.model import Model
 
 VERSION = 1
 ONE_LIST = "one-list"

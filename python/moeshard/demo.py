@@ -23,8 +23,8 @@ from moeshard.perplexity import Score, Window, score, text_windows
 from moeshard.traffic.embedded import embedded_domains, embedded_text
 
 if TYPE_CHECKING:
-    from moeshard.model import Model
-    from moeshard.trace import Trace
+    from moeshard.runtime.model import Model
+    from moeshard.runtime.trace import Trace
 
 WINDOW = 256
 """Tokens per scored window: what the embedded model was trained on."""

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moeshard._core import MoeshardError
-from moeshard.answers import Sampling
 from moeshard.evaluation import PROMPT, WINDOW, Losses, cut_windows, measure_losses
 from moeshard.evaluation_record import Evaluation, GroupScores, ProbeScores, Settings
 from moeshard.loops import N_ANSWERS, N_TOKENS, Loops, Prompt, measure_loops
 from moeshard.nodes import NodeModel, plan_nodes
 from moeshard.plan import Plan, read_plan
 from moeshard.probing import PROBES, Probe
+from moeshard.runtime.answers import Sampling
 from moeshard.scoring import CONFIDENCE, RESAMPLES, Scorer, check_windows
 from moeshard.traffic.domains import Domain, embedded_traffic, texts_seen
 
 if TYPE_CHECKING:
-    from moeshard.model import Model
+    from moeshard.runtime.model import Model
 
 N_WINDOWS = 16
 _GENERATED_TOKEN = 3
@@ -72,7 +72,7 @@ def evaluate(
         MoeshardError: the plan is for another model, a shard is not what the plan says, a text has less than two
             windows, or an argument is out of range.
     """
-    from moeshard.model import Model
+    from moeshard.runtime.model import Model
 
     if probe not in PROBES:
         raise MoeshardError(f"unknown probe '{probe}'; choose from {', '.join(PROBES)}")

@@ -22,8 +22,8 @@ from moeshard.perplexity import text_windows
 from moeshard.traffic.domains import Domain
 
 if TYPE_CHECKING:
-    from moeshard.model import Model
-    from moeshard.session import Session
+    from moeshard.runtime.model import Model
+    from moeshard.runtime.session import Session
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]

@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from moeshard._core import MoeshardError
-from moeshard.answers import Request, Sampling, write_answers
 from moeshard.nodes import NodeModel
+from moeshard.runtime.answers import Request, Sampling, write_answers
 
 if TYPE_CHECKING:
-    from moeshard.model import Model
+    from moeshard.runtime.model import Model
     from moeshard.scoring import Interval
 
 Tokens = npt.NDArray[np.int32]
@@ -184,7 +184,7 @@ def measure_loops(
             several times with other seeds.
         n_answers: per domain, of each node and of each half of the full model's.
         n_tokens: of each answer.
-        sampling: see `moeshard.answers.Sampling`.
+        sampling: see `moeshard.runtime.answers.Sampling`.
         seed: the first one.
         confidence: of intervals.
         progress: called with the answers written and all of them; what it raises ends the work.

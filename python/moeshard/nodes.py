@@ -17,7 +17,7 @@ from moeshard.plan import Plan, PlanNode
 from moeshard.splitting import TRUNK_FILE, shard_name
 
 if TYPE_CHECKING:
-    from moeshard.model import Model
+    from moeshard.runtime.model import Model
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +79,7 @@ def _same_everywhere(model: Model) -> int | None:
 
 
 def _open_shard(model: Model, plan: Plan, node: PlanNode, folder: str) -> NodeModel:
-    from moeshard.model import Model
+    from moeshard.runtime.model import Model
 
     path = _find(model, node, folder)
     file = GGUFMap(path)

@@ -15,7 +15,7 @@ from moeshard._core import MoeshardError
 
 if TYPE_CHECKING:
     from moeshard.keep.text import KeepSpec
-    from moeshard.model import Model
+    from moeshard.runtime.model import Model
 
 Window = npt.NDArray[np.int32]
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moeshard._core import MoeshardError
-from moeshard.model import Model
 from moeshard.nodes import plan_nodes
 from moeshard.placing import (
     BOTH,
@@ -23,7 +22,8 @@ from moeshard.placing import (
 )
 from moeshard.plan import Plan, read_plan
 from moeshard.probing import PROBES, Tokens, prompt_losses, saliency
-from moeshard.session import as_tokens
+from moeshard.runtime.model import Model
+from moeshard.runtime.session import as_tokens
 from moeshard.traffic.embedded import resolve_model
 
 MAX_TOKENS = 512

@@ -14,7 +14,7 @@ from moeshard.keep.text import Keep
 from moeshard.nodes import NodeModel, by_model
 
 if TYPE_CHECKING:
-    from moeshard.model import Model
+    from moeshard.runtime.model import Model
 
 Probe = Literal["both", "loss", "saliency"]
 PROBES: tuple[Probe, ...] = get_args(Probe)

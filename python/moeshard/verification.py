@@ -115,7 +115,7 @@ def lay_out_again(model: GGUFMap, file: GGUFMap, facts: ShardFacts) -> list[Segm
 
 def compare_logits(file: GGUFMap, source: GGUFMap, facts: ShardFacts, n_threads: int) -> LogitCheck:
     """Run the shard, and the whole model under the shard's keep, on the same pseudo-random tokens."""
-    from moeshard.model import Model
+    from moeshard.runtime.model import Model
 
     shard = Model(file.path, n_threads=n_threads)
     n_tokens = min(LOGIT_TOKENS, shard.n_ctx_train or LOGIT_TOKENS)

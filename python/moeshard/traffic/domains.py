@@ -17,7 +17,7 @@ from moeshard._core import MoeshardError
 from moeshard.traffic.embedded import Part, embedded_domains, embedded_text
 
 if TYPE_CHECKING:
-    from moeshard.model import Model
+    from moeshard.runtime.model import Model
 
 Tokens = npt.NDArray[np.int32]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from moeshard.trace import ChunkSink, chunk_sink
+from moeshard.runtime.trace import ChunkSink, chunk_sink
 
 if TYPE_CHECKING:
     from moeshard import _core

@@ -13,8 +13,8 @@ from moeshard._core import MoeshardError
 from moeshard.keep.text import Keep
 
 if TYPE_CHECKING:
-    from moeshard.model import Model
-    from moeshard.session import Session
+    from moeshard.runtime.model import Model
+    from moeshard.runtime.session import Session
 
 Tokens = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.floating]

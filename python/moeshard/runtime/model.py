@@ -14,10 +14,10 @@ import numpy.typing as npt
 
 from moeshard import _core
 from moeshard._core import MoeshardError
-from moeshard.generation import Generation
-from moeshard.loading import find_origin
-from moeshard.session import Session, Tokens, as_tokens
-from moeshard.trace import ChunkSink, Trace, TraceBuilder, chunk_sink
+from moeshard.runtime.generation import Generation
+from moeshard.runtime.origin import find_origin
+from moeshard.runtime.session import Session, Tokens, as_tokens
+from moeshard.runtime.trace import ChunkSink, Trace, TraceBuilder, chunk_sink
 
 if TYPE_CHECKING:
     from moeshard.keep.text import KeepSpec
