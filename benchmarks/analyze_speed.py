@@ -2,7 +2,7 @@
 
     python benchmarks/analyze_speed.py [MODEL...]     # by default the embedded one
 
-`moeshard.analysis.analyze` as a user calls it, with everything on, is timed right beside each of two prefills that read
+`moeshard.profile.measure.analyze` as a user calls it, with everything on, is timed right beside each of two prefills that read
 the same sequences in the same batches:
 
 - *last*: logits of each sequence's last token, what llama.cpp does when it prefills. It leaves out the last layer's
@@ -22,7 +22,7 @@ import numpy as np
 from engine_cost import Run, median_interval, paired_seconds
 
 import moeshard
-from moeshard.analysis import analyze, batch_sequences, default_window
+from moeshard.profile.measure import analyze, batch_sequences, default_window
 from moeshard.traffic.domains import embedded_traffic, sequences
 from moeshard.traffic.embedded import resolve_model
 

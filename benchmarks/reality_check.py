@@ -24,7 +24,6 @@ import numpy as np
 from engine_cost import paired_ratio
 
 import moeshard
-from moeshard.analysis import analyze
 from moeshard.budget import Use, shard_memory
 from moeshard.evaluation import PROMPT, WINDOW, Losses, cut_windows, measure_losses
 from moeshard.keep.text import Keep
@@ -32,8 +31,9 @@ from moeshard.loops import Prompt, measure_loops
 from moeshard.nodes import NodeModel, masked_nodes
 from moeshard.planner import ISLANDS, STRATEGY_NAMES, choose_experts
 from moeshard.probing import PROBES
-from moeshard.profile import Profile
-from moeshard.reliability import concentration, summed_concentration, tops, verdict
+from moeshard.profile.measure import analyze
+from moeshard.profile.record import Profile
+from moeshard.profile.statistics import concentration, summed_concentration, tops, verdict
 from moeshard.scoring import Interval, Scorer, Scores
 from moeshard.traffic.domains import Domain, embedded_traffic, read_texts
 from moeshard.traffic.embedded import resolve_model

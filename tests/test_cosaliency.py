@@ -9,7 +9,7 @@ import pytest
 
 from moeshard.cosaliency import contributions, least_lost
 from moeshard.plan import ModelIdentity
-from moeshard.profile import Profile
+from moeshard.profile.record import Profile
 
 
 def profile_of_tokens(tokens: np.ndarray, domain: list[int]) -> Profile:

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import moeshard
-from moeshard.analysis import analyze
 from moeshard.planner import choose_experts
-from moeshard.profile import Profile
-from moeshard.reliability import concentration, shares, verdict
+from moeshard.profile.measure import analyze
+from moeshard.profile.record import Profile
+from moeshard.profile.statistics import concentration, shares, verdict
 from moeshard.strategies import best
 from moeshard.traffic.domains import Domain
 

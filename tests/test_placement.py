@@ -46,7 +46,7 @@ def prompts(model: moeshard.Model) -> dict[str, list[np.ndarray]]:
 @pytest.fixture(scope="module")
 def island_plan(model: moeshard.Model, tinymoe: Path, prompts: dict[str, list[np.ndarray]]) -> Plan:
     """A node for each of these domains, with the best half for it."""
-    from moeshard.analysis import analyze
+    from moeshard.profile.measure import analyze
 
     texts = [Domain(name, (embedded_text(name, "calibration"),)) for name in prompts]
     profile = analyze(model, texts, n_tokens=1024, window=128)

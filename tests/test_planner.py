@@ -18,7 +18,7 @@ from moeshard.budget import Use, shard_memory
 from moeshard.islands import islands
 from moeshard.plan import ModelIdentity
 from moeshard.planner import STRATEGY_NAMES, captured, choose_experts, make_plan
-from moeshard.profile import Profile
+from moeshard.profile.record import Profile
 from moeshard.strategies import best, super_experts
 
 
@@ -173,7 +173,7 @@ def test_coactivation_keeps_together_what_is_used_together() -> None:
 
 @pytest.fixture(scope="module")
 def own_profile(tinymoe: Path) -> Profile:
-    from moeshard.analysis import analyze
+    from moeshard.profile.measure import analyze
     from moeshard.traffic.domains import embedded_traffic
 
     return analyze(moeshard.Model(tinymoe, n_threads=1), embedded_traffic("calibration"), n_tokens=2048, window=128)

@@ -17,12 +17,12 @@ from command_line import Cli
 
 import moeshard
 from moeshard import MoeshardError, Plan, PlanNode
-from moeshard.analysis import analyze
 from moeshard.curve import Curve, measure_curve
 from moeshard.evaluation_record import Evaluation, read_evaluation
 from moeshard.plan import ModelIdentity
 from moeshard.planner import captured, choose_experts
-from moeshard.profile import Profile
+from moeshard.profile.measure import analyze
+from moeshard.profile.record import Profile
 from moeshard.report.losses import comparison
 from moeshard.report.sources import Sources, read_sources
 from moeshard.report.writing import figures, folder_of, write_report

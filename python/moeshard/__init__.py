@@ -25,13 +25,13 @@ _HOME = {
     "Placement": "moeshard.placement",
     "Plan": "moeshard.plan",
     "PlanNode": "moeshard.plan",
-    "Profile": "moeshard.profile",
-    "Ranking": "moeshard.ranking",
+    "Profile": "moeshard.profile.record",
+    "Ranking": "moeshard.profile.ranking",
     "Session": "moeshard.runtime.session",
     "ShardFile": "moeshard.splitting",
     "Trace": "moeshard.runtime.trace",
     "TraceChunk": "moeshard.runtime.trace",
-    "analyze": "moeshard.analysis",
+    "analyze": "moeshard.profile.measure",
     "balanced_keep": "moeshard.keep.balance",
     "cmake_dir": "moeshard.paths",
     "embedded_model": "moeshard.traffic.embedded",
@@ -49,17 +49,16 @@ _HOME = {
     "read_curve": "moeshard.curve",
     "read_evaluation": "moeshard.evaluation_record",
     "read_plan": "moeshard.plan",
-    "read_profile": "moeshard.profile",
-    "read_ranking": "moeshard.ranking",
+    "read_profile": "moeshard.profile.record",
+    "read_ranking": "moeshard.profile.ranking",
     "read_texts": "moeshard.traffic.domains",
     "split": "moeshard.splitting",
     "verify": "moeshard.verification",
-    "write_ranking": "moeshard.ranking",
+    "write_ranking": "moeshard.profile.ranking",
 }
 
 if TYPE_CHECKING:
     from moeshard._core import GGUFMap, MoeshardError
-    from moeshard.analysis import analyze
     from moeshard.curve import Curve, measure_curve, read_curve
     from moeshard.evaluating import evaluate
     from moeshard.evaluation_record import Evaluation, read_evaluation
@@ -73,8 +72,9 @@ if TYPE_CHECKING:
     from moeshard.plan import Plan, PlanNode, read_plan
     from moeshard.planner import make_plan
     from moeshard.planning import plan_groups
-    from moeshard.profile import Profile, read_profile
-    from moeshard.ranking import Ranking, read_ranking, write_ranking
+    from moeshard.profile.measure import analyze
+    from moeshard.profile.ranking import Ranking, read_ranking, write_ranking
+    from moeshard.profile.record import Profile, read_profile
     from moeshard.runtime.generation import Generation
     from moeshard.runtime.model import Model
     from moeshard.runtime.session import Session

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from moeshard.profile import Doubles
+from moeshard.profile.record import Doubles
 
 Rows = npt.NDArray[np.bool_]
 

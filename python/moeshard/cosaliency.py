@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeshard.choosing import Rows
-from moeshard.profile import Doubles, Profile
+from moeshard.profile.record import Doubles, Profile
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]

@@ -19,7 +19,7 @@ from moeshard.gguf.identity import identify
 from moeshard.keep.text import Keep
 from moeshard.plan import ModelIdentity, model_from_json, model_to_json
 from moeshard.planner import ISLANDS, STRATEGY_NAMES, check_profile, choose_experts
-from moeshard.profile import Profile
+from moeshard.profile.record import Profile
 from moeshard.scoring import CONFIDENCE, RESAMPLES, Scorer, Scores, scores_from_json
 from moeshard.traffic.domains import Domain
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from moeshard._core import MoeshardError
 from moeshard.keep.text import Keep
-from moeshard.ranking import Ranking, Scores
+from moeshard.profile.ranking import Ranking, Scores
 
 MODES = ("contiguous", "balanced", "ranked", "snake")
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from moeshard.choosing import Rows, across_layers
 from moeshard.cosaliency import Contributions, Floats, Ints, contributions, least_lost
-from moeshard.profile import Doubles, Profile
+from moeshard.profile.record import Doubles, Profile
 from moeshard.strategies import best, super_experts
 
 ROUNDS = 40

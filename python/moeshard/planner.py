@@ -18,7 +18,7 @@ from moeshard.gguf.identity import identify
 from moeshard.islands import islands
 from moeshard.keep.text import Keep, held_range
 from moeshard.plan import PER_LAYER, ModelIdentity, Plan, PlanNode
-from moeshard.profile import Profile
+from moeshard.profile.record import Profile
 from moeshard.strategies import STRATEGIES
 from moeshard.traffic.embedded import model_name
 

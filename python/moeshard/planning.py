@@ -9,7 +9,7 @@ from moeshard._core import GGUFMap, MoeshardError
 from moeshard.gguf.identity import identify
 from moeshard.grouping import group_experts
 from moeshard.plan import Plan, PlanNode
-from moeshard.ranking import read_ranking
+from moeshard.profile.ranking import read_ranking
 
 
 def plan_groups(

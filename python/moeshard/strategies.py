@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from moeshard._core import MoeshardError
 from moeshard.choosing import Chooser, Rows
-from moeshard.profile import Doubles, Profile
+from moeshard.profile.record import Doubles, Profile
 
 SUPER_EXPERT = 10.0
 """An expert whose largest output is so many times its layer's median is a super expert: dropping one ruins a model."""

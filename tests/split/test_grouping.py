@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moeshard import MoeshardError
 from moeshard.grouping import MODES, group_experts
 from moeshard.keep.text import Keep, format_row
-from moeshard.ranking import Ranking
+from moeshard.profile.ranking import Ranking
 
 
 def ranking_of(*rows: Any) -> Ranking:

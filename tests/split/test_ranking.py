@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeshard import MoeshardError
-from moeshard.ranking import Ranking, RankingWarning, Scores, read_ranking, write_ranking
+from moeshard.profile.ranking import Ranking, RankingWarning, Scores, read_ranking, write_ranking
 
 N_LAYER, N_EXPERT = 4, 3
 MOE = [1, 3]

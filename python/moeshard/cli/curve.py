@@ -61,7 +61,7 @@ def curve(
     from moeshard.cli.output import check_free, print_json, progress, warn_of_seen
     from moeshard.curve import measure_curve
     from moeshard.files.atomic import write_atomically
-    from moeshard.profile import read_profile
+    from moeshard.profile.record import read_profile
     from moeshard.traffic.domains import embedded_traffic, read_texts, texts_seen
 
     check_free(out, csv, png, force=force)

@@ -58,7 +58,7 @@ def plan(
     from moeshard.budget import Use
     from moeshard.cli.output import check_free, print_json
     from moeshard.planner import make_plan
-    from moeshard.profile import read_profile
+    from moeshard.profile.record import read_profile
     from moeshard.traffic.embedded import resolve_model
 
     check_free(out, force=force)

@@ -10,8 +10,8 @@ import numpy as np
 
 from moeshard.plan import Plan, PlanNode
 from moeshard.planner import captured
-from moeshard.profile import Doubles, Profile
-from moeshard.reliability import captured_curve
+from moeshard.profile.record import Doubles, Profile
+from moeshard.profile.statistics import captured_curve
 from moeshard.report.drawing import COLOURS, FAINT, MARK, matrix, shortened
 from moeshard.report.figure import Cell, Figure, Panel, Table, between, counted, percent
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moeshard.profile import Doubles, Profile
-from moeshard.reliability import (
+from moeshard.profile.record import Doubles, Profile
+from moeshard.profile.statistics import (
     concentration,
     mean_entropy,
     share_errors,

@@ -12,7 +12,7 @@ from moeshard.curve import Curve, curve_from_json
 from moeshard.evaluation_record import Evaluation, evaluation_from_json
 from moeshard.files.documents import parse_named, read_document
 from moeshard.plan import ModelIdentity, Plan, plan_from_json
-from moeshard.profile import Profile, read_profile
+from moeshard.profile.record import Profile, read_profile
 
 
 @dataclass(frozen=True)

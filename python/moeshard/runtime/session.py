@@ -20,7 +20,7 @@ Tokens = npt.ArrayLike
 
 @dataclass(frozen=True)
 class Statistics:
-    """Sums over the tokens of S sequences in M layers of E experts; see `moeshard.profile.Profile`."""
+    """Sums over the tokens of S sequences in M layers of E experts; see `moeshard.profile.record.Profile`."""
 
     count: npt.NDArray[np.int32]
     """int32 (S, M, E)."""

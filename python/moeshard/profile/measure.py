@@ -13,7 +13,7 @@ import numpy as np
 
 from moeshard._core import GGUFMap, MoeshardError
 from moeshard.gguf.identity import identify
-from moeshard.profile import Profile, read_profile
+from moeshard.profile.record import Profile, read_profile
 from moeshard.runtime.session import Statistics
 from moeshard.traffic.domains import WINDOW, Domain, Tokens, sequences
 

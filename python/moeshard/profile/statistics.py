@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moeshard.profile import Doubles, Profile
+from moeshard.profile.record import Doubles, Profile
 
 TOPS = (1, 32, 48, 64, 96)
 """Of how many best experts the share is shown, beside that of all."""
