@@ -11,6 +11,7 @@ from command_line import Cli
 
 import moeshard
 from moeshard import MoeshardError
+from moeshard.planning.strategies import super_experts
 from moeshard.profile.measure import analyze
 from moeshard.profile.record import Profile, read_profile
 from moeshard.profile.statistics import (
@@ -22,7 +23,6 @@ from moeshard.profile.statistics import (
     tops,
     verdict,
 )
-from moeshard.strategies import super_experts
 from moeshard.traffic.domains import Domain, read_texts, sequences
 from moeshard.traffic.embedded import embedded_domains
 

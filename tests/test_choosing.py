@@ -15,10 +15,10 @@ from test_planner import profile_of, two_kinds
 
 import moeshard
 from moeshard import GGUFMap, MoeshardError, _core
-from moeshard.budget import Memory, Use, fit, shard_memory
-from moeshard.choosing import across_layers
-from moeshard.islands import islands
-from moeshard.planner import PER_LAYER_STRATEGIES, STRATEGY_NAMES, captured, choose_experts, make_plan
+from moeshard.planning.budget import Memory, Use, fit, shard_memory
+from moeshard.planning.choosing import across_layers
+from moeshard.planning.islands import islands
+from moeshard.planning.planner import PER_LAYER_STRATEGIES, STRATEGY_NAMES, captured, choose_experts, make_plan
 from moeshard.profile.measure import analyze
 from moeshard.profile.record import Profile
 from moeshard.traffic.domains import embedded_traffic

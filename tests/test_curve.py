@@ -77,7 +77,7 @@ def made_up(ratios: dict[int, float], n_expert_used: int = 8) -> Curve:
         return replace(own, domains={"a": own, "b": own})
 
     points = [Point(keep, scores(float(np.log(ratio)))) for keep, ratio in ratios.items()]
-    model = moeshard.plan.ModelIdentity("made up", "qwen3moe", "0" * 64, 2, 128, [0, 1])
+    model = moeshard.planning.plan.ModelIdentity("made up", "qwen3moe", "0" * 64, 2, 128, [0, 1])
     full = replace(scores(0), agreement=None)
     return Curve(model, {"ranked": points}, full, {"n_expert_used": n_expert_used, "confidence": 0.9})
 

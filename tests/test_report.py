@@ -19,8 +19,8 @@ import moeshard
 from moeshard import MoeshardError, Plan, PlanNode
 from moeshard.curve import Curve, measure_curve
 from moeshard.evaluation_record import Evaluation, read_evaluation
-from moeshard.plan import ModelIdentity
-from moeshard.planner import captured, choose_experts
+from moeshard.planning.plan import ModelIdentity
+from moeshard.planning.planner import captured, choose_experts
 from moeshard.profile.measure import analyze
 from moeshard.profile.record import Profile
 from moeshard.report.losses import comparison

@@ -23,8 +23,8 @@ _HOME = {
     "MoeshardError": "moeshard._core",
     "Placed": "moeshard.placing",
     "Placement": "moeshard.placement",
-    "Plan": "moeshard.plan",
-    "PlanNode": "moeshard.plan",
+    "Plan": "moeshard.planning.plan",
+    "PlanNode": "moeshard.planning.plan",
     "Profile": "moeshard.profile.record",
     "Ranking": "moeshard.profile.ranking",
     "Session": "moeshard.runtime.session",
@@ -39,16 +39,16 @@ _HOME = {
     "embedded_traffic": "moeshard.traffic.domains",
     "evaluate": "moeshard.evaluating",
     "format_keep": "moeshard.keep.text",
-    "group_experts": "moeshard.grouping",
+    "group_experts": "moeshard.planning.deal",
     "include_dir": "moeshard.paths",
-    "make_plan": "moeshard.planner",
+    "make_plan": "moeshard.planning.planner",
     "measure_curve": "moeshard.curve",
     "merge": "moeshard.merging",
     "parse_keep": "moeshard.keep.text",
-    "plan_groups": "moeshard.planning",
+    "plan_groups": "moeshard.planning.groups",
     "read_curve": "moeshard.curve",
     "read_evaluation": "moeshard.evaluation_record",
-    "read_plan": "moeshard.plan",
+    "read_plan": "moeshard.planning.plan",
     "read_profile": "moeshard.profile.record",
     "read_ranking": "moeshard.profile.ranking",
     "read_texts": "moeshard.traffic.domains",
@@ -62,16 +62,16 @@ if TYPE_CHECKING:
     from moeshard.curve import Curve, measure_curve, read_curve
     from moeshard.evaluating import evaluate
     from moeshard.evaluation_record import Evaluation, read_evaluation
-    from moeshard.grouping import group_experts
     from moeshard.keep.balance import balanced_keep
     from moeshard.keep.text import format_keep, parse_keep
     from moeshard.merging import merge
     from moeshard.paths import cmake_dir, include_dir
     from moeshard.placement import Placement
     from moeshard.placing import Placed
-    from moeshard.plan import Plan, PlanNode, read_plan
-    from moeshard.planner import make_plan
-    from moeshard.planning import plan_groups
+    from moeshard.planning.deal import group_experts
+    from moeshard.planning.groups import plan_groups
+    from moeshard.planning.plan import Plan, PlanNode, read_plan
+    from moeshard.planning.planner import make_plan
     from moeshard.profile.measure import analyze
     from moeshard.profile.ranking import Ranking, read_ranking, write_ranking
     from moeshard.profile.record import Profile, read_profile

@@ -17,8 +17,8 @@ from moeshard.files.atomic import write_atomically
 from moeshard.files.documents import check_version, expect, parse_named, read_document, take, write_document
 from moeshard.gguf.identity import identify
 from moeshard.keep.text import Keep
-from moeshard.plan import ModelIdentity, model_from_json, model_to_json
-from moeshard.planner import ISLANDS, STRATEGY_NAMES, check_profile, choose_experts
+from moeshard.planning.plan import ModelIdentity, model_from_json, model_to_json
+from moeshard.planning.planner import ISLANDS, STRATEGY_NAMES, check_profile, choose_experts
 from moeshard.profile.record import Profile
 from moeshard.scoring import CONFIDENCE, RESAMPLES, Scorer, Scores, scores_from_json
 from moeshard.traffic.domains import Domain

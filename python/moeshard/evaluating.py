@@ -13,7 +13,7 @@ from moeshard.evaluation import PROMPT, WINDOW, Losses, cut_windows, measure_los
 from moeshard.evaluation_record import Evaluation, GroupScores, ProbeScores, Settings
 from moeshard.loops import N_ANSWERS, N_TOKENS, Loops, Prompt, measure_loops
 from moeshard.nodes import NodeModel, plan_nodes
-from moeshard.plan import Plan, read_plan
+from moeshard.planning.plan import Plan, read_plan
 from moeshard.probing import PROBES, Probe
 from moeshard.runtime.answers import Sampling
 from moeshard.scoring import CONFIDENCE, RESAMPLES, Scorer, check_windows

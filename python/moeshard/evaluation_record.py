@@ -10,7 +10,7 @@ from moeshard._core import MoeshardError
 from moeshard.files.atomic import write_atomically
 from moeshard.files.documents import check_version, expect, parse_named, read_document, take, write_document
 from moeshard.loops import Example, Loops, Rate, Thresholds
-from moeshard.plan import ModelIdentity, model_from_json, model_to_json
+from moeshard.planning.plan import ModelIdentity, model_from_json, model_to_json
 from moeshard.scoring import Interval, Scores, interval, scores_from_json
 
 VERSION = 1

@@ -13,7 +13,7 @@ from moeshard import _core
 from moeshard._core import GGUFMap, MoeshardError
 from moeshard.gguf.identity import identify
 from moeshard.keep.text import Keep, held_range
-from moeshard.plan import Plan, PlanNode
+from moeshard.planning.plan import Plan, PlanNode
 from moeshard.splitting import TRUNK_FILE, shard_name
 
 if TYPE_CHECKING:

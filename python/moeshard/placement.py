@@ -20,7 +20,7 @@ from moeshard.placing import (
     place_by_loss,
     place_by_saliency,
 )
-from moeshard.plan import Plan, read_plan
+from moeshard.planning.plan import Plan, read_plan
 from moeshard.probing import PROBES, Tokens, prompt_losses, saliency
 from moeshard.runtime.model import Model
 from moeshard.runtime.session import as_tokens

@@ -17,7 +17,7 @@ from moeshard import _core
 from moeshard._core import GGUFMap, MoeshardError, SegmentList
 from moeshard.gguf.identity import identify
 from moeshard.keep.text import Keep, KeepSpec, held_range, parse_keep
-from moeshard.plan import ModelIdentity, Plan, PlanNode
+from moeshard.planning.plan import ModelIdentity, Plan, PlanNode
 
 Progress = Callable[[int, int], object]
 """Called with the bytes done and those of the whole; what it raises ends the work and is raised again."""

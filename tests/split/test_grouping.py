@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moeshard import MoeshardError
-from moeshard.grouping import MODES, group_experts
 from moeshard.keep.text import Keep, format_row
+from moeshard.planning.deal import MODES, group_experts
 from moeshard.profile.ranking import Ranking
 
 

@@ -66,7 +66,7 @@ def place(
     from moeshard.cli.loading import load_model
     from moeshard.cli.output import print_json
     from moeshard.placement import Placement, planned_model
-    from moeshard.plan import read_plan
+    from moeshard.planning.plan import read_plan
 
     nodes = read_plan(plan)
     loaded = load_model(

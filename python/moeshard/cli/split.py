@@ -90,8 +90,8 @@ def split(
     from moeshard import split as write_shards
     from moeshard._core import GGUFMap
     from moeshard.cli.output import print_json, progress
-    from moeshard.plan import read_plan
-    from moeshard.planning import plan_groups
+    from moeshard.planning.groups import plan_groups
+    from moeshard.planning.plan import read_plan
     from moeshard.traffic.embedded import resolve_model
 
     source = GGUFMap(resolve_model(model))

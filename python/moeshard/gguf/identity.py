@@ -7,7 +7,7 @@ import os
 
 from moeshard._core import GGUFMap
 from moeshard.keep.text import expert_layers
-from moeshard.plan import ModelIdentity
+from moeshard.planning.plan import ModelIdentity
 
 # Of each tensor so many bytes are looked at: two fine-tunings of one model differ in nearly all of them, and a model of
 # hundreds of gigabytes is not read for its name.

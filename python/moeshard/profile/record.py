@@ -16,7 +16,7 @@ import numpy.typing as npt
 from moeshard._core import MoeshardError
 from moeshard.files.atomic import write_atomically
 from moeshard.files.documents import check_version, expect, parse_document, parse_named, take
-from moeshard.plan import ModelIdentity, model_from_json, model_to_json
+from moeshard.planning.plan import ModelIdentity, model_from_json, model_to_json
 
 VERSION = 2
 _KEY = "moeshard_profile"
@@ -60,7 +60,7 @@ class Profile:
     """int32 (D, M, E, E): tokens that chose both experts; the diagonal is how many chose the one."""
     cosaliency: Floats
     """float32 (D, M, E, E): sum over tokens of the product of both experts' contributions; the diagonal is the sum of
-    `energy`. What a token would lose by experts that are dropped together; see `moeshard.cosaliency`."""
+    `energy`. What a token would lose by experts that are dropped together; see `moeshard.planning.cosaliency`."""
     facts: dict[str, Any] = field(default_factory=dict)
     """How the profile was made: JSON values."""
 

@@ -10,7 +10,7 @@ import numpy as np
 from moeshard.curve import RULE, Curve, rule_of_thumb
 from moeshard.curve_figure import HEIGHT, draw_curve
 from moeshard.evaluation_record import Evaluation
-from moeshard.plan import Plan
+from moeshard.planning.plan import Plan
 from moeshard.report.drawing import COLOURS, FAINT, INK, MARK, intervals, matrix
 from moeshard.report.figure import Cell, Figure, Panel, Table, between, counted, percent
 from moeshard.report.nodes import held

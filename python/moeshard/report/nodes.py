@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moeshard.plan import Plan, PlanNode
-from moeshard.planner import captured
+from moeshard.planning.plan import Plan, PlanNode
+from moeshard.planning.planner import captured
 from moeshard.profile.record import Doubles, Profile
 from moeshard.profile.statistics import captured_curve
 from moeshard.report.drawing import COLOURS, FAINT, MARK, matrix, shortened

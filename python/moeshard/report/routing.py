@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moeshard.planning.strategies import SUPER_EXPERT, best, peak_ratios, super_experts
 from moeshard.profile.record import Doubles, Profile
 from moeshard.profile.statistics import (
     concentration,
@@ -20,7 +21,6 @@ from moeshard.profile.statistics import (
 )
 from moeshard.report.drawing import COLOURS, FAINT, INK, MARK, heat_map
 from moeshard.report.figure import Cell, Figure, Panel, Table, counted, listed, percent
-from moeshard.strategies import SUPER_EXPERT, best, peak_ratios, super_experts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

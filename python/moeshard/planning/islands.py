@@ -2,7 +2,7 @@
 
 Alternates between giving each sequence of the profile to the node that loses least of it, and choosing each node's
 experts for its sequences, like k-means with what is lost in place of distances. Experts that all sequences need end up
-on every node by themselves. What is lost are squared contributions, see `moeshard.cosaliency`; the first rounds go by
+on every node by themselves. What is lost are squared contributions, see `moeshard.planning.cosaliency`; the first rounds go by
 the sums of each expert's own squares, which is quick, and only the best beginnings are followed to their end.
 """
 
@@ -14,10 +14,10 @@ from functools import partial
 
 import numpy as np
 
-from moeshard.choosing import Rows, across_layers
-from moeshard.cosaliency import Contributions, Floats, Ints, contributions, least_lost
+from moeshard.planning.choosing import Rows, across_layers
+from moeshard.planning.cosaliency import Contributions, Floats, Ints, contributions, least_lost
+from moeshard.planning.strategies import best, super_experts
 from moeshard.profile.record import Doubles, Profile
-from moeshard.strategies import best, super_experts
 
 ROUNDS = 40
 FOLLOWED = 4

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeshard._core import MoeshardError
-from moeshard.choosing import Chooser, Rows
+from moeshard.planning.choosing import Chooser, Rows
 from moeshard.profile.record import Doubles, Profile
 
 SUPER_EXPERT = 10.0

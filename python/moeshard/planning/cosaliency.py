@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moeshard.choosing import Rows
+from moeshard.planning.choosing import Rows
 from moeshard.profile.record import Doubles, Profile
 
 Floats = npt.NDArray[np.float32]

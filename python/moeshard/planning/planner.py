@@ -12,14 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from moeshard._core import GGUFMap, MoeshardError
-from moeshard.budget import Memory, Use, fit, largest_keep, shard_memory
-from moeshard.choosing import Rows, across_layers
 from moeshard.gguf.identity import identify
-from moeshard.islands import islands
 from moeshard.keep.text import Keep, held_range
-from moeshard.plan import PER_LAYER, ModelIdentity, Plan, PlanNode
+from moeshard.planning.budget import Memory, Use, fit, largest_keep, shard_memory
+from moeshard.planning.choosing import Rows, across_layers
+from moeshard.planning.islands import islands
+from moeshard.planning.plan import PER_LAYER, ModelIdentity, Plan, PlanNode
+from moeshard.planning.strategies import STRATEGIES
 from moeshard.profile.record import Profile
-from moeshard.strategies import STRATEGIES
 from moeshard.traffic.embedded import model_name
 
 ISLANDS = "islands"
@@ -46,7 +46,7 @@ def choose_experts(
             equally many of every group. 0 or 1: none.
         fewest: layers may hold different numbers of experts, at least so many each; `sizes` are then means over layers.
             None: all layers of a node hold equally many.
-        options: of `moeshard.islands.islands` for that strategy; ``core`` for ``shared-core``.
+        options: of `moeshard.planning.islands.islands` for that strategy; ``core`` for ``shared-core``.
 
     Returns:
         Per node: bool (n_layer, n_expert); layers that the profile does not cover hold the experts of lowest ids.

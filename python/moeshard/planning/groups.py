@@ -7,8 +7,8 @@ from typing import Any
 
 from moeshard._core import GGUFMap, MoeshardError
 from moeshard.gguf.identity import identify
-from moeshard.grouping import group_experts
-from moeshard.plan import Plan, PlanNode
+from moeshard.planning.deal import group_experts
+from moeshard.planning.plan import Plan, PlanNode
 from moeshard.profile.ranking import read_ranking
 
 
