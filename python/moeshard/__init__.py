@@ -28,7 +28,7 @@ _HOME = {
     "Profile": "moeshard.profile.record",
     "Ranking": "moeshard.profile.ranking",
     "Session": "moeshard.runtime.session",
-    "ShardFile": "moeshard.splitting",
+    "ShardFile": "moeshard.shards.split",
     "Trace": "moeshard.runtime.trace",
     "TraceChunk": "moeshard.runtime.trace",
     "analyze": "moeshard.profile.measure",
@@ -43,7 +43,7 @@ _HOME = {
     "include_dir": "moeshard.paths",
     "make_plan": "moeshard.planning.planner",
     "measure_curve": "moeshard.curve",
-    "merge": "moeshard.merging",
+    "merge": "moeshard.shards.merge",
     "parse_keep": "moeshard.keep.text",
     "plan_groups": "moeshard.planning.groups",
     "read_curve": "moeshard.curve",
@@ -52,8 +52,8 @@ _HOME = {
     "read_profile": "moeshard.profile.record",
     "read_ranking": "moeshard.profile.ranking",
     "read_texts": "moeshard.traffic.domains",
-    "split": "moeshard.splitting",
-    "verify": "moeshard.verification",
+    "split": "moeshard.shards.split",
+    "verify": "moeshard.shards.verify",
     "write_ranking": "moeshard.profile.ranking",
 }
 
@@ -64,7 +64,6 @@ if TYPE_CHECKING:
     from moeshard.evaluation_record import Evaluation, read_evaluation
     from moeshard.keep.balance import balanced_keep
     from moeshard.keep.text import format_keep, parse_keep
-    from moeshard.merging import merge
     from moeshard.paths import cmake_dir, include_dir
     from moeshard.placement import Placement
     from moeshard.placing import Placed
@@ -79,10 +78,11 @@ if TYPE_CHECKING:
     from moeshard.runtime.model import Model
     from moeshard.runtime.session import Session
     from moeshard.runtime.trace import Trace, TraceChunk
-    from moeshard.splitting import ShardFile, split
+    from moeshard.shards.merge import merge
+    from moeshard.shards.split import ShardFile, split
+    from moeshard.shards.verify import verify
     from moeshard.traffic.domains import Domain, embedded_traffic, read_texts
     from moeshard.traffic.embedded import embedded_model, embedded_text
-    from moeshard.verification import verify
 
 __all__ = [
     "Curve",

@@ -14,7 +14,7 @@ from moeshard._core import GGUFMap, MoeshardError
 from moeshard.gguf.identity import identify
 from moeshard.keep.text import Keep, held_range
 from moeshard.planning.plan import Plan, PlanNode
-from moeshard.splitting import TRUNK_FILE, shard_name
+from moeshard.shards.split import TRUNK_FILE, shard_name
 
 if TYPE_CHECKING:
     from moeshard.runtime.model import Model

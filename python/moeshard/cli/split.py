@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from moeshard import Plan
     from moeshard._core import GGUFMap
     from moeshard.keep.text import Keep
-    from moeshard.splitting import ShardFile
+    from moeshard.shards.split import ShardFile
 
 
 def split(
@@ -153,7 +153,7 @@ def _read_keep(source: GGUFMap, text: str, balance: bool) -> Keep:
 
 
 def _plan_path(out: Path) -> Path:
-    from moeshard.splitting import PLAN_FILE
+    from moeshard.shards.split import PLAN_FILE
 
     return out / PLAN_FILE
 

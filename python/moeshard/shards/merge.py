@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from moeshard import _core
 from moeshard._core import GGUFMap
-from moeshard.splitting import Progress
+from moeshard.shards.split import Progress
 
 
 def merge(
