@@ -27,10 +27,10 @@ import moeshard
 from moeshard.evaluation import PROMPT, WINDOW, Losses, cut_windows, measure_losses
 from moeshard.keep.text import Keep
 from moeshard.loops import Prompt, measure_loops
-from moeshard.nodes import NodeModel, masked_nodes
+from moeshard.placement.nodes import NodeModel, masked_nodes
+from moeshard.placement.probes import PROBES
 from moeshard.planning.budget import Use, shard_memory
 from moeshard.planning.planner import ISLANDS, STRATEGY_NAMES, choose_experts
-from moeshard.probing import PROBES
 from moeshard.profile.measure import analyze
 from moeshard.profile.record import Profile
 from moeshard.profile.statistics import concentration, summed_concentration, tops, verdict

@@ -15,7 +15,7 @@ import moeshard
 from moeshard import GGUFMap, MoeshardError, Plan, PlanNode, read_evaluation
 from moeshard.evaluation import measure_losses
 from moeshard.gguf.identity import identify
-from moeshard.probing import PROBES
+from moeshard.placement.probes import PROBES
 from moeshard.traffic.embedded import embedded_domains, embedded_text
 
 QUICK = ("--windows", "3", "--window", "64", "--prompt", "16", "--threads", "1")

@@ -11,8 +11,8 @@ import moeshard
 from moeshard import GGUFMap, MoeshardError, Plan, PlanNode
 from moeshard.evaluation import Losses, measure_losses
 from moeshard.gguf.identity import identify
-from moeshard.nodes import masked_nodes, plan_nodes
 from moeshard.perplexity import text_windows
+from moeshard.placement.nodes import masked_nodes, plan_nodes
 from moeshard.traffic.domains import Domain
 from moeshard.traffic.embedded import embedded_domains
 

@@ -17,9 +17,9 @@ from moeshard import GGUFMap, MoeshardError, Placement, Plan, PlanNode
 from moeshard.evaluation import measure_losses
 from moeshard.gguf.identity import identify
 from moeshard.perplexity import text_windows
-from moeshard.placing import MIN_TOKENS, place_by_both, place_by_loss, place_by_saliency
+from moeshard.placement.decision import MIN_TOKENS, place_by_both, place_by_loss, place_by_saliency
+from moeshard.placement.probes import PROBES, by_saliency
 from moeshard.planning.strategies import best
-from moeshard.probing import PROBES, by_saliency
 from moeshard.traffic.domains import Domain
 from moeshard.traffic.embedded import embedded_domains, embedded_text
 

@@ -21,8 +21,8 @@ _HOME = {
     "Generation": "moeshard.runtime.generation",
     "Model": "moeshard.runtime.model",
     "MoeshardError": "moeshard._core",
-    "Placed": "moeshard.placing",
-    "Placement": "moeshard.placement",
+    "Placed": "moeshard.placement.decision",
+    "Placement": "moeshard.placement.placement",
     "Plan": "moeshard.planning.plan",
     "PlanNode": "moeshard.planning.plan",
     "Profile": "moeshard.profile.record",
@@ -65,8 +65,8 @@ if TYPE_CHECKING:
     from moeshard.keep.balance import balanced_keep
     from moeshard.keep.text import format_keep, parse_keep
     from moeshard.paths import cmake_dir, include_dir
-    from moeshard.placement import Placement
-    from moeshard.placing import Placed
+    from moeshard.placement.decision import Placed
+    from moeshard.placement.placement import Placement
     from moeshard.planning.deal import group_experts
     from moeshard.planning.groups import plan_groups
     from moeshard.planning.plan import Plan, PlanNode, read_plan

@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from moeshard._core import MoeshardError
 from moeshard.keep.text import Keep
-from moeshard.nodes import NodeModel, by_model, masked_nodes
 from moeshard.perplexity import text_windows
+from moeshard.placement.nodes import NodeModel, by_model, masked_nodes
 from moeshard.traffic.domains import Domain
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def measure_losses(
         model: the whole model.
         keeps: bool (n_layer, n_expert) each.
         domains: text that nothing was chosen by.
-        nodes: what computes for each keep, of `moeshard.nodes`; None: masks on the model.
+        nodes: what computes for each keep, of `moeshard.placement.nodes`; None: masks on the model.
         n_windows: per domain, evenly spread over it; None: all that fit.
         window: tokens predicted in each.
         n_prompt: of them, so many are the prompt.

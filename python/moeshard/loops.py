@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeshard._core import MoeshardError
-from moeshard.nodes import NodeModel
+from moeshard.placement.nodes import NodeModel
 from moeshard.runtime.answers import Request, Sampling, write_answers
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def measure_loops(
 
     Args:
         model: the full model.
-        nodes: by name, of `moeshard.nodes`.
+        nodes: by name, of `moeshard.placement.nodes`.
         prompts: of each domain about as many as there are; where there are less than twice `n_answers`, they serve
             several times with other seeds.
         n_answers: per domain, of each node and of each half of the full model's.

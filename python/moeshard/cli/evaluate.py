@@ -74,8 +74,8 @@ def evaluate(
     from moeshard.cli.evaluation_tables import report
     from moeshard.cli.loading import load_model
     from moeshard.cli.output import check_free, print_json, progress, warn_of_seen
+    from moeshard.placement.probes import PROBES
     from moeshard.planning.plan import read_plan
-    from moeshard.probing import PROBES
     from moeshard.runtime.answers import Sampling
     from moeshard.traffic.domains import embedded_traffic, read_texts, texts_seen
 

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moeshard._core import MoeshardError
-from moeshard.nodes import plan_nodes
-from moeshard.placing import (
+from moeshard.placement.decision import (
     BOTH,
     LOSS,
     MIN_CAPTURED,
@@ -20,8 +19,9 @@ from moeshard.placing import (
     place_by_loss,
     place_by_saliency,
 )
+from moeshard.placement.nodes import plan_nodes
+from moeshard.placement.probes import PROBES, Tokens, prompt_losses, saliency
 from moeshard.planning.plan import Plan, read_plan
-from moeshard.probing import PROBES, Tokens, prompt_losses, saliency
 from moeshard.runtime.model import Model
 from moeshard.runtime.session import as_tokens
 from moeshard.traffic.embedded import resolve_model

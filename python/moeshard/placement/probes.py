@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from moeshard.evaluation import LOGIT_BYTES, log_sum_exp
 from moeshard.keep.text import Keep
-from moeshard.nodes import NodeModel, by_model
+from moeshard.placement.nodes import NodeModel, by_model
 
 if TYPE_CHECKING:
     from moeshard.runtime.model import Model
@@ -92,7 +92,7 @@ def prompt_losses(model: Model, nodes: Sequence[NodeModel], tokens: Tokens, n_ct
 
     Args:
         model: the whole model.
-        nodes: of `moeshard.nodes`.
+        nodes: of `moeshard.placement.nodes`.
         tokens: int32 (T + 1,).
         n_ctx: tokens of the longest prompt to come: contexts are kept for the next one.
 
