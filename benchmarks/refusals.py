@@ -15,7 +15,7 @@ import argparse
 import numpy as np
 
 import moeshard
-from moeshard.evaluation import measure_losses
+from moeshard.evaluation.losses import measure_losses
 from moeshard.placement.decision import MIN_CAPTURED, MIN_QUALITY
 from moeshard.placement.nodes import plan_nodes
 from moeshard.placement.placement import planned_model

@@ -15,11 +15,11 @@ from command_line import Cli
 
 import moeshard
 from moeshard import MoeshardError
-from moeshard.curve import Curve, Point, default_sizes, lone_node, measure_curve, read_curve, rule_of_thumb
-from moeshard.evaluation import measure_losses
+from moeshard.evaluation.curve import Curve, Point, default_sizes, lone_node, measure_curve, read_curve, rule_of_thumb
+from moeshard.evaluation.losses import measure_losses
+from moeshard.evaluation.scores import Agreement, Scores
 from moeshard.profile.measure import analyze
 from moeshard.profile.record import Profile
-from moeshard.scoring import Agreement, Scores
 from moeshard.traffic.domains import Domain
 from moeshard.traffic.embedded import embedded_domains, embedded_text
 

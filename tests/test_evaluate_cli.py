@@ -13,7 +13,7 @@ from command_line import Cli
 
 import moeshard
 from moeshard import GGUFMap, MoeshardError, Plan, PlanNode, read_evaluation
-from moeshard.evaluation import measure_losses
+from moeshard.evaluation.losses import measure_losses
 from moeshard.gguf.identity import identify
 from moeshard.placement.probes import PROBES
 from moeshard.traffic.embedded import embedded_domains, embedded_text

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 
 import moeshard
-from moeshard.perplexity import Score, score, text_windows
+from moeshard.evaluation.perplexity import Score, score, text_windows
 
 
 class Fake:

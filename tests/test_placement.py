@@ -14,9 +14,9 @@ from command_line import Cli
 
 import moeshard
 from moeshard import GGUFMap, MoeshardError, Placement, Plan, PlanNode
-from moeshard.evaluation import measure_losses
+from moeshard.evaluation.losses import measure_losses
+from moeshard.evaluation.perplexity import text_windows
 from moeshard.gguf.identity import identify
-from moeshard.perplexity import text_windows
 from moeshard.placement.decision import MIN_TOKENS, place_by_both, place_by_loss, place_by_saliency
 from moeshard.placement.probes import PROBES, by_saliency
 from moeshard.planning.strategies import best

@@ -17,8 +17,8 @@ from command_line import Cli
 
 import moeshard
 from moeshard import MoeshardError, Plan, PlanNode
-from moeshard.curve import Curve, measure_curve
-from moeshard.evaluation_record import Evaluation, read_evaluation
+from moeshard.evaluation.curve import Curve, measure_curve
+from moeshard.evaluation.record import Evaluation, read_evaluation
 from moeshard.planning.plan import ModelIdentity
 from moeshard.planning.planner import captured, choose_experts
 from moeshard.profile.measure import analyze

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 # Names are looked up when first used: `import moeshard` costs next to nothing, and a command line that only prints its
 # help never loads the native library.
 _HOME = {
-    "Curve": "moeshard.curve",
+    "Curve": "moeshard.evaluation.curve",
     "Domain": "moeshard.traffic.domains",
-    "Evaluation": "moeshard.evaluation_record",
+    "Evaluation": "moeshard.evaluation.record",
     "GGUFMap": "moeshard._core",
     "Generation": "moeshard.runtime.generation",
     "Model": "moeshard.runtime.model",
@@ -37,17 +37,17 @@ _HOME = {
     "embedded_model": "moeshard.traffic.embedded",
     "embedded_text": "moeshard.traffic.embedded",
     "embedded_traffic": "moeshard.traffic.domains",
-    "evaluate": "moeshard.evaluating",
+    "evaluate": "moeshard.evaluation.evaluate",
     "format_keep": "moeshard.keep.text",
     "group_experts": "moeshard.planning.deal",
     "include_dir": "moeshard.paths",
     "make_plan": "moeshard.planning.planner",
-    "measure_curve": "moeshard.curve",
+    "measure_curve": "moeshard.evaluation.curve",
     "merge": "moeshard.shards.merge",
     "parse_keep": "moeshard.keep.text",
     "plan_groups": "moeshard.planning.groups",
-    "read_curve": "moeshard.curve",
-    "read_evaluation": "moeshard.evaluation_record",
+    "read_curve": "moeshard.evaluation.curve",
+    "read_evaluation": "moeshard.evaluation.record",
     "read_plan": "moeshard.planning.plan",
     "read_profile": "moeshard.profile.record",
     "read_ranking": "moeshard.profile.ranking",
@@ -59,9 +59,9 @@ _HOME = {
 
 if TYPE_CHECKING:
     from moeshard._core import GGUFMap, MoeshardError
-    from moeshard.curve import Curve, measure_curve, read_curve
-    from moeshard.evaluating import evaluate
-    from moeshard.evaluation_record import Evaluation, read_evaluation
+    from moeshard.evaluation.curve import Curve, measure_curve, read_curve
+    from moeshard.evaluation.evaluate import evaluate
+    from moeshard.evaluation.record import Evaluation, read_evaluation
     from moeshard.keep.balance import balanced_keep
     from moeshard.keep.text import format_keep, parse_keep
     from moeshard.paths import cmake_dir, include_dir

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from moeshard.curve import RULE, Curve, Point
+from moeshard.evaluation.curve import RULE, Curve, Point
 from moeshard.report.drawing import COLOURS, FAINT, shortened
 
 if TYPE_CHECKING:

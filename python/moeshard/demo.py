@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from moeshard.evaluation.perplexity import Score, Window, score, text_windows
 from moeshard.keep.text import Keep, format_row
-from moeshard.perplexity import Score, Window, score, text_windows
 from moeshard.traffic.embedded import embedded_domains, embedded_text
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from moeshard.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from moeshard.curve import Curve
+    from moeshard.evaluation.curve import Curve
 
 
 def curve(
@@ -59,7 +59,7 @@ def curve(
 
     from moeshard.cli.loading import load_model
     from moeshard.cli.output import check_free, print_json, progress, warn_of_seen
-    from moeshard.curve import measure_curve
+    from moeshard.evaluation.curve import measure_curve
     from moeshard.files.atomic import write_atomically
     from moeshard.profile.record import read_profile
     from moeshard.traffic.domains import embedded_traffic, read_texts, texts_seen
@@ -115,7 +115,7 @@ def draw_png(found: Curve) -> bytes:
 
 def _report(found: Curve, written: list[Path]) -> None:
     from moeshard.cli.output import console, plain_table
-    from moeshard.curve import rule_of_thumb
+    from moeshard.evaluation.curve import rule_of_thumb
 
     table = plain_table("What is lost by how many experts per layer are kept")
     table.add_column("chosen by", no_wrap=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from moeshard.evaluation import LOGIT_BYTES, log_sum_exp
+from moeshard.evaluation.losses import LOGIT_BYTES, log_sum_exp
 from moeshard.keep.text import Keep
 from moeshard.placement.nodes import NodeModel, by_model
 

@@ -140,7 +140,7 @@ def captured_curve(profile: Profile, sizes: Sequence[int], seed: int = 0) -> Dou
         rows = np.flatnonzero((profile.domain == index) & (profile.n_tokens > 0))
         if not rows.size:
             continue
-        # One draw fewer than sequences: see moeshard.scoring.
+        # One draw fewer than sequences: see moeshard.evaluation.scores.
         draws = rng.multinomial(max(1, rows.size - 1), np.full(rows.size, 1 / rows.size), RESAMPLES)
         weights = np.concatenate([np.ones((1, rows.size)), draws])
         sums += np.tensordot(weights / (weights @ profile.n_tokens[rows])[:, None], held[rows], axes=1)

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moeshard._core import MoeshardError
+from moeshard.evaluation.perplexity import text_windows
 from moeshard.keep.text import Keep
-from moeshard.perplexity import text_windows
 from moeshard.placement.nodes import NodeModel, by_model, masked_nodes
 from moeshard.traffic.domains import Domain
 

@@ -21,8 +21,8 @@ from moeshard.placement.nodes import NodeModel
 from moeshard.runtime.answers import Request, Sampling, write_answers
 
 if TYPE_CHECKING:
+    from moeshard.evaluation.scores import Interval
     from moeshard.runtime.model import Model
-    from moeshard.scoring import Interval
 
 Tokens = npt.NDArray[np.int32]
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moeshard._core import MoeshardError
-from moeshard.evaluation import PROMPT, WINDOW, Losses, cut_windows, measure_losses
-from moeshard.evaluation_record import Evaluation, GroupScores, ProbeScores, Settings
-from moeshard.loops import N_ANSWERS, N_TOKENS, Loops, Prompt, measure_loops
+from moeshard.evaluation.loops import N_ANSWERS, N_TOKENS, Loops, Prompt, measure_loops
+from moeshard.evaluation.losses import PROMPT, WINDOW, Losses, cut_windows, measure_losses
+from moeshard.evaluation.record import Evaluation, GroupScores, ProbeScores, Settings
+from moeshard.evaluation.scores import CONFIDENCE, RESAMPLES, Scorer, check_windows
 from moeshard.placement.nodes import NodeModel, plan_nodes
 from moeshard.placement.probes import PROBES, Probe
 from moeshard.planning.plan import Plan, read_plan
 from moeshard.runtime.answers import Sampling
-from moeshard.scoring import CONFIDENCE, RESAMPLES, Scorer, check_windows
 from moeshard.traffic.domains import Domain, embedded_traffic, texts_seen
 
 if TYPE_CHECKING:

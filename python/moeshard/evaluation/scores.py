@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeshard._core import MoeshardError
-from moeshard.evaluation import Doubles, Ints, Losses
+from moeshard.evaluation.losses import Doubles, Ints, Losses
 from moeshard.files.documents import expect, take
 
 Interval = tuple[float, float]
@@ -154,7 +154,7 @@ class Scorer:
         """Draw windows.
 
         Args:
-            losses: of `moeshard.evaluation.measure_losses`.
+            losses: of `moeshard.evaluation.losses.measure_losses`.
             resamples: draws; at least 2.
             confidence: of intervals, above 0 and below 1.
             seed: of the draws.
