@@ -198,7 +198,7 @@ def test_the_rule_of_thumb_is_told_as_measured() -> None:
 def test_the_figure_shows_the_figures(curve: Curve) -> None:
     from matplotlib.figure import Figure
 
-    from moeshard.curve_figure import draw_curve
+    from moeshard.report.figures.curve_axes import draw_curve
 
     canvas = Figure()
     draw_curve(canvas, curve)

@@ -23,7 +23,7 @@ from moeshard.planning.plan import ModelIdentity
 from moeshard.planning.planner import captured, choose_experts
 from moeshard.profile.measure import analyze
 from moeshard.profile.record import Profile
-from moeshard.report.losses import comparison
+from moeshard.report.figures.evaluation import comparison
 from moeshard.report.sources import Sources, read_sources
 from moeshard.report.writing import figures, folder_of, write_report
 from moeshard.traffic.domains import Domain

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moeshard.curve_figure import HEIGHT, draw_curve
 from moeshard.evaluation.curve import RULE, Curve, rule_of_thumb
 from moeshard.evaluation.record import Evaluation
 from moeshard.evaluation.scores import Scores
 from moeshard.planning.plan import Plan
 from moeshard.report.drawing import COLOURS, FAINT, INK, MARK, intervals, matrix
 from moeshard.report.figure import Cell, Figure, Panel, Table, between, counted, percent
-from moeshard.report.nodes import held
+from moeshard.report.figures.curve_axes import HEIGHT, draw_curve
+from moeshard.report.figures.plan import held
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
