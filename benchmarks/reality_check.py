@@ -25,7 +25,7 @@ from engine_cost import paired_ratio
 
 import moeshard
 from moeshard.evaluation.loops import Prompt, measure_loops
-from moeshard.evaluation.losses import PROMPT, WINDOW, Losses, cut_windows, measure_losses
+from moeshard.evaluation.losses import PROMPT, WINDOW, Losses, measure_losses
 from moeshard.evaluation.scores import Interval, Scorer, Scores
 from moeshard.keep.text import Keep
 from moeshard.placement.nodes import NodeModel, masked_nodes
@@ -37,6 +37,7 @@ from moeshard.profile.record import Profile
 from moeshard.profile.statistics import concentration, summed_concentration, tops, verdict
 from moeshard.traffic.domains import Domain, embedded_traffic, read_texts
 from moeshard.traffic.embedded import resolve_model
+from moeshard.traffic.windows import cut_windows
 
 
 def main() -> None:

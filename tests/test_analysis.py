@@ -11,7 +11,6 @@ from command_line import Cli
 
 import moeshard
 from moeshard import MoeshardError
-from moeshard.planning.strategies import super_experts
 from moeshard.profile.measure import analyze
 from moeshard.profile.record import Profile, read_profile
 from moeshard.profile.statistics import (
@@ -20,11 +19,13 @@ from moeshard.profile.statistics import (
     share_errors,
     shares,
     summed_concentration,
+    super_experts,
     tops,
     verdict,
 )
-from moeshard.traffic.domains import Domain, read_texts, sequences
+from moeshard.traffic.domains import Domain, read_texts
 from moeshard.traffic.embedded import embedded_domains
+from moeshard.traffic.windows import sequences
 
 WINDOW = 64
 

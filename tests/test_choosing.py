@@ -16,11 +16,12 @@ from test_planner import profile_of, two_kinds
 import moeshard
 from moeshard import GGUFMap, MoeshardError, _core
 from moeshard.planning.budget import Memory, Use, fit, shard_memory
-from moeshard.planning.choosing import across_layers
 from moeshard.planning.islands import islands
-from moeshard.planning.planner import PER_LAYER_STRATEGIES, STRATEGY_NAMES, captured, choose_experts, make_plan
+from moeshard.planning.planner import PER_LAYER_STRATEGIES, STRATEGY_NAMES, choose_experts, make_plan
+from moeshard.planning.strategies import across_layers
 from moeshard.profile.measure import analyze
 from moeshard.profile.record import Profile
+from moeshard.profile.statistics import captured
 from moeshard.traffic.domains import embedded_traffic
 
 

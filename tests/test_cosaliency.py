@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
+from moeshard.gguf.identity import ModelIdentity
 from moeshard.planning.cosaliency import contributions, least_lost
-from moeshard.planning.plan import ModelIdentity
 from moeshard.profile.record import Profile
 
 

@@ -77,7 +77,7 @@ def made_up(ratios: dict[int, float], n_expert_used: int = 8) -> Curve:
         return replace(own, domains={"a": own, "b": own})
 
     points = [Point(keep, scores(float(np.log(ratio)))) for keep, ratio in ratios.items()]
-    model = moeshard.planning.plan.ModelIdentity("made up", "qwen3moe", "0" * 64, 2, 128, [0, 1])
+    model = moeshard.gguf.identity.ModelIdentity("made up", "qwen3moe", "0" * 64, 2, 128, [0, 1])
     full = replace(scores(0), agreement=None)
     return Curve(model, {"ranked": points}, full, {"n_expert_used": n_expert_used, "confidence": 0.9})
 
@@ -198,7 +198,7 @@ def test_the_rule_of_thumb_is_told_as_measured() -> None:
 def test_the_figure_shows_the_figures(curve: Curve) -> None:
     from matplotlib.figure import Figure
 
-    from moeshard.report.figures.curve_axes import draw_curve
+    from moeshard.report.figures.curve import draw_curve
 
     canvas = Figure()
     draw_curve(canvas, curve)

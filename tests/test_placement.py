@@ -15,13 +15,13 @@ from command_line import Cli
 import moeshard
 from moeshard import GGUFMap, MoeshardError, Placement, Plan, PlanNode
 from moeshard.evaluation.losses import measure_losses
-from moeshard.evaluation.perplexity import text_windows
 from moeshard.gguf.identity import identify
 from moeshard.placement.decision import MIN_TOKENS, place_by_both, place_by_loss, place_by_saliency
 from moeshard.placement.probes import PROBES, by_saliency
 from moeshard.planning.strategies import best
 from moeshard.traffic.domains import Domain
 from moeshard.traffic.embedded import embedded_domains, embedded_text
+from moeshard.traffic.windows import text_windows
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 
 import moeshard
 from moeshard import GGUFMap, MoeshardError, _core
+from moeshard.gguf.identity import ModelIdentity
 from moeshard.planning.budget import Use, shard_memory
 from moeshard.planning.islands import islands
-from moeshard.planning.plan import ModelIdentity
-from moeshard.planning.planner import STRATEGY_NAMES, captured, choose_experts, make_plan
-from moeshard.planning.strategies import best, super_experts
+from moeshard.planning.planner import STRATEGY_NAMES, choose_experts, make_plan
+from moeshard.planning.strategies import best
 from moeshard.profile.record import Profile
+from moeshard.profile.statistics import captured, super_experts
 
 
 def profile_of(saliency: np.ndarray, domain: list[int], n_expert: int) -> Profile:

@@ -19,10 +19,11 @@ import moeshard
 from moeshard import MoeshardError, Plan, PlanNode
 from moeshard.evaluation.curve import Curve, measure_curve
 from moeshard.evaluation.record import Evaluation, read_evaluation
-from moeshard.planning.plan import ModelIdentity
-from moeshard.planning.planner import captured, choose_experts
+from moeshard.gguf.identity import ModelIdentity
+from moeshard.planning.planner import choose_experts
 from moeshard.profile.measure import analyze
 from moeshard.profile.record import Profile
+from moeshard.profile.statistics import captured
 from moeshard.report.figures.evaluation import comparison
 from moeshard.report.sources import Sources, read_sources
 from moeshard.report.writing import figures, folder_of, write_report

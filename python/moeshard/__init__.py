@@ -45,7 +45,7 @@ _HOME = {
     "measure_curve": "moeshard.evaluation.curve",
     "merge": "moeshard.shards.merge",
     "parse_keep": "moeshard.keep.text",
-    "plan_groups": "moeshard.planning.groups",
+    "plan_groups": "moeshard.planning.planner",
     "read_curve": "moeshard.evaluation.curve",
     "read_evaluation": "moeshard.evaluation.record",
     "read_plan": "moeshard.planning.plan",
@@ -68,9 +68,8 @@ if TYPE_CHECKING:
     from moeshard.placement.decision import Placed
     from moeshard.placement.placement import Placement
     from moeshard.planning.deal import group_experts
-    from moeshard.planning.groups import plan_groups
     from moeshard.planning.plan import Plan, PlanNode, read_plan
-    from moeshard.planning.planner import make_plan
+    from moeshard.planning.planner import make_plan, plan_groups
     from moeshard.profile.measure import analyze
     from moeshard.profile.ranking import Ranking, read_ranking, write_ranking
     from moeshard.profile.record import Profile, read_profile

@@ -185,7 +185,7 @@ DAMAGED: dict[str, tuple[dict[str, Gguf | None], str]] = {
     "an id twice": (ids(KEPT, [*FIRST, 0, 3, 3, 6]), f"{KEPT} does not hold ascending numbers in range"),
     "negative id": (ids(KEPT, [-1, *FIRST[1:], *FIRST], gb.I32), f"'{KEPT}'.*negative"),
     "ids of another type": (ids(KEPT, [float(i) for i in FIRST * 2], gb.F32), f"'{KEPT}' should be"),
-    "a note of another type": (kv("moeshard.planning.plan", gb.U32, 1), "'moeshard.planning.plan' should be of type string"),
+    "a note of another type": (kv("moeshard.plan", gb.U32, 1), "'moeshard.plan' should be of type string"),
     "original count of another type": (
         kv("moeshard.source.qwen3moe.expert_count", gb.STRING, "8"),
         "moeshard.source.qwen3moe.expert_count is no earlier value",

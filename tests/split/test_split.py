@@ -48,7 +48,7 @@ def test_shards_hold_what_was_asked_for(tinymoe: Path, halves: list[Keep], tmp_p
                     np.testing.assert_array_equal(ours, theirs)
         assert file.metadata["qwen3moe.expert_count"] == 64
         assert file.metadata["moeshard.experts"] == N_EXPERT
-        assert json.loads(file.metadata["moeshard.planning.plan"])["node"] == shard.name
+        assert json.loads(file.metadata["moeshard.plan"])["node"] == shard.name
 
 
 def test_every_way_of_loading_a_shard_computes_the_same(

@@ -154,7 +154,7 @@ def _super(profile: Profile) -> list[tuple[int, int, float]]:
     """Layer, expert, and how many times the layer's median its largest output is, of each super expert."""
     import numpy as np
 
-    from moeshard.planning.strategies import peak_ratios, super_experts
+    from moeshard.profile.statistics import peak_ratios, super_experts
 
     ratios = peak_ratios(profile)
     return [

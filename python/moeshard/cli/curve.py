@@ -107,7 +107,7 @@ def _parse_sizes(text: str) -> list[int]:
 def draw_png(found: Curve) -> bytes:
     from moeshard.report.drawing import render
     from moeshard.report.figure import Panel
-    from moeshard.report.figures.curve_axes import HEIGHT, draw_curve
+    from moeshard.report.figures.curve import HEIGHT, draw_curve
 
     title = f"{found.model.name}: what a part of the experts costs"
     return render(Panel("loss by experts kept", lambda canvas: draw_curve(canvas, found), HEIGHT), "curve", title)[1]

@@ -28,7 +28,7 @@ def split(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write to; with --keep, the file.")],
     groups: Annotated[int | None, typer.Option(min=1, help="Deal the experts out to so many shards.")] = None,
     mode: Annotated[
-        str, typer.Option(help="How: contiguous, balanced, ranked or snake. The last two need --ranking.")
+        str, typer.Option(help="How: contiguous, balanced, tiers or snake. The last two need --ranking.")
     ] = "contiguous",
     ranking: Annotated[
         Path | None, typer.Option(help="What experts are worth: CSV 'layer,expert,score', or a profile.")
@@ -90,8 +90,8 @@ def split(
     from moeshard import split as write_shards
     from moeshard._core import GGUFMap
     from moeshard.cli.output import print_json, progress
-    from moeshard.planning.groups import plan_groups
     from moeshard.planning.plan import read_plan
+    from moeshard.planning.planner import plan_groups
     from moeshard.traffic.embedded import resolve_model
 
     source = GGUFMap(resolve_model(model))

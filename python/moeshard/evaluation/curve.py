@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moeshard._core import GGUFMap, MoeshardError
-from moeshard.evaluation.losses import PROMPT, WINDOW, Progress, measure_losses
+from moeshard.evaluation.losses import PROMPT, measure_losses
 from moeshard.evaluation.scores import CONFIDENCE, RESAMPLES, Scorer, Scores, scores_from_json
 from moeshard.files.atomic import write_atomically
 from moeshard.files.documents import check_version, expect, parse_named, read_document, take, write_document
-from moeshard.gguf.identity import identify
+from moeshard.gguf.identity import ModelIdentity, identify, model_from_json, model_to_json
 from moeshard.keep.text import Keep
-from moeshard.planning.plan import ModelIdentity, model_from_json, model_to_json
 from moeshard.planning.planner import ISLANDS, STRATEGY_NAMES, check_profile, choose_experts
 from moeshard.profile.record import Profile
+from moeshard.progress import Progress
 from moeshard.traffic.domains import Domain
+from moeshard.traffic.windows import WINDOW
 
 if TYPE_CHECKING:
     from moeshard.runtime.model import Model
@@ -154,8 +155,8 @@ def measure_curve(
         domains: text that the profile was not made from.
         sizes: experts per layer; None: `default_sizes`.
         strategies: of `CURVE_STRATEGIES`, each for a single node.
-        n_windows, window, n_prompt, progress: see `moeshard.evaluation.losses.measure_losses`; only tokens after the prompt
-            count, so that figures compare with those of plans.
+        n_windows, window, n_prompt, progress: see `moeshard.evaluation.losses.measure_losses`; only tokens after
+            the prompt count, so that figures compare with those of plans.
         resamples, confidence, seed: of intervals; see `moeshard.evaluation.scores.Scorer`.
 
     Raises:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moeshard._core import MoeshardError
 from moeshard.evaluation.loops import N_ANSWERS, N_TOKENS, Loops, Prompt, measure_loops
-from moeshard.evaluation.losses import PROMPT, WINDOW, Losses, cut_windows, measure_losses
+from moeshard.evaluation.losses import PROMPT, Losses, measure_losses
 from moeshard.evaluation.record import Evaluation, GroupScores, ProbeScores, Settings
 from moeshard.evaluation.scores import CONFIDENCE, RESAMPLES, Scorer, check_windows
 from moeshard.placement.nodes import NodeModel, plan_nodes
 from moeshard.placement.probes import PROBES, Probe
 from moeshard.planning.plan import Plan, read_plan
+from moeshard.progress import StageProgress
 from moeshard.runtime.answers import Sampling
 from moeshard.traffic.domains import Domain, embedded_traffic, texts_seen
+from moeshard.traffic.windows import WINDOW, cut_windows
 
 if TYPE_CHECKING:
     from moeshard.runtime.model import Model
@@ -25,9 +27,6 @@ if TYPE_CHECKING:
 N_WINDOWS = 16
 _GENERATED_TOKEN = 3
 """What generating a token costs, about, of what reading one does: for the progress only."""
-
-Progress = Callable[[str, float], object]
-"""Called with what is being done and the fraction of all that is behind; what it raises ends the evaluation."""
 
 
 def evaluate(
@@ -46,7 +45,7 @@ def evaluate(
     confidence: float = CONFIDENCE,
     resamples: int = RESAMPLES,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
 ) -> Evaluation:
     """Measure what the nodes of a plan lose against the whole model, and how well a probe places sessions on them.
 
@@ -66,7 +65,7 @@ def evaluate(
         confidence: of all intervals.
         resamples: draws of the bootstrap.
         seed: of the bootstrap, and the first one of the answers.
-        progress: see `Progress`.
+        progress: see `StageProgress`.
 
     Raises:
         MoeshardError: the plan is for another model, a shard is not what the plan says, a text has less than two

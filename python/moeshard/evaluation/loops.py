@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeshard._core import MoeshardError
+from moeshard.arrays import Tokens
 from moeshard.placement.nodes import NodeModel
 from moeshard.runtime.answers import Request, Sampling, write_answers
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from moeshard.evaluation.scores import Interval
     from moeshard.runtime.model import Model
 
-Tokens = npt.NDArray[np.int32]
 
 NGRAM = 4
 TAIL = 64

@@ -7,7 +7,7 @@ what follows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -16,26 +16,21 @@ import numpy as np
 import numpy.typing as npt
 
 from moeshard._core import MoeshardError
-from moeshard.evaluation.perplexity import text_windows
+from moeshard.arrays import Doubles, Floats, Ints
 from moeshard.keep.text import Keep
 from moeshard.placement.nodes import NodeModel, by_model, masked_nodes
+from moeshard.placement.probes import goodness, saliency_held
+from moeshard.progress import Progress
+from moeshard.runtime.logits import LOGIT_BYTES, log_sum_exp, token_losses
 from moeshard.traffic.domains import Domain
+from moeshard.traffic.windows import WINDOW, cut_windows
 
 if TYPE_CHECKING:
     from moeshard.runtime.model import Model
     from moeshard.runtime.session import Session
 
-Floats = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
-WINDOW = 256
 PROMPT = 64
-LOGIT_BYTES = 256 << 20
-"""Logits held at once."""
-
-Progress = Callable[[int, int], object]
-"""Called with the windows done and all of them; what it raises ends the evaluation."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,16 +91,7 @@ class Losses:
         logarithm of what it holds; ``oracle``: the one that will be best.
         """
         loss = self.groups[:, :, : self.n_prompt].mean(axis=2, dtype=np.float64)
-        if probe == "both":
-            scores = np.log(np.maximum(self.captured, np.finfo(np.float64).tiny)) - loss
-        elif probe == "loss":
-            scores = -loss
-        elif probe == "saliency":
-            scores = self.captured
-        elif probe == "oracle":
-            scores = -self.group_losses()
-        else:
-            raise MoeshardError(f"unknown probe '{probe}'; choose both, loss, saliency or oracle")
+        scores = -self.group_losses() if probe == "oracle" else goodness(probe, loss, self.captured)
         node: Ints = scores.argmax(axis=0)
         return node
 
@@ -136,7 +122,7 @@ def measure_losses(
         n_windows: per domain, evenly spread over it; None: all that fit.
         window: tokens predicted in each.
         n_prompt: of them, so many are the prompt.
-        progress: see `Progress`.
+        progress: see `Progress`; in windows.
 
     Raises:
         MoeshardError: a keep does not fit the model, or a text is shorter than a window.
@@ -168,32 +154,8 @@ def measure_losses(
                 _predict(losses, row, piece, runs, tokens)
             if progress is not None:
                 progress(row + 1, len(windows))
-    losses.captured[:] = _captured(model, keeps, [tokens[:n_prompt] for tokens in windows])
+    losses.captured[:] = saliency_held(model, keeps, [tokens[:n_prompt] for tokens in windows])
     return losses
-
-
-def cut_windows(
-    model: Model, domains: Sequence[Domain], window: int, n_windows: int | None
-) -> tuple[list[npt.NDArray[np.int32]], list[int]]:
-    """Return arrays int32 (window + 1,), and the index of the domain of each; arguments of `measure_losses`."""
-    if not domains:
-        raise MoeshardError("there is no text to predict")
-    names = [domain.name for domain in domains]
-    if len(set(names)) != len(names):
-        raise MoeshardError(f"two domains have one name: {', '.join(names)}")
-    windows, owners = [], []
-    for index, domain in enumerate(domains):
-        found: list[npt.NDArray[np.int32]] = []
-        for text in domain.texts:
-            tokens = model.tokenize(text)
-            if tokens.size > window:
-                found += text_windows(tokens, window)
-        if not found:
-            raise MoeshardError(f"text '{domain.name}' is too short: it has no window of {window + 1} tokens")
-        number = len(found) if n_windows is None else min(n_windows, len(found))
-        windows += [found[k * len(found) // number] for k in range(number)]
-        owners += [index] * number
-    return windows, owners
 
 
 class _Run:
@@ -221,14 +183,13 @@ class _Whole:
 def _predict(losses: Losses, row: int, piece: slice, runs: list[_Run], window: npt.NDArray[np.int32]) -> None:
     """Enter the predictions of some tokens of one window."""
     targets = window[1:][piece]
-    token = np.arange(targets.size)
     whole: _Whole | None = None
     for run in runs:
         logits = run.session.decode(dict.fromkeys(range(len(run.seqs)), window[:-1][piece]), "all")
         for seq, index in enumerate(run.seqs):
             own = logits.pop(seq)
             norm = log_sum_exp(own)
-            loss = norm - own[token, targets]
+            loss = token_losses(own, targets, norm)
             if index is None:
                 whole = _Whole(own, norm, np.exp(own - norm[:, None]), own.argmax(axis=1))
                 losses.full[row, piece] = loss
@@ -238,26 +199,3 @@ def _predict(losses: Losses, row: int, piece: slice, runs: list[_Run], window: n
             losses.groups[index, row, piece] = loss
             losses.kl[index, row, piece] = kl
             losses.same[index, row, piece] = own.argmax(axis=1) == whole.likeliest
-
-
-def log_sum_exp(logits: Floats) -> Floats:
-    """Return float32 (n,) of logits (n, n_vocab)."""
-    peak = logits.max(axis=1)
-    norm: Floats = peak + np.log(np.exp(logits - peak[:, None]).sum(axis=1))
-    return norm
-
-
-def _captured(model: Model, keeps: Sequence[Keep], prompts: Sequence[npt.NDArray[np.int32]]) -> Doubles:
-    """float64 (G, S): what of each prompt's saliency each keep holds, mean over layers."""
-    layers = model.moe_layers
-    held = np.stack([np.asarray(keep)[layers] for keep in keeps]).astype(np.float64)
-    found = np.empty((len(keeps), len(prompts)))
-    per_batch = max(1, 1024 // max(len(prompt) for prompt in prompts))
-    with model.session(n_seq=per_batch, n_ctx=max(len(prompt) for prompt in prompts)) as session:
-        for at in range(0, len(prompts), per_batch):
-            batch = prompts[at : at + per_batch]
-            session.reset()
-            saliency = session.measure(dict(enumerate(batch)), layers).saliency[: len(batch)]
-            share = saliency / np.maximum(saliency.sum(axis=2, keepdims=True), 1e-30)
-            found[:, at : at + len(batch)] = np.einsum("gme,sme->gs", held, share) / len(layers)
-    return found

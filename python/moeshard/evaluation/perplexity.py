@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-from moeshard._core import MoeshardError
+from moeshard.arrays import Tokens
+from moeshard.runtime.logits import token_losses
 
 if TYPE_CHECKING:
     from moeshard.keep.text import KeepSpec
     from moeshard.runtime.model import Model
-
-Window = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -45,32 +43,9 @@ class Score:
         return Score(self.nll + other.nll, self.n_tokens + other.n_tokens, self.seconds + other.seconds)
 
 
-def text_windows(tokens: npt.ArrayLike, size: int = 256, count: int | None = None) -> list[Window]:
-    """Cut a text into windows that can be scored independently.
-
-    Args:
-        tokens: integer ids ``(n,)``.
-        size: tokens predicted per window.
-        count: at most so many, evenly spread over the text (its beginning may be unlike the rest); None: all that fit.
-
-    Returns:
-        int32 arrays ``(size + 1,)``: every token but the first is predicted. Neighbours share one token, so that no
-        token is predicted twice.
-
-    Raises:
-        MoeshardError: the text is shorter than one window.
-    """
-    array = np.asarray(tokens, dtype=np.int32)
-    fitting = (array.size - 1) // size
-    if size < 1 or fitting < 1:
-        raise MoeshardError(f"a text of {array.size} tokens is too short for a window that predicts {size}")
-    number = fitting if count is None else max(1, min(count, fitting))
-    return [array[i * size : (i + 1) * size + 1] for i in (k * fitting // number for k in range(number))]
-
-
 def score(
     model: Model,
-    windows: Iterable[Window],
+    windows: Iterable[Tokens],
     keep: KeepSpec | None = None,
     *,
     progress: Callable[[], None] | None = None,
@@ -83,15 +58,9 @@ def score(
     for window in windows:
         start = time.perf_counter()
         logits = model.logits(window[:-1], keep)
-        total += Score(_nll(logits, window[1:]), window.size - 1, time.perf_counter() - start)
+        total += Score(
+            float(token_losses(logits, window[1:]).sum(dtype=np.float64)), window.size - 1, time.perf_counter() - start
+        )
         if progress is not None:
             progress()
     return total
-
-
-def _nll(logits: npt.NDArray[np.float32], targets: Window) -> float:
-    """Sum of -log softmax(logits)[target] over rows; logits ``(n, n_vocab)``, targets ``(n,)``."""
-    peak = logits.max(axis=1)
-    spread = np.exp(logits - peak[:, None]).sum(axis=1, dtype=np.float64)
-    chosen = logits[np.arange(targets.size), targets]
-    return float((np.log(spread) + peak - chosen).sum())

@@ -11,7 +11,7 @@ from moeshard.evaluation.loops import Example, Loops, Rate, Thresholds
 from moeshard.evaluation.scores import Interval, Scores, interval, scores_from_json
 from moeshard.files.atomic import write_atomically
 from moeshard.files.documents import check_version, expect, parse_named, read_document, take, write_document
-from moeshard.planning.plan import ModelIdentity, model_from_json, model_to_json
+from moeshard.gguf.identity import ModelIdentity, model_from_json, model_to_json
 
 VERSION = 1
 _KEY = "moeshard_evaluation"

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moeshard._core import MoeshardError
-from moeshard.evaluation.losses import Doubles, Ints, Losses
+from moeshard.arrays import Doubles, Ints
+from moeshard.evaluation.losses import Losses
 from moeshard.files.documents import expect, take
 
 Interval = tuple[float, float]

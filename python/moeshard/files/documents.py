@@ -121,3 +121,15 @@ def parse_document(text: str, what: str) -> dict[str, Any]:
     except ValueError as error:
         raise MoeshardError(f"it is not JSON, or damaged: {error}") from error
     return expect(document, dict, "the file")
+
+
+def check_other(other: dict[str, Any], keys: tuple[str, ...], where: str) -> None:
+    """Raise a `MoeshardError` where `other`, which is written beside the keys of a schema, holds one of them."""
+    for key in other:
+        if key in keys:
+            raise MoeshardError(f"{where}: '{key}' has its own place in the file; set it there")
+
+
+def other_keys(source: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    """Return what an object holds beyond the keys of its schema."""
+    return {key: value for key, value in source.items() if key not in keys}

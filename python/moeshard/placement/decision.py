@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moeshard._core import MoeshardError
-from moeshard.placement.probes import PROBES, Doubles, Probed, by_both, by_loss, by_saliency
+from moeshard.arrays import Doubles
+from moeshard.placement.probes import PROBES, Probed, by_both, by_loss, by_saliency
 
 BOTH, LOSS, SALIENCY = PROBES
 
@@ -127,7 +128,7 @@ def place_by_saliency(
     min_tokens: int = MIN_TOKENS,
     n_cut: int = 0,
 ) -> Placed:
-    """Decide by what the whole model's router wanted for a prompt; see `moeshard.placement.probes.by_saliency` for the arrays.
+    """Decide by what the whole model's router wanted for a prompt; for the arrays see `by_saliency`.
 
     Raises:
         MoeshardError: shapes that do not fit.

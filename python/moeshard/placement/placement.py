@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moeshard._core import MoeshardError
+from moeshard.arrays import Tokens
 from moeshard.placement.decision import (
     BOTH,
     LOSS,
@@ -20,7 +21,7 @@ from moeshard.placement.decision import (
     place_by_saliency,
 )
 from moeshard.placement.nodes import plan_nodes
-from moeshard.placement.probes import PROBES, Tokens, prompt_losses, saliency
+from moeshard.placement.probes import PROBES, prompt_losses, saliency
 from moeshard.planning.plan import Plan, read_plan
 from moeshard.runtime.model import Model
 from moeshard.runtime.session import as_tokens

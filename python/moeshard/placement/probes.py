@@ -9,19 +9,17 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from moeshard.evaluation.losses import LOGIT_BYTES, log_sum_exp
+from moeshard._core import MoeshardError
+from moeshard.arrays import Doubles, Floats, Tokens
 from moeshard.keep.text import Keep
 from moeshard.placement.nodes import NodeModel, by_model
+from moeshard.runtime.logits import LOGIT_BYTES, token_losses
 
 if TYPE_CHECKING:
     from moeshard.runtime.model import Model
 
 Probe = Literal["both", "loss", "saliency"]
 PROBES: tuple[Probe, ...] = get_args(Probe)
-
-Floats = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
-Tokens = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +42,28 @@ class Probed:
             return np.full(self.goodness.shape, np.nan)
         errors: Doubles = np.sqrt(((self.influence - self.influence[best]) ** 2).sum(axis=1) * n / (n - 1))
         return errors
+
+
+def goodness(probe: str, losses: Doubles, captured: Doubles) -> Doubles:
+    """Return how good nodes are for prompts by a probe: larger is better.
+
+    Args:
+        probe: one of `PROBES`: ``loss``: minus the loss; ``saliency``: the share captured; ``both``: minus the loss
+            plus the logarithm of the share.
+        losses: float64, mean negative log-likelihood of a prompt on a node, nats per token.
+        captured: float64 of the same shape: share of the prompt's saliency that the node holds, 0 to 1.
+
+    Raises:
+        MoeshardError: there is no such probe.
+    """
+    if probe == "loss":
+        return -losses
+    if probe == "saliency":
+        return captured
+    if probe == "both":
+        both: Doubles = np.log(np.maximum(captured, np.finfo(np.float64).tiny)) - losses
+        return both
+    raise MoeshardError(f"unknown probe '{probe}'; choose both, loss, saliency or oracle")
 
 
 def by_loss(losses: npt.NDArray[np.floating]) -> Probed:
@@ -81,10 +101,9 @@ def by_both(losses: npt.NDArray[np.floating], wanted: Doubles, held: Doubles) ->
         wanted, held: of the same T tokens, see `by_saliency`.
     """
     loss, share = by_loss(losses), by_saliency(wanted, held)
-    goodness = np.maximum(share.goodness, np.finfo(np.float64).tiny)
-    influence = share.influence / goodness[:, None]
+    influence = share.influence / np.maximum(share.goodness, np.finfo(np.float64).tiny)[:, None]
     influence[:, 1:] += loss.influence
-    return Probed(loss.goodness + np.log(goodness), influence)
+    return Probed(goodness("both", -loss.goodness, share.goodness), influence)
 
 
 def prompt_losses(model: Model, nodes: Sequence[NodeModel], tokens: Tokens, n_ctx: int) -> Floats:
@@ -109,8 +128,7 @@ def prompt_losses(model: Model, nodes: Sequence[NodeModel], tokens: Tokens, n_ct
                 inputs, targets = tokens[:-1][at : at + step], tokens[1:][at : at + step]
                 logits = session.decode(dict.fromkeys(range(len(own)), inputs), "all")
                 for seq, (index, _) in enumerate(own):
-                    chosen = logits[seq][np.arange(targets.size), targets]
-                    found[0 if index is None else 1 + index, at : at + step] = log_sum_exp(logits[seq]) - chosen
+                    found[0 if index is None else 1 + index, at : at + step] = token_losses(logits[seq], targets)
     return found
 
 
@@ -126,3 +144,22 @@ def saliency(model: Model, keeps: Sequence[Keep], tokens: Tokens) -> tuple[Doubl
     # Layers with fewer experts per token are padded with id -1, of weight 0.
     held = [np.where(np.asarray(keep)[layers, trace.ids], values, 0).sum(axis=2) for keep in keeps]
     return values.sum(axis=2), np.stack(held)
+
+
+def saliency_held(model: Model, keeps: Sequence[Keep], prompts: Sequence[Tokens]) -> Doubles:
+    """Return float64 (G, S): the share of each prompt's saliency that each keep holds, mean over layers.
+
+    What `by_saliency` finds for one prompt, for many at once: summed in the core, in shared batches.
+    """
+    layers = model.moe_layers
+    held = np.stack([np.asarray(keep)[layers] for keep in keeps]).astype(np.float64)
+    found = np.empty((len(keeps), len(prompts)))
+    per_batch = max(1, 1024 // max(len(prompt) for prompt in prompts))
+    with model.session(n_seq=per_batch, n_ctx=max(len(prompt) for prompt in prompts)) as session:
+        for at in range(0, len(prompts), per_batch):
+            batch = prompts[at : at + per_batch]
+            session.reset()
+            saliency = session.measure(dict(enumerate(batch)), layers).saliency[: len(batch)]
+            share = saliency / np.maximum(saliency.sum(axis=2, keepdims=True), 1e-30)
+            found[:, at : at + len(batch)] = np.einsum("gme,sme->gs", held, share) / len(layers)
+    return found

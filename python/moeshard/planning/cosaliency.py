@@ -15,11 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moeshard.planning.choosing import Rows
-from moeshard.profile.record import Doubles, Profile
-
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
+from moeshard.arrays import Doubles, Floats, Ints, Rows
+from moeshard.profile.record import Profile
 
 _TINY = float(np.finfo(np.float32).tiny)
 _ROUNDING = 1e-9

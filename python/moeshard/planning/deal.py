@@ -1,4 +1,4 @@
-"""Dealing the experts of every layer out to groups, so that together the groups hold each of them.
+"""Dealing the experts of every layer out to nodes or groups.
 
 A group has one count of experts for all layers, because stock llama.cpp reads one ``expert_count`` per file; and in a
 model with grouped routing (DeepSeek-V3: consecutive experts form routing groups) one count for all routing groups,
@@ -10,18 +10,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from moeshard._core import MoeshardError
+from moeshard.arrays import Doubles, Ints
 from moeshard.keep.text import Keep
-from moeshard.profile.ranking import Ranking, Scores
+from moeshard.profile.ranking import Ranking
 
-MODES = ("contiguous", "balanced", "ranked", "snake")
+MODES = ("contiguous", "balanced", "tiers", "snake")
 
-_NEEDS_RANKING = ("ranked", "snake")
-_EVERY_GROUP = -1
-
-_Ints = npt.NDArray[np.intp]
+_NEEDS_RANKING = ("tiers", "snake")
+_FORMER = {"ranked": "tiers"}
+"""Names that mean something else by now."""
+NOBODY = -1
+_EVERY_GROUP = -2
 
 
 def group_experts(
@@ -42,7 +43,7 @@ def group_experts(
             ``contiguous``: ranges of ids;
             ``balanced``: heaviest first, each to the group with the least score so far that has room for it, so that
             all groups carry about the same; without a ranking as ``contiguous``, which is equal bytes;
-            ``ranked``: by descending score, cut into pieces: group 0 holds the best experts, the last group the rest;
+            ``tiers``: by descending score, cut into pieces: group 0 holds the best experts, the last group the rest;
             ``snake``: by descending score, dealt to groups 0, 1, …, G-1, G-1, …, 1, 0, 0, 1, ….
             Equal scores are taken in the order of ids.
         n_groups: how many.
@@ -74,47 +75,85 @@ def group_experts(
 
 
 def _deal_layer(
-    mode: str, n_groups: int, n_expert: int, scores: Scores | None, replicate: int, routing_groups: int
-) -> _Ints:
+    mode: str, n_groups: int, n_expert: int, scores: Doubles | None, replicate: int, routing_groups: int
+) -> Ints:
     """Return the group of each expert of a layer; `replicate` is per routing group."""
-    owners = np.full(n_expert, _EVERY_GROUP, dtype=np.intp)
+    owners = np.full(n_expert, _EVERY_GROUP, dtype=np.int64)
     # Over all routing groups, so that what one leaves uneven the next evens out.
     loads = np.zeros(n_groups)
     for experts in np.split(np.arange(n_expert), routing_groups):
-        # Descending, stable: numpy sorts ascending. Without scores any experts are as good as others.
-        order = experts if scores is None else experts[np.argsort(-scores[experts], kind="stable")]
-        dealt = order[replicate:]
-        draft = _draft(mode, n_groups, dealt.size)
-        if scores is None or mode == "contiguous":
-            owners[np.sort(dealt)] = np.sort(draft)
-        elif mode == "balanced":
-            _balance(owners, dealt, scores, loads, np.bincount(draft, minlength=n_groups))
-        else:
-            owners[dealt] = draft
+        room = _even_room(mode, n_groups, experts.size - replicate)
+        if scores is None:  # any experts are as good as others
+            dealt = experts[replicate:]
+            owners[dealt] = deal_row("contiguous", dealt, np.zeros(n_expert), room)
+            continue
+        # Descending, stable: numpy sorts ascending.
+        dealt = experts[np.argsort(-scores[experts], kind="stable")][replicate:]
+        owners[dealt] = deal_row(mode, dealt, scores, room, loads)
     return owners
 
 
-def _draft(mode: str, n_groups: int, count: int) -> _Ints:
-    """Return the group of the first, second, … of `count` experts; it depends on nothing that differs by layer."""
-    turns = np.arange(count) % n_groups
-    if mode == "snake":
-        backwards = np.arange(count) // n_groups % 2 == 1
-        return np.where(backwards, n_groups - 1 - turns, turns)
-    return np.sort(turns)
+def deal_row(mode: str, order: Ints, scores: Doubles, room: Sequence[int], loads: Doubles | None = None) -> Ints:
+    """Deal some experts of one layer out to nodes: what `split --mode` and `plan --strategy` of one name both do.
 
+    Args:
+        mode: one of `MODES`.
+        order: int (n,), expert ids, best first.
+        scores: float64 (n_expert,) by expert id.
+        room: how many experts each node takes. Where there is less room than experts the last are dealt to nobody,
+            where there is more it stays empty.
+        loads: float64 (n_nodes,), for ``balanced``: what each node carries already; it is added to. None: nothing.
 
-def _balance(owners: _Ints, order: _Ints, scores: Scores, loads: Scores, room: _Ints) -> None:
-    """Give each expert, heaviest first, to the group with the least load that has room.
-
-    With equal rooms no two groups' loads then differ by more than the largest score: an expert goes to a group either
-    because that group has the least, or because the other is full, of experts that are all at least as heavy.
+    Returns:
+        int64 (n,): the node of each expert of `order`, -1 for nobody.
     """
-    for expert in order:
+    owners = np.full(order.size, NOBODY, dtype=np.int64)
+    if mode == "balanced":
+        _balance(owners, order, scores, np.array(room), np.zeros(len(room)) if loads is None else loads)
+        return owners
+    turns = snake_turns(room) if mode == "snake" else np.repeat(np.arange(len(room)), room)
+    count = min(order.size, turns.size)
+    by_turn = np.argsort(order, kind="stable") if mode == "contiguous" else np.arange(order.size)
+    owners[by_turn[:count]] = turns[:count]
+    return owners
+
+
+def snake_turns(room: Sequence[int]) -> Ints:
+    """Return int64 (sum(room),): whose turn it is in a snake draft in which node i picks ``room[i]`` times."""
+    left = list(room)
+    turns: list[int] = []
+    forward = True
+    while any(left):
+        for node in range(len(left)) if forward else range(len(left) - 1, -1, -1):
+            if left[node]:
+                turns.append(node)
+                left[node] -= 1
+        forward = not forward
+    return np.array(turns, dtype=np.int64)
+
+
+def _even_room(mode: str, n_groups: int, count: int) -> list[int]:
+    """Divide `count` experts evenly; it depends on nothing that differs by layer."""
+    rounds, rest = divmod(count, n_groups)
+    # Of a snake draft, odd rounds go backwards.
+    last = range(n_groups - 1, n_groups - 1 - rest, -1) if mode == "snake" and rounds % 2 else range(rest)
+    return [rounds + (group in last) for group in range(n_groups)]
+
+
+def _balance(owners: Ints, order: Ints, scores: Doubles, room: Ints, loads: Doubles) -> None:
+    """Give each expert, heaviest first, to the node with the least load that has room.
+
+    With equal rooms no two nodes' loads then differ by more than the largest score: an expert goes to a node either
+    because that node has the least, or because the other is full, of experts that are all at least as heavy.
+    """
+    for index, expert in enumerate(order):
         with_room = np.flatnonzero(room)
-        group = with_room[np.argmin(loads[with_room])]
-        owners[expert] = group
-        loads[group] += scores[expert]
-        room[group] -= 1
+        if not with_room.size:
+            return
+        node = with_room[np.argmin(loads[with_room])]
+        owners[index] = node
+        loads[node] += scores[expert]
+        room[node] -= 1
 
 
 def _check(
@@ -127,6 +166,11 @@ def _check(
     replicate: int,
     routing_groups: int,
 ) -> None:
+    if mode in _FORMER:
+        raise MoeshardError(
+            f"mode '{mode}' is called '{_FORMER[mode]}' now: '{mode}' is the strategy of moeshard plan, which puts the "
+            f"same best experts on every node"
+        )
     if mode not in MODES:
         raise MoeshardError(f"unknown mode '{mode}'; the modes are {', '.join(MODES)}")
     if n_expert < 1 or not moe_layers:

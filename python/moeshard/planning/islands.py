@@ -2,8 +2,9 @@
 
 Alternates between giving each sequence of the profile to the node that loses least of it, and choosing each node's
 experts for its sequences, like k-means with what is lost in place of distances. Experts that all sequences need end up
-on every node by themselves. What is lost are squared contributions, see `moeshard.planning.cosaliency`; the first rounds go by
-the sums of each expert's own squares, which is quick, and only the best beginnings are followed to their end.
+on every node by themselves. What is lost are squared contributions, see `moeshard.planning.cosaliency`; the first
+rounds go by the sums of each expert's own squares, which is quick, and only the best beginnings are followed to their
+end.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from functools import partial
 
 import numpy as np
 
-from moeshard.planning.choosing import Rows, across_layers
-from moeshard.planning.cosaliency import Contributions, Floats, Ints, contributions, least_lost
-from moeshard.planning.strategies import best, super_experts
-from moeshard.profile.record import Doubles, Profile
+from moeshard.arrays import Doubles, Floats, Ints, Rows
+from moeshard.planning.cosaliency import Contributions, contributions, least_lost
+from moeshard.planning.strategies import across_layers, best
+from moeshard.profile.record import Profile
+from moeshard.profile.statistics import super_experts
 
 ROUNDS = 40
 FOLLOWED = 4

@@ -11,7 +11,17 @@ import numpy as np
 
 from moeshard._core import MoeshardError
 from moeshard.files.atomic import write_atomically
-from moeshard.files.documents import check_version, expect, parse_named, read_document, take, write_document
+from moeshard.files.documents import (
+    check_other,
+    check_version,
+    expect,
+    other_keys,
+    parse_named,
+    read_document,
+    take,
+    write_document,
+)
+from moeshard.gguf.identity import ModelIdentity, check_model, model_from_json, model_to_json
 from moeshard.keep.text import Keep, format_ids, format_row, parse_row
 
 VERSION = 1
@@ -21,36 +31,9 @@ PER_LAYER = "per_layer"
 # A node's name becomes part of a file name.
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", re.ASCII)
 _LAYER = re.compile(r"0|[1-9][0-9]{0,8}", re.ASCII)
-# Many times what any model has. A small file that claims more would take the memory of each node's keep.
-_MAX_EXPERTS = 2**20
 
 _PLAN_KEYS = ("moeshard_plan", "model", "strategy", "parameters", "nodes")
-_MODEL_KEYS = ("name", "arch", "fingerprint", "n_layer", "n_expert", "moe_layers")
 _NODE_KEYS = ("name", "n_expert_used", "keep")
-
-
-@dataclass(frozen=True)
-class ModelIdentity:
-    """Which model a plan is for."""
-
-    name: str
-    """For people; two names may mean the same model."""
-    arch: str
-    fingerprint: str
-    """Equal for equal models only."""
-    n_layer: int
-    n_expert: int
-    moe_layers: list[int]
-    """The layers that route, ascending."""
-    facts: dict[str, Any] = field(default_factory=dict, compare=False)
-    """Whatever else a plan file says about its model: JSON values."""
-
-    def __str__(self) -> str:
-        """Describe the model by all that has to agree."""
-        return (
-            f"'{self.name}' ({self.arch}, {self.n_expert} experts in layers {format_ids(self.moe_layers)} of "
-            f"{self.n_layer}, fingerprint {self.fingerprint})"
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +64,7 @@ class Plan:
     """Whatever else the file says: JSON values."""
 
     def __post_init__(self) -> None:
-        _check_model(self.model)
+        check_model(self.model)
         if not self.nodes:
             raise MoeshardError("nodes: a plan needs at least one")
         names: dict[str, int] = {}
@@ -95,7 +78,7 @@ class Plan:
                     f"{where}.name: '{node.name}' is the name of nodes[{first}] too; give each node its own, "
                     f"different in more than upper and lower case"
                 )
-        _check_other(self.extra, _PLAN_KEYS, "extra")
+        check_other(self.extra, _PLAN_KEYS, "extra")
 
     @property
     def is_per_layer(self) -> bool:
@@ -158,52 +141,6 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
     return parse_named(path, "plan", read_document(path, "plan"), plan_from_json)
 
 
-def model_to_json(model: ModelIdentity) -> dict[str, Any]:
-    """Return the object ``model`` of a plan file, or of another file that is about a model."""
-    return {key: getattr(model, key) for key in _MODEL_KEYS} | model.facts
-
-
-def model_from_json(value: dict[str, Any]) -> ModelIdentity:
-    """Read what `model_to_json` wrote.
-
-    Raises:
-        MoeshardError: naming the key that is missing, of another type or out of range.
-    """
-    model = ModelIdentity(
-        name=take(value, "name", str, "model"),
-        arch=take(value, "arch", str, "model"),
-        fingerprint=take(value, "fingerprint", str, "model"),
-        n_layer=take(value, "n_layer", int, "model"),
-        n_expert=take(value, "n_expert", int, "model"),
-        moe_layers=[
-            expect(layer, int, f"model.moe_layers[{index}]")
-            for index, layer in enumerate(take(value, "moe_layers", list, "model"))
-        ],
-        facts=_other(value, _MODEL_KEYS),
-    )
-    # Before any node: their arrays are as large as the model says.
-    _check_model(model)
-    return model
-
-
-def _check_model(model: ModelIdentity) -> None:
-    for key, value in (("n_layer", model.n_layer), ("n_expert", model.n_expert)):
-        if value < 1:
-            raise MoeshardError(f"model.{key}: {value} is less than 1")
-    if model.n_layer * model.n_expert > _MAX_EXPERTS:
-        raise MoeshardError(
-            f"model.n_expert: {model.n_expert} experts in each of {model.n_layer} layers are more than any model has"
-        )
-    layers = model.moe_layers
-    if not layers:
-        raise MoeshardError("model.moe_layers: is empty, but a plan is about layers that route")
-    if layers != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < model.n_layer:
-        raise MoeshardError(
-            f"model.moe_layers: must be ascending layers from 0 to {model.n_layer - 1}, each once, got {layers}"
-        )
-    _check_other(model.facts, _MODEL_KEYS, "model.facts")
-
-
 def _check_node(node: PlanNode, model: ModelIdentity, where: str) -> None:
     if not _NAME.fullmatch(node.name):
         raise MoeshardError(
@@ -222,13 +159,7 @@ def _check_node(node: PlanNode, model: ModelIdentity, where: str) -> None:
                 f"{where}.n_expert_used: a token cannot use {node.n_expert_used} experts where the node holds {fewest} "
                 f"in some layer; use at least 1, and hold at least as many in every layer"
             )
-    _check_other(node.facts, _NODE_KEYS, f"{where}.facts")
-
-
-def _check_other(other: dict[str, Any], keys: tuple[str, ...], where: str) -> None:
-    for key in other:
-        if key in keys:
-            raise MoeshardError(f"{where}: '{key}' has its own place in a plan; set it there")
+    check_other(node.facts, _NODE_KEYS, f"{where}.facts")
 
 
 def _node_to_json(node: PlanNode, model: ModelIdentity) -> dict[str, Any]:
@@ -250,7 +181,7 @@ def plan_from_json(document: dict[str, Any]) -> Plan:
         strategy=take(document, "strategy", str),
         parameters=take(document, "parameters", dict),
         model=model,
-        extra=_other(document, _PLAN_KEYS),
+        extra=other_keys(document, _PLAN_KEYS),
     )
 
 
@@ -260,7 +191,7 @@ def _node_from_json(value: dict[str, Any], model: ModelIdentity, where: str) -> 
         name=take(value, "name", str, where),
         keep=_keep_from_json(take(value, "keep", dict, where), model, f"{where}.keep"),
         n_expert_used=used,
-        facts=_other(value, _NODE_KEYS),
+        facts=other_keys(value, _NODE_KEYS),
     )
 
 
@@ -284,7 +215,3 @@ def _keep_from_json(rows: dict[str, Any], model: ModelIdentity, where: str) -> K
             f'for each, such as "{absent[0]}": "all"'
         )
     return keep
-
-
-def _other(source: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
-    return {key: value for key, value in source.items() if key not in keys}

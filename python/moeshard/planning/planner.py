@@ -1,4 +1,4 @@
-"""Plans from a profile: how many experts each node holds, and which."""
+"""Plans: how many experts each node holds, and which; from a profile, or without a measurement."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ import numpy as np
 import numpy.typing as npt
 
 from moeshard._core import GGUFMap, MoeshardError
-from moeshard.gguf.identity import identify
+from moeshard.arrays import Rows
+from moeshard.gguf.identity import ModelIdentity, identify
 from moeshard.keep.text import Keep, held_range
 from moeshard.planning.budget import Memory, Use, fit, largest_keep, shard_memory
-from moeshard.planning.choosing import Rows, across_layers
+from moeshard.planning.deal import group_experts
 from moeshard.planning.islands import islands
-from moeshard.planning.plan import PER_LAYER, ModelIdentity, Plan, PlanNode
-from moeshard.planning.strategies import STRATEGIES
+from moeshard.planning.plan import PER_LAYER, Plan, PlanNode
+from moeshard.planning.strategies import STRATEGIES, across_layers
+from moeshard.profile.ranking import read_ranking
 from moeshard.profile.record import Profile
+from moeshard.profile.statistics import captured
 from moeshard.traffic.embedded import model_name
 
 ISLANDS = "islands"
@@ -173,18 +176,53 @@ def make_plan(
     return Plan(nodes, strategy, parameters, replace(identity, facts={"path": model_name(source.path)}))
 
 
-def captured(profile: Profile, keep: Keep, domains: Sequence[str] | None = None) -> float:
-    """Return the share of the saliency of some domains that a keep holds, mean over layers; 0 to 1."""
-    total = profile.total("saliency", domains)
-    share = total / np.maximum(total.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
-    return float((share * keep[profile.layers]).sum(axis=1).mean())
-
-
 def _facts(profile: Profile, keep: Keep, memory: Memory) -> dict[str, Any]:
     return {
         "memory": {**vars(memory), "total": memory.total},
         "captured": {name: round(captured(profile, keep, [name]), 4) for name in profile.domains},
     }
+
+
+def plan_groups(
+    model: str | os.PathLike[str] | GGUFMap,
+    n_groups: int,
+    mode: str = "contiguous",
+    *,
+    ranking: str | os.PathLike[str] | None = None,
+    replicate: int = 0,
+    n_expert_used: int | None = None,
+) -> Plan:
+    """Deal the experts of every layer out to groups that together hold all of them.
+
+    Args:
+        model: a GGUF file; its header is read.
+        n_groups: how many groups, at least 1.
+        mode: ``contiguous``, ``balanced``, ``tiers`` or ``snake``; see docs/plans.md.
+        ranking: a CSV or profile with a score per layer and expert; `read_ranking` says more.
+        replicate: so many of the best experts of each layer are in every group.
+        n_expert_used: experts per token on every node; None: as many as the model says.
+
+    Raises:
+        MoeshardError: the model is dense, the mode needs a ranking, or the ranking does not fit the model.
+    """
+    source = model if isinstance(model, GGUFMap) else GGUFMap(model)
+    identity = identify(source)
+    if not identity.moe_layers:
+        raise MoeshardError(f"{source.path}: has no experts to take out: it is a dense model, or a trunk")
+    shape = (identity.n_layer, identity.n_expert, identity.moe_layers)
+    keeps = group_experts(
+        mode,
+        n_groups,
+        *shape,
+        ranking=None if ranking is None else read_ranking(ranking, *shape),
+        replicate=replicate,
+        expert_groups=source.moe_layout().n_expert_groups,
+    )
+    parameters: dict[str, Any] = {"groups": n_groups, "replicate": replicate}
+    if ranking is not None:
+        parameters["ranking"] = os.path.basename(os.fspath(ranking))
+    nodes = [PlanNode(f"group-{i}", keep, n_expert_used) for i, keep in enumerate(keeps)]
+    return Plan(nodes, mode, parameters, identity)
 
 
 def check_profile(profile: Profile, identity: ModelIdentity, path: str) -> None:

@@ -7,16 +7,46 @@ Each returns one bool array (M, E) per node, over the layers of the profile. Unl
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from moeshard._core import MoeshardError
-from moeshard.planning.choosing import Chooser, Rows
-from moeshard.profile.record import Doubles, Profile
+from moeshard.arrays import Doubles, Rows
+from moeshard.planning.deal import deal_row
+from moeshard.profile.record import Profile
 
-SUPER_EXPERT = 10.0
-"""An expert whose largest output is so many times its layer's median is a super expert: dropping one ruins a model."""
+
+class Chooser(Protocol):
+    """Chooses a node's experts by scores (M, E): `size` in each layer, or on average; protected ones first."""
+
+    def __call__(self, scores: Doubles, size: int, protected: Rows | None = None) -> Rows: ...
+
+
+def across_layers(scores: Doubles, size: int, protected: Rows | None = None, *, fewest: int = 1) -> Rows:
+    """Return bool (M, E): `size` experts per layer on average, more of them in layers that need more.
+
+    Every layer holds its `fewest` best. All other places go, over all layers, to the experts with the largest share of
+    their layer's score: no other choice of as many experts captures a larger sum of shares. Of equal shares, those of
+    lower layers and ids come first.
+
+    Args:
+        scores: float (M, E), or flat, where `protected` gives the shape.
+        size: experts per layer; M times as many are held.
+        protected: bool (M, E): experts that come before all others.
+        fewest: experts that each layer holds at least: as many as a token uses.
+    """
+    rows = scores if protected is None else scores.reshape(protected.shape)
+    shares = rows / np.maximum(rows.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    if protected is not None:
+        shares = np.where(protected, np.inf, shares)
+    keep = np.zeros(shares.shape, dtype=bool)
+    np.put_along_axis(keep, np.argsort(-shares, axis=1, kind="stable")[:, :fewest], True, axis=1)
+    open_places = size * len(shares) - int(keep.sum())
+    rest = np.where(keep, -np.inf, shares).ravel()
+    keep.reshape(-1)[np.argsort(-rest, kind="stable")[:open_places]] = True
+    return keep
 
 
 def best(scores: Doubles, size: int, protected: Rows | None = None) -> Rows:
@@ -32,25 +62,14 @@ def best(scores: Doubles, size: int, protected: Rows | None = None) -> Rows:
     return keep
 
 
-def peak_ratios(profile: Profile) -> Doubles:
-    """Return float64 (M, E): the norm of each expert's largest output, in medians of its layer."""
-    peak = profile.peak.max(axis=0).astype(np.float64)
-    ratios: Doubles = peak / np.maximum(np.median(peak, axis=1, keepdims=True), np.finfo(np.float64).tiny)
-    return ratios
-
-
-def super_experts(profile: Profile) -> Rows:
-    """Return bool (M, E): experts with outputs far larger than any other's (arXiv 2507.23279)."""
-    found: Rows = peak_ratios(profile) > SUPER_EXPERT
-    return found
-
-
 def contiguous(profile: Profile, sizes: Sequence[int]) -> list[Rows]:
-    """Ranges of ids, as far from each other as fits."""
+    """Ranges of ids: one after the other where together they are all experts, else as far from each other as fits."""
     rows, n_expert = profile.layers.size, profile.n_expert
     keeps = []
+    gaps = max(1, len(sizes) - 1)
     for index, size in enumerate(sizes):
-        first = round(index * (n_expert - size) / max(1, len(sizes) - 1))
+        first = round((sum(sizes[:index]) * gaps + index * (n_expert - sum(sizes))) / gaps)
+        first = min(max(first, 0), n_expert - size)
         keep = np.zeros((rows, n_expert), dtype=bool)
         keep[:, first : first + size] = True
         keeps.append(keep)
@@ -73,32 +92,18 @@ def snake(profile: Profile, sizes: Sequence[int]) -> list[Rows]:
     Where the nodes hold more than all experts together the best ones are on every node; where they hold fewer the worst
     are on none.
     """
-    return _dealt(profile.total("mass"), sizes, shared=None)
+    return _dealt("snake", profile.total("mass"), sizes, _own_sizes(sizes, profile.n_expert))
 
 
 def balanced(profile: Profile, sizes: Sequence[int]) -> list[Rows]:
     """About equal mass on every node: heaviest first, to the node with least that has room."""
-    scores = profile.total("mass")
-    room = _own_sizes(sizes, profile.n_expert)
-    keeps = [best(scores, size - own) for size, own in zip(sizes, room, strict=True)]
-    for row, values in enumerate(scores):
-        shared = np.logical_and.reduce([keep[row] for keep in keeps])
-        load, left = np.zeros(len(sizes)), list(room)
-        for expert in np.argsort(-values, kind="stable"):
-            open_nodes = [node for node in range(len(sizes)) if left[node] and not keeps[node][row, expert]]
-            if shared[expert] or not open_nodes:
-                continue
-            node = min(open_nodes, key=lambda index: (load[index], index))
-            keeps[node][row, expert] = True
-            load[node] += values[expert]
-            left[node] -= 1
-        _fill(keeps, row, values, sizes)
-    return keeps
+    return _dealt("balanced", profile.total("mass"), sizes, _own_sizes(sizes, profile.n_expert))
 
 
 def shared_core(profile: Profile, sizes: Sequence[int], core: float = 0.5) -> list[Rows]:
     """The hottest experts (a share `core` of the smallest node) everywhere, the rest dealt out by a snake draft."""
-    return _dealt(profile.total("mass"), sizes, shared=round(core * min(sizes)))
+    shared = round(core * min(sizes))
+    return _dealt("snake", profile.total("mass"), sizes, [size - shared for size in sizes])
 
 
 def coactivation(profile: Profile, sizes: Sequence[int]) -> list[Rows]:
@@ -164,31 +169,18 @@ def _own_sizes(sizes: Sequence[int], n_expert: int) -> list[int]:
     return [size - shared for size in sizes]
 
 
-def _dealt(scores: Doubles, sizes: Sequence[int], shared: int | None) -> list[Rows]:
-    """A snake draft; `shared` best experts are on every node (None: as many as there is room for)."""
-    own = _own_sizes(sizes, scores.shape[1]) if shared is None else [size - shared for size in sizes]
+def _dealt(mode: str, scores: Doubles, sizes: Sequence[int], own: Sequence[int]) -> list[Rows]:
+    """Deal experts out; of each node's, all but ``own[i]`` are the best of the layer, which every node holds."""
     keeps = [best(scores, size - n) for size, n in zip(sizes, own, strict=True)]
     core = np.logical_and.reduce(keeps)
-    turns = _turns(own)
     for row, values in enumerate(scores):
-        order = [expert for expert in np.argsort(-values, kind="stable") if not core[row, expert]]
-        for node, expert in zip(turns, order, strict=False):
-            keeps[node][row, expert] = True
+        order = np.argsort(-values, kind="stable")
+        order = order[~core[row, order]]
+        owners = deal_row(mode, order, values, own)
+        for node, keep in enumerate(keeps):
+            keep[row, order[owners == node]] = True
         _fill(keeps, row, values, sizes)
     return keeps
-
-
-def _turns(room: Sequence[int]) -> list[int]:
-    """Whose turn it is in a snake draft in which node i picks ``room[i]`` times."""
-    left, turns, forward = list(room), [], True
-    while any(left):
-        nodes = range(len(left)) if forward else range(len(left) - 1, -1, -1)
-        for node in nodes:
-            if left[node]:
-                turns.append(node)
-                left[node] -= 1
-        forward = not forward
-    return turns
 
 
 def _fill(keeps: list[Rows], row: int, values: npt.NDArray[np.float64], sizes: Sequence[int]) -> None:

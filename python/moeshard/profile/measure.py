@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moeshard._core import GGUFMap, MoeshardError
+from moeshard.arrays import Tokens
 from moeshard.gguf.identity import identify
 from moeshard.profile.record import Profile, read_profile
+from moeshard.progress import Progress
 from moeshard.runtime.session import Statistics
-from moeshard.traffic.domains import WINDOW, Domain, Tokens, sequences
+from moeshard.traffic.domains import Domain, check_names
+from moeshard.traffic.windows import default_window, sequences
 
 if TYPE_CHECKING:
     from moeshard.runtime.model import Model
 
 BATCH_TOKENS = 2048
 SAVE_SECONDS = 30.0
-
-Progress = Callable[[int, int], object]
-"""Called with the tokens done and those of the whole; what it raises ends the analysis."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def analyze(
             measure these answers too.
         save_to: where to keep what was measured so far, every half minute; removed at the end.
         resume: go on from what an earlier call with the same arguments left in `save_to`.
-        progress: see `Progress`.
+        progress: see `Progress`; in tokens.
 
     Raises:
         MoeshardError: the model routes nothing, a layer has no experts, a text is too short, or what lies in `save_to`
@@ -91,11 +91,6 @@ def analyze(
     if save_to is not None:
         Path(save_to).unlink(missing_ok=True)
     return profile
-
-
-def default_window(model: Model) -> int:
-    """Return how many tokens a sequence has unless told otherwise."""
-    return min(WINDOW, model.n_ctx_train or WINDOW)
 
 
 def batch_sequences(window: int) -> int:
@@ -144,9 +139,8 @@ def _continue(model: Model, plan: list[_Sequence], n_domains: int, window: int, 
 def _empty(
     model: Model, domains: Sequence[Domain], layers: list[int], plan: list[_Sequence], facts: dict[str, Any]
 ) -> Profile:
+    check_names(domains)
     names = [domain.name for domain in domains]
-    if len(set(names)) != len(names):
-        raise MoeshardError(f"two domains have one name: {', '.join(names)}")
     s, m, e, d = len(plan), len(layers), model.n_expert, len(names)
     return Profile(
         model=identify(GGUFMap(model.path)),

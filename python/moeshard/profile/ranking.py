@@ -28,10 +28,9 @@ import numpy as np
 import numpy.typing as npt
 
 from moeshard._core import MoeshardError
+from moeshard.arrays import Doubles
 from moeshard.files.atomic import write_atomically
 from moeshard.keep.text import format_ids
-
-Scores = npt.NDArray[np.float64]
 
 # An .npz is a zip file; the second is that of an empty one.
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06")
@@ -48,9 +47,9 @@ class RankingWarning(UserWarning):
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """How much each expert is worth holding, layer by layer. Scores of different layers are not compared."""
+    """How much each expert is worth holding, layer by layer. Doubles of different layers are not compared."""
 
-    scores: Scores
+    scores: Doubles
     """float64 (n_layer, n_expert): finite and at least 0, larger is better; rows of NaN for layers without scores."""
     source: str
     """Where the scores are from, for messages: a path, or the name of what computed them."""
@@ -142,7 +141,7 @@ def write_ranking(
     write_atomically(path, "".join(lines), force=force)
 
 
-def _read_csv(text: str, source: str, n_layer: int, n_expert: int, moe_layers: Sequence[int]) -> Scores:
+def _read_csv(text: str, source: str, n_layer: int, n_expert: int, moe_layers: Sequence[int]) -> Doubles:
     rows = _rows(text, source)
     where, header = next(rows, (source, []))
     value = next((name for name in ("score", "mass") if name in header), None)
@@ -244,7 +243,7 @@ def _warn_whole_model(source: str) -> None:
     )
 
 
-def _read_profile(file: IO[bytes], source: str, n_layer: int, n_expert: int, moe_layers: Sequence[int]) -> Scores:
+def _read_profile(file: IO[bytes], source: str, n_layer: int, n_expert: int, moe_layers: Sequence[int]) -> Doubles:
     saliency: Any = None
     try:
         with np.load(file, allow_pickle=False) as profile:
@@ -268,7 +267,7 @@ def _read_profile(file: IO[bytes], source: str, n_layer: int, n_expert: int, moe
     return _only(moe_layers, saliency)
 
 
-def _only(moe_layers: Sequence[int], scores: npt.NDArray[Any]) -> Scores:
+def _only(moe_layers: Sequence[int], scores: npt.NDArray[Any]) -> Doubles:
     """Leave out what stands in the rows of dense layers."""
     routed = list(moe_layers)
     result = np.full(scores.shape, np.nan)

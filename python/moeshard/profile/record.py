@@ -14,18 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 from moeshard._core import MoeshardError
+from moeshard.arrays import Counts, Doubles, Floats
 from moeshard.files.atomic import write_atomically
 from moeshard.files.documents import check_version, expect, parse_document, parse_named, take
-from moeshard.planning.plan import ModelIdentity, model_from_json, model_to_json
+from moeshard.gguf.identity import ModelIdentity, model_from_json, model_to_json
 
 VERSION = 2
 _KEY = "moeshard_profile"
 RANKINGS = ("saliency", "mass", "count", "reap")
 """What `Profile.scores` ranks by."""
-
-Floats = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int32]
 
 
 @dataclass(eq=False)
@@ -38,13 +35,13 @@ class Profile:
 
     model: ModelIdentity
     domains: list[str]
-    layers: Ints
+    layers: Counts
     """int32 (M,): layers of the model, ascending."""
-    domain: Ints
+    domain: Counts
     """int32 (S,): index of each sequence's domain."""
-    n_tokens: Ints
+    n_tokens: Counts
     """int32 (S,): tokens of each sequence; 0 for one that was not reached."""
-    count: Ints
+    count: Counts
     """int32 (S, M, E): tokens that chose the expert."""
     mass: Floats
     """float32 (S, M, E): sum of the expert's weights."""
@@ -56,7 +53,7 @@ class Profile:
     """float32 (S, M): sum of the entropies of the router's distribution, nats."""
     peak: Floats
     """float32 (D, M, E): the largest norm; a few "super experts" (arXiv 2507.23279) stand out by far."""
-    together: Ints
+    together: Counts
     """int32 (D, M, E, E): tokens that chose both experts; the diagonal is how many chose the one."""
     cosaliency: Floats
     """float32 (D, M, E, E): sum over tokens of the product of both experts' contributions; the diagonal is the sum of

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moeshard.profile.record import Doubles, Profile
+from moeshard.arrays import Doubles, Rows
+from moeshard.keep.text import Keep
+from moeshard.profile.record import Profile
 
 TOPS = (1, 32, 48, 64, 96)
 """Of how many best experts the share is shown, beside that of all."""
@@ -19,6 +21,8 @@ FLAT_SPREAD = 0.1
 """Experts whose true shares differ by less than this, relative to their mean, are alike for every purpose."""
 RANKED_AGREEMENT = 0.7
 """Rank correlation of the profile with one of as much other text of the same kind, below which its order is chance."""
+SUPER_EXPERT = 10.0
+"""An expert whose largest output is so many times its layer's median is a super expert: dropping one ruins a model."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +98,29 @@ def mean_entropy(profile: Profile) -> Doubles:
     return entropy
 
 
-def shares(profile: Profile, what: str = "saliency") -> Doubles:
-    """Return float64 (M, E): each expert's share of its layer's sum, 0 to 1; domains count alike."""
-    total = profile.total(what)
+def shares(profile: Profile, what: str = "saliency", domains: Sequence[str] | None = None) -> Doubles:
+    """Return float64 (M, E): each expert's share of its layer's sum over some domains, 0 to 1; domains count alike."""
+    total = profile.total(what, domains)
     share: Doubles = total / np.maximum(total.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
     return share
+
+
+def captured(profile: Profile, keep: Keep, domains: Sequence[str] | None = None) -> float:
+    """Return the share of the saliency of some domains that a keep holds, mean over layers; 0 to 1."""
+    return float((shares(profile, "saliency", domains) * keep[profile.layers]).sum(axis=1).mean())
+
+
+def peak_ratios(profile: Profile) -> Doubles:
+    """Return float64 (M, E): the norm of each expert's largest output, in medians of its layer."""
+    peak = profile.peak.max(axis=0).astype(np.float64)
+    ratios: Doubles = peak / np.maximum(np.median(peak, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    return ratios
+
+
+def super_experts(profile: Profile) -> Rows:
+    """Return bool (M, E): experts with outputs far larger than any other's (arXiv 2507.23279)."""
+    found: Rows = peak_ratios(profile) > SUPER_EXPERT
+    return found
 
 
 def share_errors(profile: Profile, what: str = "saliency", seed: int = 0) -> Doubles:

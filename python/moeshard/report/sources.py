@@ -11,7 +11,8 @@ from moeshard._core import MoeshardError
 from moeshard.evaluation.curve import Curve, curve_from_json
 from moeshard.evaluation.record import Evaluation, evaluation_from_json
 from moeshard.files.documents import parse_named, read_document
-from moeshard.planning.plan import ModelIdentity, Plan, plan_from_json
+from moeshard.gguf.identity import ModelIdentity
+from moeshard.planning.plan import Plan, plan_from_json
 from moeshard.profile.record import Profile, read_profile
 
 

@@ -10,14 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from moeshard._core import MoeshardError
+from moeshard.arrays import Tokens
 from moeshard.keep.text import Keep
 
 if TYPE_CHECKING:
     from moeshard.runtime.model import Model
     from moeshard.runtime.session import Session
 
-Tokens = npt.NDArray[np.int32]
-Floats = npt.NDArray[np.floating]
 
 BATCH = 16
 """Sequences at once: more are hardly faster, and take memory for their keys and values."""
@@ -38,7 +37,7 @@ class Sampling:
                 f"{self}: temperature and top_k must not be negative, top_p be in (0, 1] and min_p in [0, 1]"
             )
 
-    def draw(self, logits: Floats, chances: npt.NDArray[np.float64]) -> Tokens:
+    def draw(self, logits: npt.NDArray[np.floating], chances: npt.NDArray[np.float64]) -> Tokens:
         """Return int32 (n,): a token for each row of logits (n, n_vocab), by numbers (n,) from 0 to 1."""
         if self.temperature == 0:
             likeliest: Tokens = logits.argmax(axis=1).astype(np.int32)

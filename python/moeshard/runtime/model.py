@@ -14,9 +14,10 @@ import numpy.typing as npt
 
 from moeshard import _core
 from moeshard._core import MoeshardError
+from moeshard.arrays import TokensLike
 from moeshard.runtime.generation import Generation
 from moeshard.runtime.origin import find_origin
-from moeshard.runtime.session import Session, Tokens, as_tokens
+from moeshard.runtime.session import Session, as_tokens
 from moeshard.runtime.trace import ChunkSink, Trace, TraceBuilder, chunk_sink
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ class Model:
 
     @property
     def n_ctx_train(self) -> int:
-        """Tokens of context that the model was trained on."""
+        """TokensLike of context that the model was trained on."""
         return self._native.n_ctx_train
 
     @property
@@ -193,7 +194,7 @@ class Model:
         """
         return self._native.tokenize(text, special, parse)
 
-    def detokenize(self, tokens: Tokens, *, special: bool = False) -> str:
+    def detokenize(self, tokens: TokensLike, *, special: bool = False) -> str:
         """Return the text of the tokens; bytes that are no UTF-8 become U+FFFD. `special` shows control tokens."""
         return self._native.detokenize(as_tokens(tokens), special).decode("utf-8", errors="replace")
 
@@ -240,7 +241,7 @@ class Model:
 
     # Computing.
 
-    def logits(self, tokens: Tokens, keep: KeepSpec | None = None) -> npt.NDArray[np.float32]:
+    def logits(self, tokens: TokensLike, keep: KeepSpec | None = None) -> npt.NDArray[np.float32]:
         """Return float32 (n_tokens, n_vocab): after every token, the scores of the next one.
 
         With `keep`, tokens are routed to kept experts only. Raises MoeshardError where the keep does not fit.
@@ -248,7 +249,7 @@ class Model:
         return self.logits_batch([tokens], [keep])[0]
 
     def logits_batch(
-        self, sequences: Sequence[Tokens], keeps: Sequence[KeepSpec | None] | None = None
+        self, sequences: Sequence[TokensLike], keeps: Sequence[KeepSpec | None] | None = None
     ) -> list[npt.NDArray[np.float32]]:
         """Return the logits of several sequences computed in shared batches, each under its own keep.
 
@@ -268,7 +269,7 @@ class Model:
 
     def generate(
         self,
-        prompt: str | Tokens,
+        prompt: str | TokensLike,
         keep: KeepSpec | None = None,
         *,
         max_tokens: int = 128,
@@ -323,7 +324,9 @@ class Model:
             raise
         return Generation(native, release)
 
-    def trace(self, tokens: Tokens, keep: KeepSpec | None = None, *, probs: bool = False, norms: bool = False) -> Trace:
+    def trace(
+        self, tokens: TokensLike, keep: KeepSpec | None = None, *, probs: bool = False, norms: bool = False
+    ) -> Trace:
         """Return which experts each token of a sequence was sent to.
 
         `probs` adds the router's scores of all experts, `norms` the L2 norms of the chosen experts' outputs; see
@@ -336,7 +339,7 @@ class Model:
 
     def trace_stream(
         self,
-        tokens: Tokens,
+        tokens: TokensLike,
         sink: ChunkSink,
         keep: KeepSpec | None = None,
         *,

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from moeshard.arrays import TokensLike
 from moeshard.runtime.trace import ChunkSink, chunk_sink
 
 if TYPE_CHECKING:
     from moeshard import _core
     from moeshard.keep.text import KeepSpec
-
-Tokens = npt.ArrayLike
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Session:
         """
         self._context.set_keep(self._parse(keep), -1 if seq is None else seq)
 
-    def decode(self, tokens: Mapping[int, Tokens], outputs: str = "last") -> dict[int, npt.NDArray[np.float32]]:
+    def decode(self, tokens: Mapping[int, TokensLike], outputs: str = "last") -> dict[int, npt.NDArray[np.float32]]:
         """Append tokens to sequences, all in one batch where they fit, and return logits per sequence.
 
         `outputs` is ``"last"``: (1, n_vocab) after the last token; ``"all"``: (n_tokens, n_vocab); ``"none"``:
@@ -91,13 +90,15 @@ class Session:
         inputs = [(seq, as_tokens(ids)) for seq, ids in tokens.items()]
         return dict(zip(tokens, self._context.decode(inputs, outputs), strict=True))
 
-    def trace(self, tokens: Mapping[int, Tokens], sink: ChunkSink, *, probs: bool = False, norms: bool = False) -> None:
+    def trace(
+        self, tokens: Mapping[int, TokensLike], sink: ChunkSink, *, probs: bool = False, norms: bool = False
+    ) -> None:
         """Append tokens and hand the routing of each micro-batch to `sink`; memory stays flat."""
         inputs = [(seq, as_tokens(ids)) for seq, ids in tokens.items()]
         self._context.trace(inputs, chunk_sink(sink), probs, norms)
 
     def measure(
-        self, tokens: Mapping[int, Tokens], layers: Sequence[int], *, scores_are_logits: bool = False
+        self, tokens: Mapping[int, TokensLike], layers: Sequence[int], *, scores_are_logits: bool = False
     ) -> Statistics:
         """Append tokens and return sums over their routing: what `trace` would hand out, added up by the core.
 
@@ -130,7 +131,7 @@ class Session:
         self.close()
 
 
-def as_tokens(tokens: Tokens) -> npt.NDArray[np.int32]:
+def as_tokens(tokens: TokensLike) -> npt.NDArray[np.int32]:
     """Return token ids as int32 (n,); refuse what would be cut to fit."""
     from moeshard._core import MoeshardError
 

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Ids = npt.NDArray[np.int32]
-Floats = npt.NDArray[np.float32]
+from moeshard.arrays import Floats, Ids
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from moeshard import _core
 from moeshard._core import GGUFMap
-from moeshard.shards.split import Progress
+from moeshard.progress import Progress
 
 
 def merge(

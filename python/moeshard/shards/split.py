@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,12 +15,10 @@ import numpy as np
 
 from moeshard import _core
 from moeshard._core import GGUFMap, MoeshardError, SegmentList
-from moeshard.gguf.identity import identify
+from moeshard.gguf.identity import ModelIdentity, identify
 from moeshard.keep.text import Keep, KeepSpec, held_range, parse_keep
-from moeshard.planning.plan import ModelIdentity, Plan, PlanNode
-
-Progress = Callable[[int, int], object]
-"""Called with the bytes done and those of the whole; what it raises ends the work and is raised again."""
+from moeshard.planning.plan import Plan, PlanNode
+from moeshard.progress import Progress
 
 TRUNK = "trunk"
 TRUNK_FILE = "trunk.gguf"
@@ -94,7 +92,7 @@ def split(
         dry_run: lay everything out, say what would be written, and write nothing.
         force: replace existing files.
         jobs: threads that copy; 0 for as many as are useful.
-        progress: see `Progress`.
+        progress: see `Progress`; in bytes.
 
     Returns:
         What was written, the trunk first where there is one.

@@ -11,7 +11,7 @@ from moeshard import _core
 from moeshard._core import GGUFMap, MoeshardError, SegmentList, ShardFacts
 from moeshard.gguf.identity import fingerprint
 from moeshard.keep.text import held_range
-from moeshard.shards.split import Progress
+from moeshard.progress import Progress
 
 # Of the largest logit. Without some experts, sums are made in another order (a softmax over fewer numbers, a product
 # with fewer rows), which changes last bits. That alone is 2e-6, but KV caches are in half precision, and what experts

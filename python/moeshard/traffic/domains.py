@@ -10,21 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from moeshard._core import MoeshardError
 from moeshard.traffic.embedded import Part, embedded_domains, embedded_text
 
 if TYPE_CHECKING:
     from moeshard.runtime.model import Model
-
-Tokens = npt.NDArray[np.int32]
-
-WINDOW = 512
-"""Tokens of a sequence, where the model was trained on as many."""
-_SHORTEST = 16
-"""Less than this says nothing about a sequence."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +33,13 @@ class Domain:
             digest.update(f"{len(data)}\n".encode())
             digest.update(data)
         return digest.hexdigest()
+
+
+def check_names(domains: Sequence[Domain]) -> None:
+    """Raise a `MoeshardError` where two domains have one name."""
+    names = [domain.name for domain in domains]
+    if len(set(names)) != len(names):
+        raise MoeshardError(f"two domains have one name: {', '.join(names)}")
 
 
 def read_texts(
@@ -90,36 +87,6 @@ def texts_seen(domains: Sequence[Domain], record: object) -> list[str]:
     """
     known = set(map(str, record.values())) if isinstance(record, dict) else set()
     return [domain.name for domain in domains if domain.digest in known]
-
-
-def sequences(model: Model, domain: Domain, window: int, most_tokens: int | None = None) -> list[Tokens]:
-    """Cut the documents of a domain into sequences.
-
-    Args:
-        model: whose tokenizer is used.
-        domain: its documents; none is joined with another.
-        window: tokens of a sequence; the last one of a document may be shorter.
-        most_tokens: about so many in all, evenly spread over the documents; None: all.
-
-    Returns:
-        int32 arrays, (window,) or shorter.
-
-    Raises:
-        MoeshardError: there is too little text for a single sequence.
-    """
-    found: list[Tokens] = []
-    for text in domain.texts:
-        tokens = model.tokenize(text)
-        pieces = [tokens[at : at + window] for at in range(0, len(tokens), window)]
-        found += [piece for piece in pieces if len(piece) >= min(_SHORTEST, window)]
-    if not found:
-        raise MoeshardError(f"text '{domain.name}' has fewer than {_SHORTEST} tokens: too little to say anything")
-    if most_tokens is None:
-        return found
-    mean = sum(map(len, found)) / len(found)
-    number = min(len(found), max(1, round(most_tokens / mean)))
-    chosen = [found[k * len(found) // number] for k in range(number)]
-    return chosen if number > 1 else [chosen[0][: max(most_tokens, _SHORTEST)]]
 
 
 def _read(path: str) -> str:

@@ -2,121 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moeshard.evaluation.curve import RULE, Curve, rule_of_thumb
 from moeshard.evaluation.record import Evaluation
 from moeshard.evaluation.scores import Scores
-from moeshard.planning.plan import Plan
-from moeshard.report.drawing import COLOURS, FAINT, INK, MARK, intervals, matrix
-from moeshard.report.figure import Cell, Figure, Panel, Table, between, counted, percent
-from moeshard.report.figures.curve_axes import HEIGHT, draw_curve
-from moeshard.report.figures.plan import held
+from moeshard.report.drawing import COLOURS, FAINT, MARK, intervals, matrix
+from moeshard.report.figure import Cell, Figure, Panel, Table, between, counted, nats, percent, short_nats, times
+from moeshard.report.figures.curve import score_numbers
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
 _ROW = 0.26
 """Inches of a line with a dot and its interval."""
-
-
-def nats(value: float) -> str:
-    """Write nats per token."""
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"
-
-
-def times(value: float) -> str:
-    """Write a perplexity, or how many times as large as another it is."""
-    return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
-
-
-def short_nats(value: float) -> str:
-    """Write nats per token for a small cell."""
-    return f"{value:.2f}"
-
-
-def loss_curve(curve: Curve, plan: Plan | None, evaluation: Evaluation | None) -> Figure:
-    """Return the measured loss by the experts kept, with the nodes of a plan on it where theirs is known."""
-    n_expert = curve.model.n_expert
-    nodes: list[tuple[str, float, Scores]] = []
-    if plan is not None and evaluation is not None:
-        sizes = [n_expert * held(plan, node) for node in plan.nodes]
-        nodes = [(group.name, size, group.scores) for group, size in zip(evaluation.groups, sizes, strict=True)]
-        nodes.append(("as placed", float(np.mean(sizes)), evaluation.placed))
-
-    def draw(canvas: Canvas) -> None:
-        draw_curve(canvas, curve)
-        if nodes:
-            _mark(canvas.axes[0], nodes)
-
-    lines: list[list[Cell]] = []
-    for name, points in curve.strategies.items():
-        for point in points:
-            own, fraction, multiple = point.scores, point.keep / n_expert, curve.times_top_k(point)
-            lines.append(
-                [
-                    *(name, point.keep, percent(fraction), f"{multiple:.3g}", nats(own.excess)),
-                    *(between(own.excess_ci, nats), times(own.ratio)),
-                ]
-            )
-    rows: list[list[Cell]] = [
-        [name, point.keep, point.keep / n_expert, curve.times_top_k(point), *_numbers(point.scores)]
-        for name, points in curve.strategies.items()
-        for point in points
-    ]
-    rows += [
-        [name, round(size, 3), size / n_expert, size / curve.n_expert_used, *_numbers(scores)]
-        for name, size, scores in nodes
-    ]
-    used = curve.n_expert_used
-    says = [
-        f"A rule of thumb says that {RULE[0]} to {RULE[1]} times the experts that a token uses are enough: "
-        f"{RULE[0] * used} to {RULE[1] * used} of {n_expert} here. Measured, for one node that serves all domains:",
-        *rule_of_thumb(curve),
-    ]
-    if evaluation is not None and nodes:
-        says.append(
-            f"The plan's nodes together, each session where it is placed, lose {nats(evaluation.placed.excess)} nats "
-            f"per token (star)."
-        )
-    header = ["strategy", "kept", "fraction", "times top-k", "loss", "interval", "perplexity ratio"]
-    return Figure(
-        "keep-fraction-loss",
-        "What a part of the experts costs",
-        says,
-        [Panel("loss by experts kept, for a node that serves all domains", draw, HEIGHT)],
-        Table(["experts", "keep", "fraction", "times_top_k", "nll", "excess", "low", "high"], rows),
-        [("Loss over the full model, nats per token", Table(header, lines))],
-    )
-
-
-def _mark(axes: Axes, nodes: Sequence[tuple[str, float, Scores]]) -> None:
-    """Mark nodes on a curve, the last one being all of them together."""
-    low, high = axes.get_xlim()
-    sizes = [size for _, size, _ in nodes]
-    axes.set_xlim(min(low, 0.93 * min(sizes)), max(high, 1.07 * max(sizes)))
-    bottom, top = axes.get_ylim()
-    axes.set_ylim(bottom, max(top, *(1.05 * scores.excess_ci[1] for _, _, scores in nodes)))
-    for index, (_, size, scores) in enumerate(nodes):
-        below, above = scores.excess_ci
-        spread = [[max(0.0, scores.excess - below)], [max(0.0, above - scores.excess)]]
-        together = index == len(nodes) - 1
-        label = "the plan, as placed" if together else "nodes of the plan, for all domains" if index == 0 else None
-        style: dict[str, Any] = {"fmt": "x", "color": INK, "markersize": 6, "markeredgewidth": 1.5, "zorder": 4}
-        if together:
-            style = {"fmt": "*", "color": MARK, "markersize": 12, "zorder": 5}
-        axes.errorbar([size], [scores.excess], spread, capsize=2, label=label, **style)
-    previous = axes.get_legend()
-    title = "" if previous is None else previous.get_title().get_text()
-    axes.legend(loc="upper right", title=title, alignment="left")
-
-
-def _numbers(scores: Scores) -> list[float]:
-    return [scores.nll, scores.excess, *scores.excess_ci]
 
 
 def loss_matrix(evaluation: Evaluation) -> Figure:
@@ -135,7 +36,7 @@ def loss_matrix(evaluation: Evaluation) -> Figure:
         line: list[Cell] = [domain]
         for j, group in enumerate(evaluation.groups):
             own = group.scores.domains[domain]
-            rows.append([domain, group.name, *_numbers(own), int(best[i] == j)])
+            rows.append([domain, group.name, *score_numbers(own), int(best[i] == j)])
             line.append(f"{nats(own.excess)} ({between(own.excess_ci, nats)})")
         lines.append(line)
     least, worst = int(excess.min(axis=1).argmin()), int(excess.min(axis=1).argmax())

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moeshard.arrays import Doubles
 from moeshard.planning.plan import Plan, PlanNode
-from moeshard.planning.planner import captured
-from moeshard.profile.record import Doubles, Profile
-from moeshard.profile.statistics import captured_curve
+from moeshard.profile.record import Profile
+from moeshard.profile.statistics import captured, captured_curve
 from moeshard.report.drawing import COLOURS, FAINT, MARK, matrix, shortened
 from moeshard.report.figure import Cell, Figure, Panel, Table, between, counted, percent
 

@@ -8,14 +8,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moeshard.planning.strategies import SUPER_EXPERT, best, peak_ratios, super_experts
-from moeshard.profile.record import Doubles, Profile
+from moeshard.arrays import Doubles
+from moeshard.planning.strategies import best
+from moeshard.profile.record import Profile
 from moeshard.profile.statistics import (
+    SUPER_EXPERT,
     concentration,
     mean_entropy,
+    peak_ratios,
     share_errors,
     shares,
     summed_concentration,
+    super_experts,
     tops,
     verdict,
 )
@@ -35,7 +39,7 @@ _LISTED = 12
 def heat(profile: Profile) -> Figure:
     """Return the map layer by expert of shares of saliency, of all domains and of each."""
     share, errors = shares(profile), share_errors(profile)
-    by_domain = [_share_of(profile, name) for name in profile.domains] if len(profile.domains) > 1 else []
+    by_domain = [shares(profile, "saliency", [name]) for name in profile.domains] if len(profile.domains) > 1 else []
     maps = [share, *by_domain]
     labels = ["all domains" if len(profile.domains) > 1 else "".join(profile.domains), *profile.domains][: len(maps)]
     # Domains have one scale, to be compared. What is above a scale has its brightest colour: a few experts far above
@@ -59,12 +63,6 @@ def heat(profile: Profile) -> Figure:
 
 def _scale(maps: Sequence[Doubles]) -> float:
     return float(np.quantile(np.concatenate([values.ravel() for values in maps]), 0.998)) if maps else 1.0
-
-
-def _share_of(profile: Profile, domain: str) -> Doubles:
-    total = profile.total("saliency", [domain])
-    share: Doubles = total / np.maximum(total.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
-    return share
 
 
 def _heat_panel(profile: Profile, label: str, values: Doubles, top: float, height: float) -> Panel:

@@ -1,19 +1,25 @@
-"""The curve of loss by experts kept, drawn."""
+"""The curve of loss by experts kept: drawn, and as a figure of the report."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from moeshard.evaluation.curve import RULE, Curve, Point
-from moeshard.report.drawing import COLOURS, FAINT, shortened
+from moeshard.evaluation.curve import RULE, Curve, Point, rule_of_thumb
+from moeshard.evaluation.record import Evaluation
+from moeshard.evaluation.scores import Scores
+from moeshard.planning.plan import Plan
+from moeshard.report.drawing import COLOURS, FAINT, INK, MARK, shortened
+from moeshard.report.figure import Cell, Figure, Panel, Table, between, nats, percent, times
+from moeshard.report.figures.plan import held
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Canvas
 
 HEIGHT = 4.4
 """Inches."""
@@ -21,7 +27,7 @@ _RATIOS = (1, 1.1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 7, 10, 15, 20, 30, 50, 100, 200, 
 _MARKERS = "osD^vPX*"
 
 
-def draw_curve(canvas: Figure, curve: Curve) -> None:
+def draw_curve(canvas: Canvas, curve: Curve) -> None:
     """Draw on an empty canvas: excess of loss (left) and ratio of perplexities (right) by experts kept per layer.
 
     The scale above counts experts in multiples of what a token uses; the multiples of the rule of thumb are shaded. A
@@ -112,3 +118,83 @@ def _log(ratio: npt.ArrayLike) -> npt.NDArray[np.float64]:
     # matplotlib also asks for the inverse of ratios that no loss has.
     found: npt.NDArray[np.float64] = np.log(np.maximum(np.asarray(ratio, dtype=np.float64), 1e-9))
     return found
+
+
+def loss_curve(curve: Curve, plan: Plan | None, evaluation: Evaluation | None) -> Figure:
+    """Return the measured loss by the experts kept, with the nodes of a plan on it where theirs is known."""
+    n_expert = curve.model.n_expert
+    nodes: list[tuple[str, float, Scores]] = []
+    if plan is not None and evaluation is not None:
+        sizes = [n_expert * held(plan, node) for node in plan.nodes]
+        nodes = [(group.name, size, group.scores) for group, size in zip(evaluation.groups, sizes, strict=True)]
+        nodes.append(("as placed", float(np.mean(sizes)), evaluation.placed))
+
+    def draw(canvas: Canvas) -> None:
+        draw_curve(canvas, curve)
+        if nodes:
+            _mark(canvas.axes[0], nodes)
+
+    lines: list[list[Cell]] = []
+    for name, points in curve.strategies.items():
+        for point in points:
+            own, fraction, multiple = point.scores, point.keep / n_expert, curve.times_top_k(point)
+            lines.append(
+                [
+                    *(name, point.keep, percent(fraction), f"{multiple:.3g}", nats(own.excess)),
+                    *(between(own.excess_ci, nats), times(own.ratio)),
+                ]
+            )
+    rows: list[list[Cell]] = [
+        [name, point.keep, point.keep / n_expert, curve.times_top_k(point), *score_numbers(point.scores)]
+        for name, points in curve.strategies.items()
+        for point in points
+    ]
+    rows += [
+        [name, round(size, 3), size / n_expert, size / curve.n_expert_used, *score_numbers(scores)]
+        for name, size, scores in nodes
+    ]
+    used = curve.n_expert_used
+    says = [
+        f"A rule of thumb says that {RULE[0]} to {RULE[1]} times the experts that a token uses are enough: "
+        f"{RULE[0] * used} to {RULE[1] * used} of {n_expert} here. Measured, for one node that serves all domains:",
+        *rule_of_thumb(curve),
+    ]
+    if evaluation is not None and nodes:
+        says.append(
+            f"The plan's nodes together, each session where it is placed, lose {nats(evaluation.placed.excess)} nats "
+            f"per token (star)."
+        )
+    header = ["strategy", "kept", "fraction", "times top-k", "loss", "interval", "perplexity ratio"]
+    return Figure(
+        "keep-fraction-loss",
+        "What a part of the experts costs",
+        says,
+        [Panel("loss by experts kept, for a node that serves all domains", draw, HEIGHT)],
+        Table(["experts", "keep", "fraction", "times_top_k", "nll", "excess", "low", "high"], rows),
+        [("Loss over the full model, nats per token", Table(header, lines))],
+    )
+
+
+def _mark(axes: Axes, nodes: Sequence[tuple[str, float, Scores]]) -> None:
+    """Mark nodes on a curve, the last one being all of them together."""
+    low, high = axes.get_xlim()
+    sizes = [size for _, size, _ in nodes]
+    axes.set_xlim(min(low, 0.93 * min(sizes)), max(high, 1.07 * max(sizes)))
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(bottom, max(top, *(1.05 * scores.excess_ci[1] for _, _, scores in nodes)))
+    for index, (_, size, scores) in enumerate(nodes):
+        below, above = scores.excess_ci
+        spread = [[max(0.0, scores.excess - below)], [max(0.0, above - scores.excess)]]
+        together = index == len(nodes) - 1
+        label = "the plan, as placed" if together else "nodes of the plan, for all domains" if index == 0 else None
+        style: dict[str, Any] = {"fmt": "x", "color": INK, "markersize": 6, "markeredgewidth": 1.5, "zorder": 4}
+        if together:
+            style = {"fmt": "*", "color": MARK, "markersize": 12, "zorder": 5}
+        axes.errorbar([size], [scores.excess], spread, capsize=2, label=label, **style)
+    previous = axes.get_legend()
+    title = "" if previous is None else previous.get_title().get_text()
+    axes.legend(loc="upper right", title=title, alignment="left")
+
+
+def score_numbers(scores: Scores) -> list[float]:
+    return [scores.nll, scores.excess, *scores.excess_ci]
