@@ -125,13 +125,13 @@ def test_shards_of_different_models(good: Shards, tmp_path: Path) -> None:
 def test_shards_that_say_the_same_and_are_not(good: Shards, tmp_path: Path) -> None:
     """Without the fingerprint, or with a forged one, shapes and types have to tell."""
     other = divide(tmp_path / "other", kind="f16")
-    forged = rewrite(other.shards[1], tmp_path / "forged.gguf", {"moeshard.gguf.identity": None})
+    forged = rewrite(other.shards[1], tmp_path / "forged.gguf", {"moeshard.fingerprint": None})
     with refused(tmp_path, "'blk.0.ffn_up_exps.weight' .*f16.* is not that of .*different models"):
         good.merge(good.shards[0], forged)
     (tmp_path / "wide").mkdir()
     wide = small_source(n_expert=12).write(tmp_path / "wide" / "model.gguf")
     moeshard.split(wide, "1-2,5,7", tmp_path / "wide" / "shard.gguf")
-    forged = rewrite(tmp_path / "wide" / "shard.gguf", tmp_path / "forged.gguf", {"moeshard.gguf.identity": None})
+    forged = rewrite(tmp_path / "wide" / "shard.gguf", tmp_path / "forged.gguf", {"moeshard.fingerprint": None})
     with refused(tmp_path, "forged.gguf: was taken from another model"):
         good.merge(good.shards[0], forged)
 

@@ -84,7 +84,7 @@ def check_metadata(source: Source, whole: dict[str, bytes], file: GGUFMap, keep:
         assert file.metadata[f"moeshard.source.{key}"] == source.n_expert
     assert file.metadata["moeshard.kind"] == "shard"
     assert file.metadata["moeshard.experts"] == source.n_expert
-    assert file.metadata["moeshard.gguf.identity"] == "of this model"
+    assert file.metadata["moeshard.fingerprint"] == "of this model"
     assert file.metadata["moeshard.layers"].tolist() == source.expert_layers
     kept = [expert for layer in source.expert_layers for expert in np.flatnonzero(keep[layer])]
     assert file.metadata["moeshard.kept"].tolist() == kept

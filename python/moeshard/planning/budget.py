@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moeshard import _core
+import moeshard._core as _core
 from moeshard._core import GGUFMap, MoeLayout, MoeshardError
 from moeshard.keep.text import Keep
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from moeshard import _core
+    import moeshard._core as _core
 
 
 class Generation(Iterator[str]):

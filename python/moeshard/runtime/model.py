@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from moeshard import _core
+import moeshard._core as _core
 from moeshard._core import MoeshardError
 from moeshard.arrays import TokensLike
 from moeshard.runtime.generation import Generation

@@ -13,7 +13,7 @@ from moeshard.arrays import TokensLike
 from moeshard.runtime.trace import ChunkSink, chunk_sink
 
 if TYPE_CHECKING:
-    from moeshard import _core
+    import moeshard._core as _core
     from moeshard.keep.text import KeepSpec
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from moeshard import _core
+import moeshard._core as _core
 from moeshard._core import GGUFMap
 from moeshard.progress import Progress
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from moeshard import _core
+import moeshard._core as _core
 from moeshard._core import GGUFMap, MoeshardError, SegmentList
 from moeshard.gguf.identity import ModelIdentity, identify
 from moeshard.keep.text import Keep, KeepSpec, held_range, parse_keep

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moeshard import _core
+import moeshard._core as _core
 from moeshard._core import GGUFMap, MoeshardError, SegmentList, ShardFacts
 from moeshard.gguf.identity import fingerprint
 from moeshard.keep.text import held_range
