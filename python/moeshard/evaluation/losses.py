@@ -174,7 +174,7 @@ class _Whole:
     """The whole model's predictions of n tokens."""
 
     logits: Floats
-    norm: Floats
+    norm: Doubles
     """Logarithm of the sum of their exponentials (n,)."""
     probs: Floats
     likeliest: Ints
@@ -191,7 +191,7 @@ def _predict(losses: Losses, row: int, piece: slice, runs: list[_Run], window: n
             norm = log_sum_exp(own)
             loss = token_losses(own, targets, norm)
             if index is None:
-                whole = _Whole(own, norm, np.exp(own - norm[:, None]), own.argmax(axis=1))
+                whole = _Whole(own, norm, np.exp(own - norm.astype(np.float32)[:, None]), own.argmax(axis=1))
                 losses.full[row, piece] = loss
                 continue
             assert whole is not None  # it is the first of the first run

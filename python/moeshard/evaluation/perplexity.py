@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from moeshard.arrays import Tokens
 from moeshard.runtime.logits import token_losses
 
@@ -58,9 +56,7 @@ def score(
     for window in windows:
         start = time.perf_counter()
         logits = model.logits(window[:-1], keep)
-        total += Score(
-            float(token_losses(logits, window[1:]).sum(dtype=np.float64)), window.size - 1, time.perf_counter() - start
-        )
+        total += Score(float(token_losses(logits, window[1:]).sum()), window.size - 1, time.perf_counter() - start)
         if progress is not None:
             progress()
     return total

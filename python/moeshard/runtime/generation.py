@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,24 +10,26 @@ import numpy.typing as npt
 
 if TYPE_CHECKING:
     import moeshard._core as _core
+    from moeshard.runtime.contexts import Lease
 
 
 class Generation(Iterator[str]):
     """One answer, piece by piece. Ends by itself, by :meth:`close`, or when it is dropped.
 
-    Not for use by two threads at once.
+    Not for use by two threads at once: the second is refused.
     """
 
-    def __init__(self, native: _core.Generation, release: Callable[[], None]):
+    def __init__(self, native: _core.Generation, lease: Lease):
         self._native = native
-        self._release: Callable[[], None] | None = release
+        self._lease: Lease | None = lease
         self._pieces: list[str] = []
 
     def __next__(self) -> str:
-        if self._release is None:
+        if self._lease is None:
             raise StopIteration
         try:
-            piece = next(self._native).decode("utf-8", errors="replace")
+            with self._lease.computing():
+                piece = next(self._native).decode("utf-8", errors="replace")
         except BaseException:
             self.close()
             raise
@@ -36,9 +38,9 @@ class Generation(Iterator[str]):
 
     def close(self) -> None:
         """Give the context back; what was generated stays readable."""
-        if self._release is not None:
-            release, self._release = self._release, None
-            release()
+        if self._lease is not None:
+            lease, self._lease = self._lease, None
+            lease.close()
 
     def __enter__(self) -> Generation:
         return self

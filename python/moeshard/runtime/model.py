@@ -15,10 +15,11 @@ import numpy.typing as npt
 import moeshard._core as _core
 from moeshard._core import MoeshardError
 from moeshard.arrays import TokensLike
+from moeshard.runtime.contexts import ContextPool
 from moeshard.runtime.generation import Generation
 from moeshard.runtime.origin import find_origin
 from moeshard.runtime.session import Session, as_tokens
-from moeshard.runtime.trace import ChunkSink, Trace, TraceBuilder, chunk_sink
+from moeshard.runtime.trace import ChunkSink, Trace, TraceBuilder
 
 if TYPE_CHECKING:
     from moeshard.keep.text import KeepSpec
@@ -27,8 +28,6 @@ Message = dict[str, str]
 
 # Of the models that run here most were trained on far more than fits; a longer text gets a longer context by itself.
 DEFAULT_CTX = 4096
-CTX_STEP = 256
-IDLE_CONTEXTS = 2
 
 
 class Model:
@@ -80,8 +79,7 @@ class Model:
         self._n_ctx = n_ctx or min(self._native.n_ctx_train or DEFAULT_CTX, DEFAULT_CTX)
         self._load_options: dict[str, Any] = {"n_gpu_layers": n_gpu_layers, "mmap": mmap}
         self._context_options = {"n_batch": n_batch, "n_ubatch": n_ubatch, "n_threads": n_threads}
-        self._idle: list[_core.Context] = []
-        self._lock = threading.Lock()
+        self._contexts = ContextPool(self._native, self._n_ctx, **self._context_options)
         self._masks = threading.local()
 
     def sibling(self, path: str | os.PathLike[str] | None = None, *, n_expert_used: int | None = None) -> Model:
@@ -302,11 +300,11 @@ class Model:
         Raises MoeshardError for an empty prompt, a parameter out of range or a keep that does not fit.
         """
         tokens = self.tokenize(prompt, parse=True) if isinstance(prompt, str) else as_tokens(prompt)
-        context, release = self._acquire(1, len(tokens) + max(max_tokens, 0))
+        lease = self._contexts.take(1, len(tokens) + max(max_tokens, 0))
         try:
-            context.set_keep(self._mask(keep))
+            lease.context.set_keep(self._mask(keep))
             native = _core.Generation(
-                context,
+                lease.context,
                 tokens,
                 max_tokens=max_tokens,
                 temperature=temperature,
@@ -320,9 +318,9 @@ class Model:
                 ignore_end=ignore_end,
             )
         except BaseException:
-            release()
+            lease.close()
             raise
-        return Generation(native, release)
+        return Generation(native, lease)
 
     def trace(
         self, tokens: TokensLike, keep: KeepSpec | None = None, *, probs: bool = False, norms: bool = False
@@ -351,49 +349,19 @@ class Model:
         What `sink` raises ends the computation and is raised here.
         """
         array = as_tokens(tokens)
-        context, release = self._acquire(1, len(array))
-        try:
-            context.set_keep(self._mask(keep))
-            context.trace([(0, array)], chunk_sink(sink), probs, norms)
-        finally:
-            release()
+        with self.session(n_ctx=len(array)) as session:
+            if keep is not None:
+                session.set_keep(keep)
+            session.trace({0: array}, sink, probs=probs, norms=norms)
 
     def session(self, n_seq: int = 1, n_ctx: int | None = None) -> Session:
         """Return `n_seq` sequences of `n_ctx` tokens each, to be decoded in shared batches under a keep each."""
         if n_seq < 1:
             raise MoeshardError(f"n_seq must be positive, got {n_seq}")
-        context, release = self._acquire(n_seq, n_ctx or self._n_ctx)
+        lease = self._contexts.take(n_seq, n_ctx or self._n_ctx)
         try:
-            context.set_keep(self._mask(None))
+            lease.context.set_keep(self._mask(None))
         except BaseException:
-            release()
+            lease.close()
             raise
-        return Session(context, lambda keep: None if keep is None else self.keep(keep), release)
-
-    # Contexts are costly to make, so idle ones are kept.
-
-    def _acquire(self, n_seq: int, n_ctx: int) -> tuple[_core.Context, Callable[[], None]]:
-        with self._lock:
-            fitting = (c for c in self._idle if c.n_seq_max == n_seq and c.n_ctx >= n_ctx)
-            context = min(fitting, key=lambda c: c.n_ctx, default=None)
-            if context is not None:
-                self._idle.remove(context)
-        if context is None:
-            # Several sequences are given their length; a single one may grow, so it gets the model's default.
-            wanted = n_ctx if n_seq > 1 else max(n_ctx, self._n_ctx)
-            steps = -(-wanted // CTX_STEP)
-            context = _core.Context(self._native, n_ctx=steps * CTX_STEP, n_seq_max=n_seq, **self._context_options)
-        taken = context
-
-        def release() -> None:
-            try:
-                taken.reset()
-            except MoeshardError:
-                return  # it failed inside the engine and is of no further use
-            for seq in range(-1, n_seq):
-                taken.set_keep(None, seq)
-            with self._lock:
-                self._idle.append(taken)
-                del self._idle[:-IDLE_CONTEXTS]
-
-        return taken, release
+        return Session(lease, lambda keep: None if keep is None else self.keep(keep))

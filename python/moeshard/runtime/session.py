@@ -13,8 +13,8 @@ from moeshard.arrays import TokensLike
 from moeshard.runtime.trace import ChunkSink, chunk_sink
 
 if TYPE_CHECKING:
-    import moeshard._core as _core
     from moeshard.keep.text import KeepSpec
+    from moeshard.runtime.contexts import Lease
 
 
 @dataclass(frozen=True)
@@ -42,36 +42,35 @@ class Statistics:
 class Session:
     """Sequences ``0 … n_seq-1`` that are computed in shared batches and may hold different keeps.
 
-    Made by :meth:`moeshard.Model.session`. Not for use by two threads at once, except :meth:`abort`.
+    Made by :meth:`moeshard.Model.session`. Not for use by two threads at once, except
+    :meth:`abort` and :meth:`close`: the second is refused. After :meth:`close` every call raises MoeshardError.
     """
 
     def __init__(
         self,
-        context: _core.Context,
+        lease: Lease,
         parse: Callable[[KeepSpec | None], npt.NDArray[np.bool_] | None],
-        release: Callable[[], None],
     ):
-        self._context = context
+        self._lease = lease
         self._parse = parse
-        self._release: Callable[[], None] | None = release
 
     @property
     def n_seq(self) -> int:
-        return self._context.n_seq_max
+        return self._lease.context.n_seq_max
 
     @property
     def n_ctx(self) -> int:
         """Tokens that each sequence can hold."""
-        return self._context.n_ctx
+        return self._lease.context.n_ctx
 
     @property
     def n_graph_reuses(self) -> int:
         """How many micro-batches ran on the graph of the one before; changing keeps does not end the reuse."""
-        return self._context.n_graph_reuses
+        return self._lease.context.n_graph_reuses
 
     def n_past(self, seq: int = 0) -> int:
         """Tokens that the sequence holds."""
-        return self._context.n_past(seq)
+        return self._lease.context.n_past(seq)
 
     def set_keep(self, keep: KeepSpec | None, seq: int | None = None) -> None:
         """Route the tokens of `seq` (None: of every sequence without a keep of its own) to kept experts only, from the
@@ -79,7 +78,9 @@ class Session:
 
         Raises MoeshardError where the keep does not fit the model, naming the layer.
         """
-        self._context.set_keep(self._parse(keep), -1 if seq is None else seq)
+        mask = self._parse(keep)
+        with self._lease.computing() as context:
+            context.set_keep(mask, -1 if seq is None else seq)
 
     def decode(self, tokens: Mapping[int, TokensLike], outputs: str = "last") -> dict[int, npt.NDArray[np.float32]]:
         """Append tokens to sequences, all in one batch where they fit, and return logits per sequence.
@@ -88,14 +89,16 @@ class Session:
         (0, n_vocab). A call that fails (a full sequence, an abort) leaves the sequences as they were.
         """
         inputs = [(seq, as_tokens(ids)) for seq, ids in tokens.items()]
-        return dict(zip(tokens, self._context.decode(inputs, outputs), strict=True))
+        with self._lease.computing() as context:
+            return dict(zip(tokens, context.decode(inputs, outputs), strict=True))
 
     def trace(
         self, tokens: Mapping[int, TokensLike], sink: ChunkSink, *, probs: bool = False, norms: bool = False
     ) -> None:
         """Append tokens and hand the routing of each micro-batch to `sink`; memory stays flat."""
         inputs = [(seq, as_tokens(ids)) for seq, ids in tokens.items()]
-        self._context.trace(inputs, chunk_sink(sink), probs, norms)
+        with self._lease.computing() as context:
+            context.trace(inputs, chunk_sink(sink), probs, norms)
 
     def measure(
         self, tokens: Mapping[int, TokensLike], layers: Sequence[int], *, scores_are_logits: bool = False
@@ -105,21 +108,21 @@ class Session:
         `scores_are_logits` says that the router's scores have yet to go through a softmax.
         """
         inputs = [(seq, as_tokens(ids)) for seq, ids in tokens.items()]
-        return Statistics(*self._context.measure(inputs, list(layers), scores_are_logits))
+        with self._lease.computing() as context:
+            return Statistics(*context.measure(inputs, list(layers), scores_are_logits))
 
     def reset(self, seq: int | None = None) -> None:
         """Empty a sequence, or all of them; keeps stay."""
-        self._context.reset(-1 if seq is None else seq)
+        with self._lease.computing() as context:
+            context.reset(-1 if seq is None else seq)
 
     def abort(self) -> None:
         """Make a computation that another thread is in raise MoeshardError."""
-        self._context.abort()
+        self._lease.context.abort()
 
     def close(self) -> None:
         """Give the context back to the model."""
-        if self._release is not None:
-            release, self._release = self._release, None
-            release()
+        self._lease.close()
 
     def __enter__(self) -> Session:
         return self
