@@ -2,8 +2,8 @@
 
     python benchmarks/analyze_speed.py [MODEL...]     # by default the embedded one
 
-`moeshard.analysis.analyze` as a user calls it, with everything on, is timed right beside each of two prefills that read
-the same sequences in the same batches:
+`moeshard.analyze` as a user calls it, with everything on, is timed right beside each of two prefills that read the same
+sequences in the same batches:
 
 - *last*: logits of each sequence's last token, what llama.cpp does when it prefills. It leaves out the last layer's
   experts for all other tokens, which an analysis has to see.
@@ -22,9 +22,10 @@ import numpy as np
 from engine_cost import Run, median_interval, paired_seconds
 
 import moeshard
-from moeshard.analysis import analyze, batch_sequences, default_window
-from moeshard.embedded import resolve_model
-from moeshard.traffic import embedded_traffic, sequences
+from moeshard.profile.measure import analyze, batch_sequences
+from moeshard.traffic.domains import embedded_traffic
+from moeshard.traffic.embedded import resolve_model
+from moeshard.traffic.windows import default_window, sequences
 
 
 def measure(path: str, rounds: int, n_tokens: int, n_domains: int, n_threads: int) -> None:

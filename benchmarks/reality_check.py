@@ -24,19 +24,20 @@ import numpy as np
 from engine_cost import paired_ratio
 
 import moeshard
-from moeshard.analysis import analyze
-from moeshard.budget import Use, shard_memory
-from moeshard.embedded import resolve_model
-from moeshard.evaluation import PROMPT, WINDOW, Losses, cut_windows, measure_losses
-from moeshard.keep import Keep
-from moeshard.loops import Prompt, measure_loops
-from moeshard.nodes import NodeModel, masked_nodes
-from moeshard.planner import ISLANDS, STRATEGY_NAMES, choose_experts
-from moeshard.probing import PROBES
-from moeshard.profile import Profile
-from moeshard.reliability import concentration, summed_concentration, tops, verdict
-from moeshard.scoring import Interval, Scorer, Scores
-from moeshard.traffic import Domain, embedded_traffic, read_texts
+from moeshard.evaluation.loops import Prompt, measure_loops
+from moeshard.evaluation.losses import PROMPT, WINDOW, Losses, measure_losses
+from moeshard.evaluation.scores import Interval, Scorer, Scores
+from moeshard.keep.text import Keep
+from moeshard.placement.nodes import NodeModel, masked_nodes
+from moeshard.placement.probes import PROBES
+from moeshard.planning.budget import Use, shard_memory
+from moeshard.planning.planner import ISLANDS, STRATEGY_NAMES, choose_experts
+from moeshard.profile.measure import analyze
+from moeshard.profile.record import Profile
+from moeshard.profile.statistics import concentration, summed_concentration, tops, verdict
+from moeshard.traffic.domains import Domain, embedded_traffic, read_texts
+from moeshard.traffic.embedded import resolve_model
+from moeshard.traffic.windows import cut_windows
 
 
 def main() -> None:

@@ -15,12 +15,12 @@ import argparse
 import numpy as np
 
 import moeshard
-from moeshard.evaluation import measure_losses
-from moeshard.nodes import plan_nodes
-from moeshard.placement import planned_model
-from moeshard.placing import MIN_CAPTURED, MIN_QUALITY
-from moeshard.probing import PROBES
-from moeshard.traffic import embedded_traffic
+from moeshard.evaluation.losses import measure_losses
+from moeshard.placement.decision import MIN_CAPTURED, MIN_QUALITY
+from moeshard.placement.nodes import plan_nodes
+from moeshard.placement.placement import planned_model
+from moeshard.placement.probes import PROBES
+from moeshard.traffic.domains import embedded_traffic
 
 
 def main() -> None:

@@ -11,12 +11,21 @@ from command_line import Cli
 
 import moeshard
 from moeshard import MoeshardError
-from moeshard.analysis import analyze
-from moeshard.embedded import embedded_domains
-from moeshard.profile import Profile, read_profile
-from moeshard.reliability import concentration, mean_entropy, share_errors, shares, summed_concentration, tops, verdict
-from moeshard.strategies import super_experts
-from moeshard.traffic import Domain, read_texts, sequences
+from moeshard.profile.measure import analyze
+from moeshard.profile.record import Profile, read_profile
+from moeshard.profile.statistics import (
+    concentration,
+    mean_entropy,
+    share_errors,
+    shares,
+    summed_concentration,
+    super_experts,
+    tops,
+    verdict,
+)
+from moeshard.traffic.domains import Domain, read_texts
+from moeshard.traffic.embedded import embedded_domains
+from moeshard.traffic.windows import sequences
 
 WINDOW = 64
 
@@ -61,7 +70,7 @@ def test_equals_brute_force(
 ) -> None:
     # One sequence at a time, as the trace below: in larger batches matrix products round otherwise, and here and there
     # a near tie falls the other way.
-    monkeypatch.setattr("moeshard.analysis.BATCH_TOKENS", WINDOW)
+    monkeypatch.setattr("moeshard.profile.measure.BATCH_TOKENS", WINDOW)
     found = analyze(model, domains, window=WINDOW)
     for index, domain in enumerate(domains):
         rows = np.flatnonzero(found.domain == index)
@@ -211,8 +220,8 @@ class Stop(Exception):
 def test_an_interrupted_analysis_goes_on(
     model: moeshard.Model, domains: list[Domain], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moeshard.analysis.SAVE_SECONDS", -1.0)
-    monkeypatch.setattr("moeshard.analysis.BATCH_TOKENS", 4 * WINDOW)
+    monkeypatch.setattr("moeshard.profile.measure.SAVE_SECONDS", -1.0)
+    monkeypatch.setattr("moeshard.profile.measure.BATCH_TOKENS", 4 * WINDOW)
     part = tmp_path / "part.npz"
     whole = analyze(model, domains, window=WINDOW)
 

@@ -15,13 +15,14 @@ from test_planner import profile_of, two_kinds
 
 import moeshard
 from moeshard import GGUFMap, MoeshardError, _core
-from moeshard.analysis import analyze
-from moeshard.budget import Memory, Use, fit, shard_memory
-from moeshard.choosing import across_layers
-from moeshard.islands import islands
-from moeshard.planner import PER_LAYER_STRATEGIES, STRATEGY_NAMES, captured, choose_experts, make_plan
-from moeshard.profile import Profile
-from moeshard.traffic import embedded_traffic
+from moeshard.planning.budget import Memory, Use, fit, shard_memory
+from moeshard.planning.islands import islands
+from moeshard.planning.planner import PER_LAYER_STRATEGIES, STRATEGY_NAMES, choose_experts, make_plan
+from moeshard.planning.strategies import across_layers
+from moeshard.profile.measure import analyze
+from moeshard.profile.record import Profile
+from moeshard.profile.statistics import captured
+from moeshard.traffic.domains import embedded_traffic
 
 
 def shares_of(scores: np.ndarray, keep: np.ndarray) -> float:

@@ -18,7 +18,7 @@ from command_line import Cli, Result
 
 import moeshard
 from moeshard.cli import output
-from moeshard.inspection import inspect_model
+from moeshard.gguf.inspection import inspect_model
 
 PROGRAM = [sys.executable, "-c", "from moeshard.cli import main; main()"]
 
@@ -145,7 +145,7 @@ class TestWholeProgram:
         def broken(path: object) -> None:
             raise ZeroDivisionError
 
-        monkeypatch.setattr("moeshard.inspection.inspect_model", broken)
+        monkeypatch.setattr("moeshard.gguf.inspection.inspect_model", broken)
         with pytest.raises(ZeroDivisionError):
             cli("inspect", "tinymoe")
 

@@ -7,9 +7,9 @@ import itertools
 import numpy as np
 import pytest
 
-from moeshard.cosaliency import contributions, least_lost
-from moeshard.plan import ModelIdentity
-from moeshard.profile import Profile
+from moeshard.gguf.identity import ModelIdentity
+from moeshard.planning.cosaliency import contributions, least_lost
+from moeshard.profile.record import Profile
 
 
 def profile_of_tokens(tokens: np.ndarray, domain: list[int]) -> Profile:

@@ -15,13 +15,13 @@ from command_line import Cli
 
 import moeshard
 from moeshard import MoeshardError
-from moeshard.analysis import analyze
-from moeshard.curve import Curve, Point, default_sizes, lone_node, measure_curve, read_curve, rule_of_thumb
-from moeshard.embedded import embedded_domains, embedded_text
-from moeshard.evaluation import measure_losses
-from moeshard.profile import Profile
-from moeshard.scoring import Agreement, Scores
-from moeshard.traffic import Domain
+from moeshard.evaluation.curve import Curve, Point, default_sizes, lone_node, measure_curve, read_curve, rule_of_thumb
+from moeshard.evaluation.losses import measure_losses
+from moeshard.evaluation.scores import Agreement, Scores
+from moeshard.profile.measure import analyze
+from moeshard.profile.record import Profile
+from moeshard.traffic.domains import Domain
+from moeshard.traffic.embedded import embedded_domains, embedded_text
 
 WINDOW, PROMPT, WINDOWS = 64, 16, 3
 STRATEGIES = ("ranked", "one-list", "contiguous")
@@ -77,7 +77,7 @@ def made_up(ratios: dict[int, float], n_expert_used: int = 8) -> Curve:
         return replace(own, domains={"a": own, "b": own})
 
     points = [Point(keep, scores(float(np.log(ratio)))) for keep, ratio in ratios.items()]
-    model = moeshard.plan.ModelIdentity("made up", "qwen3moe", "0" * 64, 2, 128, [0, 1])
+    model = moeshard.gguf.identity.ModelIdentity("made up", "qwen3moe", "0" * 64, 2, 128, [0, 1])
     full = replace(scores(0), agreement=None)
     return Curve(model, {"ranked": points}, full, {"n_expert_used": n_expert_used, "confidence": 0.9})
 
@@ -198,7 +198,7 @@ def test_the_rule_of_thumb_is_told_as_measured() -> None:
 def test_the_figure_shows_the_figures(curve: Curve) -> None:
     from matplotlib.figure import Figure
 
-    from moeshard.curve_figure import draw_curve
+    from moeshard.report.figures.curve import draw_curve
 
     canvas = Figure()
     draw_curve(canvas, curve)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import moeshard
-from moeshard import embedded
 from moeshard.cli import main
 from moeshard.demo import Demo, routed, run_demo, top_experts
-from moeshard.trace import Trace
+from moeshard.runtime.trace import Trace
+from moeshard.traffic import embedded
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from command_line import Cli
 
 import moeshard
 from moeshard import GGUFMap, MoeshardError, Plan, PlanNode, read_evaluation
-from moeshard.embedded import embedded_domains, embedded_text
-from moeshard.evaluation import measure_losses
-from moeshard.fingerprint import identify
-from moeshard.probing import PROBES
+from moeshard.evaluation.losses import measure_losses
+from moeshard.gguf.identity import identify
+from moeshard.placement.probes import PROBES
+from moeshard.traffic.embedded import embedded_domains, embedded_text
 
 QUICK = ("--windows", "3", "--window", "64", "--prompt", "16", "--threads", "1")
 SCORES = {"nll", "nll_ci", "perplexity", "excess", "excess_ci", "ratio", "ratio_ci", "kl", "kl_ci", "kl_p99"}

@@ -9,12 +9,12 @@ import pytest
 
 import moeshard
 from moeshard import GGUFMap, MoeshardError, Plan, PlanNode
-from moeshard.embedded import embedded_domains
-from moeshard.evaluation import Losses, measure_losses
-from moeshard.fingerprint import identify
-from moeshard.nodes import masked_nodes, plan_nodes
-from moeshard.perplexity import text_windows
-from moeshard.traffic import Domain
+from moeshard.evaluation.losses import Losses, measure_losses
+from moeshard.gguf.identity import identify
+from moeshard.placement.nodes import masked_nodes, plan_nodes
+from moeshard.traffic.domains import Domain
+from moeshard.traffic.embedded import embedded_domains
+from moeshard.traffic.windows import text_windows
 
 WINDOW, PROMPT = 64, 16
 
@@ -117,7 +117,7 @@ def test_memory_is_bounded_by_pieces_of_a_window(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # So many that pieces of 20 tokens fit, the last one being shorter.
-    monkeypatch.setattr("moeshard.evaluation.LOGIT_BYTES", 20 * (2 + len(keeps)) * model.n_vocab * 4)
+    monkeypatch.setattr("moeshard.runtime.logits.LOGIT_BYTES", 20 * (2 + len(keeps)) * model.n_vocab * 4)
     pieces = measure_losses(model, keeps, domains, n_windows=3, window=WINDOW, n_prompt=PROMPT)
     np.testing.assert_allclose(pieces.full.mean(axis=1), losses.full.mean(axis=1), rtol=0.01)
     np.testing.assert_allclose(pieces.groups.mean(axis=2), losses.groups.mean(axis=2), rtol=0.01)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moeshard import MoeshardError
-from moeshard.files import write_atomically
+from moeshard.files.atomic import write_atomically
 
 
 def test_files_are_whole_or_not_there(tmp_path: Path) -> None:

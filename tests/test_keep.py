@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from moeshard import MoeshardError, format_keep, parse_keep
-from moeshard.keep import Keep, format_ids, format_row
+from moeshard.keep.text import Keep, format_ids, format_row
 
 N_LAYER, N_EXPERT = 4, 16
 MOE = [1, 3]

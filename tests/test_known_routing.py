@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 import moeshard
-from moeshard.analysis import analyze
-from moeshard.planner import choose_experts
-from moeshard.profile import Profile
-from moeshard.reliability import concentration, shares, verdict
-from moeshard.strategies import best
-from moeshard.traffic import Domain
+from moeshard.planning.planner import choose_experts
+from moeshard.planning.strategies import best
+from moeshard.profile.measure import analyze
+from moeshard.profile.record import Profile
+from moeshard.profile.statistics import concentration, shares, verdict
+from moeshard.traffic.domains import Domain
 
 WINDOW = 64
 Values = np.ndarray[Any, Any]

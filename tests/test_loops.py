@@ -9,10 +9,19 @@ import pytest
 
 import moeshard
 from moeshard import MoeshardError
-from moeshard.answers import Request, Sampling, write_answers
-from moeshard.embedded import embedded_domains, embedded_text
-from moeshard.loops import Loops, Prompt, Signs, Thresholds, learn_thresholds, measure_loops, rate_of, signs_of
-from moeshard.nodes import masked_nodes
+from moeshard.evaluation.loops import (
+    Loops,
+    Prompt,
+    Signs,
+    Thresholds,
+    learn_thresholds,
+    measure_loops,
+    rate_of,
+    signs_of,
+)
+from moeshard.placement.nodes import masked_nodes
+from moeshard.runtime.answers import Request, Sampling, write_answers
+from moeshard.traffic.embedded import embedded_domains, embedded_text
 
 
 @pytest.fixture(scope="module")

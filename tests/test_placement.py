@@ -14,14 +14,14 @@ from command_line import Cli
 
 import moeshard
 from moeshard import GGUFMap, MoeshardError, Placement, Plan, PlanNode
-from moeshard.embedded import embedded_domains, embedded_text
-from moeshard.evaluation import measure_losses
-from moeshard.fingerprint import identify
-from moeshard.perplexity import text_windows
-from moeshard.placing import MIN_TOKENS, place_by_both, place_by_loss, place_by_saliency
-from moeshard.probing import PROBES, by_saliency
-from moeshard.strategies import best
-from moeshard.traffic import Domain
+from moeshard.evaluation.losses import measure_losses
+from moeshard.gguf.identity import identify
+from moeshard.placement.decision import MIN_TOKENS, place_by_both, place_by_loss, place_by_saliency
+from moeshard.placement.probes import PROBES, by_saliency
+from moeshard.planning.strategies import best
+from moeshard.traffic.domains import Domain
+from moeshard.traffic.embedded import embedded_domains, embedded_text
+from moeshard.traffic.windows import text_windows
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def prompts(model: moeshard.Model) -> dict[str, list[np.ndarray]]:
 @pytest.fixture(scope="module")
 def island_plan(model: moeshard.Model, tinymoe: Path, prompts: dict[str, list[np.ndarray]]) -> Plan:
     """A node for each of these domains, with the best half for it."""
-    from moeshard.analysis import analyze
+    from moeshard.profile.measure import analyze
 
     texts = [Domain(name, (embedded_text(name, "calibration"),)) for name in prompts]
     profile = analyze(model, texts, n_tokens=1024, window=128)

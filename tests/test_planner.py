@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 
 import moeshard
 from moeshard import GGUFMap, MoeshardError, _core
-from moeshard.budget import Use, shard_memory
-from moeshard.islands import islands
-from moeshard.plan import ModelIdentity
-from moeshard.planner import STRATEGY_NAMES, captured, choose_experts, make_plan
-from moeshard.profile import Profile
-from moeshard.strategies import best, super_experts
+from moeshard.gguf.identity import ModelIdentity
+from moeshard.planning.budget import Use, shard_memory
+from moeshard.planning.islands import islands
+from moeshard.planning.planner import STRATEGY_NAMES, choose_experts, make_plan
+from moeshard.planning.strategies import best
+from moeshard.profile.record import Profile
+from moeshard.profile.statistics import captured, super_experts
 
 
 def profile_of(saliency: np.ndarray, domain: list[int], n_expert: int) -> Profile:
@@ -173,8 +174,8 @@ def test_coactivation_keeps_together_what_is_used_together() -> None:
 
 @pytest.fixture(scope="module")
 def own_profile(tinymoe: Path) -> Profile:
-    from moeshard.analysis import analyze
-    from moeshard.traffic import embedded_traffic
+    from moeshard.profile.measure import analyze
+    from moeshard.traffic.domains import embedded_traffic
 
     return analyze(moeshard.Model(tinymoe, n_threads=1), embedded_traffic("calibration"), n_tokens=2048, window=128)
 

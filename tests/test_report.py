@@ -17,16 +17,17 @@ from command_line import Cli
 
 import moeshard
 from moeshard import MoeshardError, Plan, PlanNode
-from moeshard.analysis import analyze
-from moeshard.curve import Curve, measure_curve
-from moeshard.evaluation_record import Evaluation, read_evaluation
-from moeshard.plan import ModelIdentity
-from moeshard.planner import captured, choose_experts
-from moeshard.profile import Profile
-from moeshard.report.losses import comparison
+from moeshard.evaluation.curve import Curve, measure_curve
+from moeshard.evaluation.record import Evaluation, read_evaluation
+from moeshard.gguf.identity import ModelIdentity
+from moeshard.planning.planner import choose_experts
+from moeshard.profile.measure import analyze
+from moeshard.profile.record import Profile
+from moeshard.profile.statistics import captured
+from moeshard.report.figures.evaluation import comparison
 from moeshard.report.sources import Sources, read_sources
 from moeshard.report.writing import figures, folder_of, write_report
-from moeshard.traffic import Domain
+from moeshard.traffic.domains import Domain
 
 NASTY = "<script>alert(1)</script> \"a\" & 'b' $x_1$ ]]>"
 FIGURES = {

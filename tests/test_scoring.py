@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from moeshard import MoeshardError
-from moeshard.evaluation import Losses
-from moeshard.scoring import Scorer, scores_from_json
+from moeshard.evaluation.losses import Losses
+from moeshard.evaluation.scores import Scorer, scores_from_json
 
 
 def losses_of(full: np.ndarray, groups: np.ndarray, domain: list[int], n_prompt: int = 1) -> Losses:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import moeshard
-from moeshard.embedded import embedded_domains, embedded_text
+from moeshard.traffic.embedded import embedded_domains, embedded_text
 
 CARDS = Path(__file__).parents[1] / "benchmarks" / "tinymoe"
 WINDOW = 256

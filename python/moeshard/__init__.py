@@ -14,75 +14,74 @@ from typing import TYPE_CHECKING
 # Names are looked up when first used: `import moeshard` costs next to nothing, and a command line that only prints its
 # help never loads the native library.
 _HOME = {
-    "Curve": "moeshard.curve",
-    "Domain": "moeshard.traffic",
-    "Evaluation": "moeshard.evaluation_record",
+    "Curve": "moeshard.evaluation.curve",
+    "Domain": "moeshard.traffic.domains",
+    "Evaluation": "moeshard.evaluation.record",
     "GGUFMap": "moeshard._core",
-    "Generation": "moeshard.generation",
-    "Model": "moeshard.model",
+    "Generation": "moeshard.runtime.generation",
+    "Model": "moeshard.runtime.model",
     "MoeshardError": "moeshard._core",
-    "Placed": "moeshard.placing",
-    "Placement": "moeshard.placement",
-    "Plan": "moeshard.plan",
-    "PlanNode": "moeshard.plan",
-    "Profile": "moeshard.profile",
-    "Ranking": "moeshard.ranking",
-    "Session": "moeshard.session",
-    "ShardFile": "moeshard.splitting",
-    "Trace": "moeshard.trace",
-    "TraceChunk": "moeshard.trace",
-    "analyze": "moeshard.analysis",
-    "balanced_keep": "moeshard.balance",
+    "Placed": "moeshard.placement.decision",
+    "Placement": "moeshard.placement.placement",
+    "Plan": "moeshard.planning.plan",
+    "PlanNode": "moeshard.planning.plan",
+    "Profile": "moeshard.profile.record",
+    "Ranking": "moeshard.profile.ranking",
+    "Session": "moeshard.runtime.session",
+    "ShardFile": "moeshard.shards.split",
+    "Trace": "moeshard.runtime.trace",
+    "TraceChunk": "moeshard.runtime.trace",
+    "analyze": "moeshard.profile.measure",
+    "balanced_keep": "moeshard.keep.balance",
     "cmake_dir": "moeshard.paths",
-    "embedded_model": "moeshard.embedded",
-    "embedded_text": "moeshard.embedded",
-    "embedded_traffic": "moeshard.traffic",
-    "evaluate": "moeshard.evaluating",
-    "format_keep": "moeshard.keep",
-    "group_experts": "moeshard.grouping",
+    "embedded_model": "moeshard.traffic.embedded",
+    "embedded_text": "moeshard.traffic.embedded",
+    "embedded_traffic": "moeshard.traffic.domains",
+    "evaluate": "moeshard.evaluation.evaluate",
+    "format_keep": "moeshard.keep.text",
+    "group_experts": "moeshard.planning.deal",
     "include_dir": "moeshard.paths",
-    "make_plan": "moeshard.planner",
-    "measure_curve": "moeshard.curve",
-    "merge": "moeshard.merging",
-    "parse_keep": "moeshard.keep",
-    "plan_groups": "moeshard.planning",
-    "read_curve": "moeshard.curve",
-    "read_evaluation": "moeshard.evaluation_record",
-    "read_plan": "moeshard.plan",
-    "read_profile": "moeshard.profile",
-    "read_ranking": "moeshard.ranking",
-    "read_texts": "moeshard.traffic",
-    "split": "moeshard.splitting",
-    "verify": "moeshard.verification",
-    "write_ranking": "moeshard.ranking",
+    "make_plan": "moeshard.planning.planner",
+    "measure_curve": "moeshard.evaluation.curve",
+    "merge": "moeshard.shards.merge",
+    "parse_keep": "moeshard.keep.text",
+    "plan_groups": "moeshard.planning.planner",
+    "read_curve": "moeshard.evaluation.curve",
+    "read_evaluation": "moeshard.evaluation.record",
+    "read_plan": "moeshard.planning.plan",
+    "read_profile": "moeshard.profile.record",
+    "read_ranking": "moeshard.profile.ranking",
+    "read_texts": "moeshard.traffic.domains",
+    "split": "moeshard.shards.split",
+    "verify": "moeshard.shards.verify",
+    "write_ranking": "moeshard.profile.ranking",
 }
 
 if TYPE_CHECKING:
     from moeshard._core import GGUFMap, MoeshardError
-    from moeshard.analysis import analyze
-    from moeshard.balance import balanced_keep
-    from moeshard.curve import Curve, measure_curve, read_curve
-    from moeshard.embedded import embedded_model, embedded_text
-    from moeshard.evaluating import evaluate
-    from moeshard.evaluation_record import Evaluation, read_evaluation
-    from moeshard.generation import Generation
-    from moeshard.grouping import group_experts
-    from moeshard.keep import format_keep, parse_keep
-    from moeshard.merging import merge
-    from moeshard.model import Model
+    from moeshard.evaluation.curve import Curve, measure_curve, read_curve
+    from moeshard.evaluation.evaluate import evaluate
+    from moeshard.evaluation.record import Evaluation, read_evaluation
+    from moeshard.keep.balance import balanced_keep
+    from moeshard.keep.text import format_keep, parse_keep
     from moeshard.paths import cmake_dir, include_dir
-    from moeshard.placement import Placement
-    from moeshard.placing import Placed
-    from moeshard.plan import Plan, PlanNode, read_plan
-    from moeshard.planner import make_plan
-    from moeshard.planning import plan_groups
-    from moeshard.profile import Profile, read_profile
-    from moeshard.ranking import Ranking, read_ranking, write_ranking
-    from moeshard.session import Session
-    from moeshard.splitting import ShardFile, split
-    from moeshard.trace import Trace, TraceChunk
-    from moeshard.traffic import Domain, embedded_traffic, read_texts
-    from moeshard.verification import verify
+    from moeshard.placement.decision import Placed
+    from moeshard.placement.placement import Placement
+    from moeshard.planning.deal import group_experts
+    from moeshard.planning.plan import Plan, PlanNode, read_plan
+    from moeshard.planning.planner import make_plan, plan_groups
+    from moeshard.profile.measure import analyze
+    from moeshard.profile.ranking import Ranking, read_ranking, write_ranking
+    from moeshard.profile.record import Profile, read_profile
+    from moeshard.runtime.generation import Generation
+    from moeshard.runtime.model import Model
+    from moeshard.runtime.session import Session
+    from moeshard.runtime.trace import Trace, TraceChunk
+    from moeshard.shards.merge import merge
+    from moeshard.shards.split import ShardFile, split
+    from moeshard.shards.verify import verify
+    from moeshard.traffic.domains import Domain, embedded_traffic, read_texts
+    from moeshard.traffic.embedded import embedded_model, embedded_text
 
 __all__ = [
     "Curve",

@@ -8,7 +8,6 @@ The best half is chosen by saliency, Σ over tokens of gate weight · ‖expert 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -16,18 +15,17 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
-from moeshard.embedded import embedded_domains, embedded_text
-from moeshard.keep import Keep, format_row
-from moeshard.perplexity import Score, Window, score, text_windows
+from moeshard.arrays import Doubles, Tokens
+from moeshard.evaluation.perplexity import Score, score
+from moeshard.keep.text import Keep, format_row
+from moeshard.progress import StepProgress
+from moeshard.traffic.embedded import embedded_domains, embedded_text
+from moeshard.traffic.windows import WINDOW, text_windows
 
 if TYPE_CHECKING:
-    from moeshard.model import Model
-    from moeshard.trace import Trace
-
-WINDOW = 256
-"""Tokens per scored window: what the embedded model was trained on."""
+    from moeshard.runtime.model import Model
+    from moeshard.runtime.trace import Trace
 
 # So that the answers can be read side by side; other domains begin with their own held-out text.
 PROMPTS = {
@@ -37,10 +35,6 @@ PROMPTS = {
     "fr": "Le gestionnaire de paquets de Debian",
     "py": "import os\n\ndef main(args):\n",
 }
-
-Floats = npt.NDArray[np.float64]
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, and how many steps of how many are behind it."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +128,7 @@ def run_demo(
     n_windows: int = 4,
     n_calibration: int = 16,
     seed: int = 1,
-    progress: Progress = lambda what, done, total: None,
+    progress: StepProgress = lambda what, done, total: None,
 ) -> Demo:
     """Run the model with all experts and with two halves of them.
 
@@ -146,7 +140,7 @@ def run_demo(
         n_windows: windows of 256 tokens that are scored per domain.
         n_calibration: windows that the best half is chosen with.
         seed: of sampling, the same for all runs.
-        progress: see `Progress`.
+        progress: see `StepProgress`.
 
     Raises:
         MoeshardError: the model is dense, or there is no such domain.
@@ -184,9 +178,9 @@ def run_demo(
 
 
 class _Steps:
-    """Counts what is done, for `Progress`."""
+    """Counts what is done, for `StepProgress`."""
 
-    def __init__(self, progress: Progress, total: int):
+    def __init__(self, progress: StepProgress, total: int):
         self._progress, self._total = progress, total
         self._what, self._done = "", 0
 
@@ -199,7 +193,7 @@ class _Steps:
         self._progress(self._what, self._done, self._total)
 
 
-def routed(trace: Trace, n_layer: int, n_expert: int) -> Floats:
+def routed(trace: Trace, n_layer: int, n_expert: int) -> Doubles:
     """Sum what a trace sent to each expert: gate weights, times the norms of the outputs if it has them.
 
     Returns float64 ``(n_layer, n_expert)``; rows of dense layers are 0.
@@ -212,7 +206,7 @@ def routed(trace: Trace, n_layer: int, n_expert: int) -> Floats:
     return sums
 
 
-def saliency(model: Model, windows: list[Window], steps: _Steps) -> Floats:
+def saliency(model: Model, windows: list[Tokens], steps: _Steps) -> Doubles:
     """Sum gate weight · ‖expert output‖ over the tokens of all windows; float64 ``(n_layer, n_expert)``."""
     sums = np.zeros((model.n_layer, model.n_expert))
     steps.begin("finding the experts that matter")
@@ -222,7 +216,7 @@ def saliency(model: Model, windows: list[Window], steps: _Steps) -> Floats:
     return sums
 
 
-def top_experts(values: Floats, count: int) -> Keep:
+def top_experts(values: Doubles, count: int) -> Keep:
     """Keep the `count` experts with the largest values in each layer; the first ones among equals.
 
     `values` and the result have shape ``(n_layer, n_expert)``.
@@ -232,7 +226,7 @@ def top_experts(values: Floats, count: int) -> Keep:
     return keep
 
 
-def _score(model: Model, heldout: dict[str, list[Window]], runs: list[Run], steps: _Steps) -> None:
+def _score(model: Model, heldout: dict[str, list[Tokens]], runs: list[Run], steps: _Steps) -> None:
     """Score every window with every run in turn: what slows the machine for a while slows all of them."""
     speeds: dict[str, list[float]] = {run.name: [] for run in runs}
     for domain, windows in heldout.items():

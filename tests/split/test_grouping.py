@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moeshard import MoeshardError
-from moeshard.grouping import MODES, group_experts
-from moeshard.keep import Keep, format_row
-from moeshard.ranking import Ranking
+from moeshard.keep.text import Keep, format_row
+from moeshard.planning.deal import MODES, group_experts
+from moeshard.profile.ranking import Ranking
 
 
 def ranking_of(*rows: Any) -> Ranking:
@@ -100,8 +100,8 @@ def test_balanced_loads_differ_by_no_more_than_one_score(case: dict[str, Any]) -
             assert np.ptp(keeps[:, layer] @ scores) <= scores.max()
 
 
-@given(cases(modes=("ranked",)))
-def test_ranked_groups_go_from_best_to_worst(case: dict[str, Any]) -> None:
+@given(cases(modes=("tiers",)))
+def test_tiers_go_from_best_to_worst(case: dict[str, Any]) -> None:
     case["replicate"] = 0
     keeps = group_experts(**case)
     for layer in case["moe_layers"]:
@@ -118,7 +118,7 @@ def test_order_of_equal_scores_is_that_of_ids(case: dict[str, Any]) -> None:
     case["ranking"] = Ranking(np.ones((case["n_layer"], case["n_expert"])), "equal")
     once, again = group_experts(**case), group_experts(**case)
     assert np.array_equal(once, again)
-    if case["mode"] in ("contiguous", "ranked"):
+    if case["mode"] in ("contiguous", "tiers"):
         case["ranking"] = None if not case["replicate"] else case["ranking"]
         assert np.array_equal(once, group_experts(**case | {"mode": "contiguous"}))
 
@@ -136,9 +136,9 @@ def test_contiguous() -> None:
     assert held(group_experts("contiguous", 2, 2, 4, [1], expert_groups=0)) == ["0-1", "2-3"]
 
 
-def test_ranked() -> None:
-    assert deal("ranked", 3, [1, 5, 3, 0, 4, 2, 3]) == ["1-2,4", "5-6", "0,3"]
-    assert deal("ranked", 2, [1, 5, 3, 0, 4, 2, 3, 9], expert_groups=2) == ["1-2,4,7", "0,3,5-6"]
+def test_tiers_by_hand() -> None:
+    assert deal("tiers", 3, [1, 5, 3, 0, 4, 2, 3]) == ["1-2,4", "5-6", "0,3"]
+    assert deal("tiers", 2, [1, 5, 3, 0, 4, 2, 3, 9], expert_groups=2) == ["1-2,4,7", "0,3,5-6"]
 
 
 def test_snake() -> None:
@@ -159,7 +159,7 @@ def test_balanced() -> None:
 def test_replicated() -> None:
     assert deal("contiguous", 2, [0, 9, 1, 8, 2, 3], replicate=2) == ["0-3", "1,3-5"]
     assert deal("snake", 2, [0, 9, 1, 8, 2, 3], replicate=2) == ["0-1,3,5", "1-4"]
-    assert deal("ranked", 2, [0, 9, 1, 8], replicate=2, expert_groups=2) == ["all", "1,3"]
+    assert deal("tiers", 2, [0, 9, 1, 8], replicate=2, expert_groups=2) == ["all", "1,3"]
     assert deal("balanced", 2, [0, 9], replicate=2) == ["all", "all"]
 
 
@@ -173,8 +173,8 @@ def test_layers_without_scores_are_dealt_contiguous_with_the_same_sizes() -> Non
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"mode": "best"}, "unknown mode 'best'; the modes are contiguous, balanced, ranked, snake"),
-        ({"mode": "ranked"}, "'ranked' needs .* --ranking FILE"),
+        ({"mode": "best"}, "unknown mode 'best'; the modes are contiguous, balanced, tiers, snake"),
+        ({"mode": "tiers"}, "'tiers' needs .* --ranking FILE"),
         ({"mode": "snake"}, "'snake' needs .* --ranking FILE"),
         ({"replicate": 1}, "replicating .* --ranking FILE"),
         ({"n_groups": 0}, "cannot make 0 groups: the model has 8 experts per layer; ask for 1 to 8"),

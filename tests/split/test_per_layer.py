@@ -16,7 +16,7 @@ from shard_files import Keep
 
 import moeshard
 from moeshard import GGUFMap, MoeshardError, Plan, PlanNode, _core
-from moeshard.fingerprint import identify
+from moeshard.gguf.identity import identify
 
 COUNTS = "moeshard.expert_counts"
 SIZES = (16, 24, 8, 64, 40)  # of the five layers of tinymoe

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeshard import MoeshardError
-from moeshard.keep import Keep
-from moeshard.plan import ModelIdentity, Plan, PlanNode, read_plan
+from moeshard.gguf.identity import ModelIdentity
+from moeshard.keep.text import Keep
+from moeshard.planning.plan import Plan, PlanNode, read_plan
 
 MODEL = ModelIdentity(
     name="Tiny é", arch="qwen3moe", fingerprint="sha256:00ff", n_layer=4, n_expert=8, moe_layers=[1, 3]

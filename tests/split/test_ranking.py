@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeshard import MoeshardError
-from moeshard.ranking import Ranking, RankingWarning, Scores, read_ranking, write_ranking
+from moeshard.arrays import Doubles
+from moeshard.profile.ranking import Ranking, RankingWarning, read_ranking, write_ranking
 
 N_LAYER, N_EXPERT = 4, 3
 MOE = [1, 3]
@@ -150,7 +151,7 @@ def test_profile_layers_without_scores(tmp_path: Path) -> None:
     assert read(tmp_path, archive(saliency=saliency)).scored.tolist() == [False, True, False, False]
 
 
-def with_value(value: float) -> Scores:
+def with_value(value: float) -> Doubles:
     saliency = np.ones((4, 3))
     saliency[3, 1] = value
     return saliency

@@ -13,7 +13,7 @@ import pytest
 
 import moeshard
 from moeshard import GGUFMap, MoeshardError
-from moeshard.keep import Keep
+from moeshard.keep.text import Keep
 
 N_LAYER, N_EXPERT, N_USED = 5, 128, 8
 

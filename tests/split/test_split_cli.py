@@ -46,7 +46,7 @@ def test_the_plan_beside_shards_makes_them_again(cli: Cli, tmp_path: Path) -> No
 def test_modes_follow_the_ranking(cli: Cli, tmp_path: Path) -> None:
     scores = np.random.default_rng(1).random((5, 128))
     moeshard.write_ranking(tmp_path / "r.csv", scores, range(5))
-    for mode in ("ranked", "snake", "balanced"):
+    for mode in ("tiers", "snake", "balanced"):
         out = tmp_path / mode
         options = ("--mode", mode, "--ranking", tmp_path / "r.csv", "--only", 0, "--json")
         done = cli("split", "tinymoe", "-o", out, "--groups", 4, *options)
@@ -57,7 +57,7 @@ def test_modes_follow_the_ranking(cli: Cli, tmp_path: Path) -> None:
         ids = moeshard.Model(facts["shards"][0]["paths"][0], n_threads=1).expert_ids
         best = np.argsort(-scores, axis=1)
         assert all((best[layer, 0] in ids[layer]) for layer in range(5)) or mode == "balanced"
-        if mode == "ranked":
+        if mode == "tiers":
             np.testing.assert_array_equal(ids, np.sort(best[:, :32], axis=1))
 
 
@@ -90,7 +90,7 @@ def test_trunk_once(cli: Cli, tmp_path: Path) -> None:
         (("--groups", "0"), "--groups"),
         (("--groups", "129"), "129"),
         (("--groups", "2", "--mode", "snake"), "--ranking"),
-        (("--groups", "2", "--mode", "random"), "contiguous, balanced, ranked"),
+        (("--groups", "2", "--mode", "random"), "contiguous, balanced, tiers"),
         (("--groups", "2", "--only", "2"), "no shard 2"),
         (("--groups", "32"), "--clamp"),
         (("--keep", "0-63", "--trunk-once"), "--trunk-once"),

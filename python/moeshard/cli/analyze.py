@@ -19,8 +19,8 @@ from moeshard.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from moeshard.profile import Profile
-    from moeshard.reliability import Verdict
+    from moeshard.profile.record import Profile
+    from moeshard.profile.statistics import Verdict
 
 MICRO_TOKENS = 4096
 """Of each domain, with --micro."""
@@ -65,12 +65,12 @@ def analyze(
         raise typer.BadParameter("--micro says how many tokens; leave --tokens out")
 
     from moeshard import write_ranking
-    from moeshard.analysis import analyze as measure
     from moeshard.cli.loading import load_model
     from moeshard.cli.output import check_free, print_json, progress, tokens_per_second, warn
-    from moeshard.profile import RANKINGS
-    from moeshard.reliability import verdict
-    from moeshard.traffic import embedded_traffic, read_texts
+    from moeshard.profile.measure import analyze as measure
+    from moeshard.profile.record import RANKINGS
+    from moeshard.profile.statistics import verdict
+    from moeshard.traffic.domains import embedded_traffic, read_texts
 
     check_free(out, export_ranking, force=force)
     if ranking not in RANKINGS:
@@ -106,13 +106,13 @@ def analyze(
 def _parse_layers(text: str, n_layer: int) -> list[int]:
     import numpy as np
 
-    from moeshard.keep import parse_row
+    from moeshard.keep.text import parse_row
 
     return np.flatnonzero(parse_row(text, f"--layers '{text}'", n_layer, "a layer", "layers")).tolist()
 
 
 def _facts(profile: Profile, found: Verdict, out: Path) -> dict[str, Any]:
-    from moeshard.reliability import concentration, mean_entropy, summed_concentration, tops
+    from moeshard.profile.statistics import concentration, mean_entropy, summed_concentration, tops
 
     layers = profile.layers.tolist()
     shown = tops(profile.n_expert)
@@ -141,7 +141,7 @@ def _facts(profile: Profile, found: Verdict, out: Path) -> dict[str, Any]:
 
 def _most_salient(profile: Profile) -> list[tuple[int, float, float]]:
     """Of each layer the expert of most saliency, its share, and the standard error of that."""
-    from moeshard.reliability import share_errors, shares
+    from moeshard.profile.statistics import share_errors, shares
 
     share, errors = shares(profile), share_errors(profile)
     return [
@@ -154,7 +154,7 @@ def _super(profile: Profile) -> list[tuple[int, int, float]]:
     """Layer, expert, and how many times the layer's median its largest output is, of each super expert."""
     import numpy as np
 
-    from moeshard.strategies import peak_ratios, super_experts
+    from moeshard.profile.statistics import peak_ratios, super_experts
 
     ratios = peak_ratios(profile)
     return [
@@ -165,7 +165,7 @@ def _super(profile: Profile) -> list[tuple[int, int, float]]:
 
 def _report(profile: Profile, found: Verdict, out: Path) -> None:
     from moeshard.cli.output import console, plain_table
-    from moeshard.reliability import concentration, mean_entropy, summed_concentration, tops
+    from moeshard.profile.statistics import concentration, mean_entropy, summed_concentration, tops
 
     shown = tops(profile.n_expert)
     table = plain_table("Share of a layer's gate mass that its best experts carry")

@@ -18,7 +18,7 @@ from moeshard.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from moeshard.curve import Curve
+    from moeshard.evaluation.curve import Curve
 
 
 def curve(
@@ -59,10 +59,10 @@ def curve(
 
     from moeshard.cli.loading import load_model
     from moeshard.cli.output import check_free, print_json, progress, warn_of_seen
-    from moeshard.curve import measure_curve
-    from moeshard.files import write_atomically
-    from moeshard.profile import read_profile
-    from moeshard.traffic import embedded_traffic, read_texts, texts_seen
+    from moeshard.evaluation.curve import measure_curve
+    from moeshard.files.atomic import write_atomically
+    from moeshard.profile.record import read_profile
+    from moeshard.traffic.domains import embedded_traffic, read_texts, texts_seen
 
     check_free(out, csv, png, force=force)
     if png is not None:
@@ -105,9 +105,9 @@ def _parse_sizes(text: str) -> list[int]:
 
 
 def draw_png(found: Curve) -> bytes:
-    from moeshard.curve_figure import HEIGHT, draw_curve
     from moeshard.report.drawing import render
     from moeshard.report.figure import Panel
+    from moeshard.report.figures.curve import HEIGHT, draw_curve
 
     title = f"{found.model.name}: what a part of the experts costs"
     return render(Panel("loss by experts kept", lambda canvas: draw_curve(canvas, found), HEIGHT), "curve", title)[1]
@@ -115,7 +115,7 @@ def draw_png(found: Curve) -> bytes:
 
 def _report(found: Curve, written: list[Path]) -> None:
     from moeshard.cli.output import console, plain_table
-    from moeshard.curve import rule_of_thumb
+    from moeshard.evaluation.curve import rule_of_thumb
 
     table = plain_table("What is lost by how many experts per layer are kept")
     table.add_column("chosen by", no_wrap=True)

@@ -39,7 +39,7 @@ def demo(
     from moeshard.cli.loading import load_model
     from moeshard.cli.output import console, print_json, progress
     from moeshard.demo import run_demo
-    from moeshard.embedded import MODEL_NAME
+    from moeshard.traffic.embedded import MODEL_NAME
 
     model = load_model(MODEL_NAME, n_threads=threads)
     with progress() as update:

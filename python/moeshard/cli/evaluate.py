@@ -71,13 +71,13 @@ def evaluate(
     The exit code is 0, or 1 for an error or a quality under --min-quality.
     """
     from moeshard import evaluate as measure
-    from moeshard.answers import Sampling
     from moeshard.cli.evaluation_tables import report
     from moeshard.cli.loading import load_model
     from moeshard.cli.output import check_free, print_json, progress, warn_of_seen
-    from moeshard.plan import read_plan
-    from moeshard.probing import PROBES
-    from moeshard.traffic import embedded_traffic, read_texts, texts_seen
+    from moeshard.placement.probes import PROBES
+    from moeshard.planning.plan import read_plan
+    from moeshard.runtime.answers import Sampling
+    from moeshard.traffic.domains import embedded_traffic, read_texts, texts_seen
 
     known = {name: name for name in PROBES}
     if probe not in known:

@@ -10,9 +10,9 @@ from moeshard.cli.output import console, plain_table
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from moeshard.evaluation_record import Evaluation
-    from moeshard.loops import Rate
-    from moeshard.scoring import Interval, Scores
+    from moeshard.evaluation.loops import Rate
+    from moeshard.evaluation.record import Evaluation
+    from moeshard.evaluation.scores import Interval, Scores
 
 FULL = "full"
 PLACED = "placed"

@@ -11,9 +11,9 @@ from moeshard.cli.options import GpuLayersOption, JsonOption, ModelArgument, Thr
 from moeshard.cli.prompts import ChatOption, PromptFileOption, PromptOption, SystemOption, apply_template, read_prompt
 
 if TYPE_CHECKING:
-    from moeshard.generation import Generation
-    from moeshard.keep import Keep
-    from moeshard.model import Model
+    from moeshard.keep.text import Keep
+    from moeshard.runtime.generation import Generation
+    from moeshard.runtime.model import Model
 
 MAX_SEED = 2**32 - 2  # the engine takes the one above for "a random one"
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from moeshard.inspection import ExpertTensorInfo, Inspection
+    from moeshard.gguf.inspection import ExpertTensorInfo, Inspection
 
 LABEL_WIDTH = 16
 
@@ -24,8 +24,8 @@ def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
     Sizes are of tensor data; the trunk is everything that is not routed experts.
     """
     from moeshard.cli.output import console, print_json
-    from moeshard.embedded import resolve_model
-    from moeshard.inspection import inspect_model
+    from moeshard.gguf.inspection import inspect_model
+    from moeshard.traffic.embedded import resolve_model
 
     found = inspect_model(resolve_model(model))
     if as_json:
@@ -122,7 +122,7 @@ def _tensors(found: Inspection) -> Table:
 
 def _runs(numbers: Sequence[int]) -> str:
     """Write ascending numbers as ranges: ``0-3,5``."""
-    from moeshard.keep import format_ids
+    from moeshard.keep.text import format_ids
 
     return format_ids(numbers)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moeshard.model import Model
+    from moeshard.runtime.model import Model
 
 
 def load_model(name: str, *, n_ctx: int | None = None, n_threads: int = 0, n_gpu_layers: int = -1) -> Model:
     """Load a MODEL argument, with a progress bar where it takes long; see `moeshard.Model` for the rest."""
     from moeshard.cli.output import progress
-    from moeshard.embedded import resolve_model
-    from moeshard.model import Model
+    from moeshard.runtime.model import Model
+    from moeshard.traffic.embedded import resolve_model
 
     with progress() as update:
 

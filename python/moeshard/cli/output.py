@@ -16,11 +16,10 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from moeshard.progress import StageProgress
+
 # What takes no longer than this shows no progress bar.
 PATIENCE_SECONDS = 0.5
-
-Update = Callable[[str, float], None]
-"""Takes what is being done, and the fraction of the whole that is behind it."""
 
 
 def console() -> Console:
@@ -60,7 +59,7 @@ def warn(text: str) -> None:
 
 
 def warn_of_seen(names: Iterable[str]) -> None:
-    """Warn of texts, by the names of their domains, that experts were chosen by: see `moeshard.traffic.texts_seen`."""
+    """Warn of texts, by the names of their domains, that experts were chosen by: see `texts_seen` in traffic/."""
     for name in names:
         warn(f"experts were chosen by text '{name}' too: on other text more is lost than on this")
 
@@ -90,7 +89,7 @@ def span(fewest: int, most: int) -> str:
 
 
 @contextmanager
-def progress() -> Iterator[Update]:
+def progress() -> Iterator[StageProgress]:
     """Show a bar on stderr while the block runs, if that is a terminal and the block is not done soon."""
     if not sys.stderr.isatty():
         yield lambda what, fraction: None
@@ -120,7 +119,7 @@ def progress() -> Iterator[Update]:
         bar.stop()
 
 
-def tokens_per_second(update: Update, what: str) -> Callable[[int, int], None]:
+def tokens_per_second(update: StageProgress, what: str) -> Callable[[int, int], None]:
     """Return what takes the tokens done and those of the whole, and shows how fast they are done.
 
     Those that were done before its first call do not count: they are of an earlier run.

@@ -11,7 +11,7 @@ from moeshard.cli.options import GpuLayersOption, JsonOption, ThreadsOption
 from moeshard.cli.prompts import ChatOption, PromptFileOption, PromptOption, SystemOption, apply_template, read_prompt
 
 if TYPE_CHECKING:
-    from moeshard.placing import Placed
+    from moeshard.placement.decision import Placed
 
 REFUSED = 3
 """Exit code where no node is good enough."""
@@ -65,8 +65,8 @@ def place(
 
     from moeshard.cli.loading import load_model
     from moeshard.cli.output import print_json
-    from moeshard.placement import Placement, planned_model
-    from moeshard.plan import read_plan
+    from moeshard.placement.placement import Placement, planned_model
+    from moeshard.planning.plan import read_plan
 
     nodes = read_plan(plan)
     loaded = load_model(

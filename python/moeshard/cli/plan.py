@@ -55,11 +55,11 @@ def plan(
     if (nodes is None) == (groups is None or keep is None) or (nodes is not None and (groups or keep)):
         raise typer.BadParameter("give either --groups with --keep, or --nodes")
 
-    from moeshard.budget import Use
     from moeshard.cli.output import check_free, print_json
-    from moeshard.embedded import resolve_model
-    from moeshard.planner import make_plan
-    from moeshard.profile import read_profile
+    from moeshard.planning.budget import Use
+    from moeshard.planning.planner import make_plan
+    from moeshard.profile.record import read_profile
+    from moeshard.traffic.embedded import resolve_model
 
     check_free(out, force=force)
     options: dict[str, Any] = {}

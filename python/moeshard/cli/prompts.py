@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from moeshard.model import Model
+    from moeshard.runtime.model import Model
 
 PromptOption = Annotated[
     str | None, typer.Option("--prompt", "-p", help="The text to continue, or with --chat to answer.")

@@ -19,8 +19,8 @@ from moeshard.cli.options import (
 if TYPE_CHECKING:
     from moeshard import Plan
     from moeshard._core import GGUFMap
-    from moeshard.keep import Keep
-    from moeshard.splitting import ShardFile
+    from moeshard.keep.text import Keep
+    from moeshard.shards.split import ShardFile
 
 
 def split(
@@ -28,7 +28,7 @@ def split(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write to; with --keep, the file.")],
     groups: Annotated[int | None, typer.Option(min=1, help="Deal the experts out to so many shards.")] = None,
     mode: Annotated[
-        str, typer.Option(help="How: contiguous, balanced, ranked or snake. The last two need --ranking.")
+        str, typer.Option(help="How: contiguous, balanced, tiers or snake. The last two need --ranking.")
     ] = "contiguous",
     ranking: Annotated[
         Path | None, typer.Option(help="What experts are worth: CSV 'layer,expert,score', or a profile.")
@@ -90,9 +90,9 @@ def split(
     from moeshard import split as write_shards
     from moeshard._core import GGUFMap
     from moeshard.cli.output import print_json, progress
-    from moeshard.embedded import resolve_model
-    from moeshard.plan import read_plan
-    from moeshard.planning import plan_groups
+    from moeshard.planning.plan import read_plan
+    from moeshard.planning.planner import plan_groups
+    from moeshard.traffic.embedded import resolve_model
 
     source = GGUFMap(resolve_model(model))
     wanted: Plan | None = None
@@ -139,7 +139,7 @@ def split(
 
 def _read_keep(source: GGUFMap, text: str, balance: bool) -> Keep:
     from moeshard import balanced_keep, parse_keep
-    from moeshard.keep import expert_layers
+    from moeshard.keep.text import expert_layers
 
     layout = source.moe_layout()
     layers = expert_layers(layout)
@@ -153,7 +153,7 @@ def _read_keep(source: GGUFMap, text: str, balance: bool) -> Keep:
 
 
 def _plan_path(out: Path) -> Path:
-    from moeshard.splitting import PLAN_FILE
+    from moeshard.shards.split import PLAN_FILE
 
     return out / PLAN_FILE
 

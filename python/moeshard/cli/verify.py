@@ -27,7 +27,7 @@ def verify(
     from moeshard import MoeshardError
     from moeshard import verify as check
     from moeshard.cli.output import print_json, progress, size, span
-    from moeshard.embedded import resolve_model
+    from moeshard.traffic.embedded import resolve_model
 
     with progress() as update:
         found = check(

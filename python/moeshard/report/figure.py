@@ -85,3 +85,18 @@ def listed(words: Iterable[str], most: int = 8) -> str:
 def counted(number: int, word: str) -> str:
     """Write ``1 node``, ``3 nodes``."""
     return f"{number} {word}{'' if number == 1 else 's'}"
+
+
+def nats(value: float) -> str:
+    """Write nats per token."""
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"
+
+
+def times(value: float) -> str:
+    """Write a perplexity, or how many times as large as another it is."""
+    return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
+
+
+def short_nats(value: float) -> str:
+    """Write nats per token for a small cell."""
+    return f"{value:.2f}"

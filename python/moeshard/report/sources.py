@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeshard._core import MoeshardError
-from moeshard.curve import Curve, curve_from_json
-from moeshard.documents import parse_named, read_document
-from moeshard.evaluation_record import Evaluation, evaluation_from_json
-from moeshard.plan import ModelIdentity, Plan, plan_from_json
-from moeshard.profile import Profile, read_profile
+from moeshard.evaluation.curve import Curve, curve_from_json
+from moeshard.evaluation.record import Evaluation, evaluation_from_json
+from moeshard.files.documents import parse_named, read_document
+from moeshard.gguf.identity import ModelIdentity
+from moeshard.planning.plan import Plan, plan_from_json
+from moeshard.profile.record import Profile, read_profile
 
 
 @dataclass(frozen=True)

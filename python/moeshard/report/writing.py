@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moeshard._core import MoeshardError
-from moeshard.files import write_atomically
+from moeshard.files.atomic import write_atomically
 from moeshard.report.drawing import render, require_matplotlib
-from moeshard.report.figure import Figure, counted
-from moeshard.report.losses import comparison, loops, loss_curve, loss_matrix, nats
-from moeshard.report.nodes import captured_matrix, keep_curve, overlap
+from moeshard.report.figure import Figure, counted, nats
+from moeshard.report.figures.curve import loss_curve
+from moeshard.report.figures.evaluation import comparison, loops, loss_matrix
+from moeshard.report.figures.plan import captured_matrix, keep_curve, overlap
+from moeshard.report.figures.profile import concentrated, heat, outstanding
 from moeshard.report.page import Shown, write_page
-from moeshard.report.routing import concentrated, heat, outstanding
 from moeshard.report.sources import Sources
 
 

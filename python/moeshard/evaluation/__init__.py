@@ -1,0 +1,1 @@
+"""What nodes lose on text that nothing was chosen by."""

@@ -1,0 +1,173 @@
+"""Evaluating a plan: what its nodes lose on text that they were not chosen by, and how well sessions are placed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moeshard._core import MoeshardError
+from moeshard.evaluation.loops import N_ANSWERS, N_TOKENS, Loops, Prompt, measure_loops
+from moeshard.evaluation.losses import PROMPT, Losses, measure_losses
+from moeshard.evaluation.record import Evaluation, GroupScores, ProbeScores, Settings
+from moeshard.evaluation.scores import CONFIDENCE, RESAMPLES, Scorer, check_windows
+from moeshard.placement.nodes import NodeModel, plan_nodes
+from moeshard.placement.probes import PROBES, Probe
+from moeshard.planning.plan import Plan, read_plan
+from moeshard.progress import StageProgress
+from moeshard.runtime.answers import Sampling
+from moeshard.traffic.domains import Domain, embedded_traffic, texts_seen
+from moeshard.traffic.windows import WINDOW, cut_windows
+
+if TYPE_CHECKING:
+    from moeshard.runtime.model import Model
+
+N_WINDOWS = 16
+_GENERATED_TOKEN = 3
+"""What generating a token costs, about, of what reading one does: for the progress only."""
+
+
+def evaluate(
+    model: Model | str | os.PathLike[str],
+    plan: Plan | str | os.PathLike[str],
+    domains: Sequence[Domain] | None = None,
+    *,
+    shards: str | os.PathLike[str] | None = None,
+    probe: Probe = "both",
+    n_windows: int | None = N_WINDOWS,
+    window: int = WINDOW,
+    n_prompt: int = PROMPT,
+    n_answers: int = N_ANSWERS,
+    n_tokens: int = N_TOKENS,
+    sampling: Sampling | None = None,
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    progress: StageProgress | None = None,
+) -> Evaluation:
+    """Measure what the nodes of a plan lose against the whole model, and how well a probe places sessions on them.
+
+    Args:
+        model: the whole model, or its file.
+        plan: of that model, or its file. Nodes with their own number of experts per token use it; the whole model
+            keeps its own.
+        domains: text that the plan was not made from; None: the embedded held-out texts.
+        shards: folder of the plan's shards, to be run instead of masks on the model.
+        probe: what places sessions by their prompts, ``both``, ``loss`` or ``saliency``; see `Losses.placement`.
+        n_windows: per domain, evenly spread over its text; None: all.
+        window: tokens predicted in each.
+        n_prompt: of them, so many are the prompt and are not scored.
+        n_answers: per domain and node, to look for degenerate loops in; 0: none.
+        n_tokens: of each answer.
+        sampling: how answers are drawn.
+        confidence: of all intervals.
+        resamples: draws of the bootstrap.
+        seed: of the bootstrap, and the first one of the answers.
+        progress: see `StageProgress`.
+
+    Raises:
+        MoeshardError: the plan is for another model, a shard is not what the plan says, a text has less than two
+            windows, or an argument is out of range.
+    """
+    from moeshard.runtime.model import Model
+
+    if probe not in PROBES:
+        raise MoeshardError(f"unknown probe '{probe}'; choose from {', '.join(PROBES)}")
+    if n_answers < 0 or n_tokens < 1 or (n_windows is not None and n_windows < 2):
+        raise MoeshardError(
+            f"n_answers must not be negative, n_tokens be at least 1 and n_windows at least 2: got {n_answers}, "
+            f"{n_tokens} and {n_windows}"
+        )
+    loaded = model if isinstance(model, Model) else Model(model)
+    planned = plan if isinstance(plan, Plan) else read_plan(plan)
+    texts = embedded_traffic("heldout") if domains is None else list(domains)
+    nodes = plan_nodes(loaded, planned, shards)
+
+    windows, owners = cut_windows(loaded, texts, window, n_windows)
+    for index, domain in enumerate(texts):
+        check_windows(domain.name, owners.count(index), window)
+
+    reading = len(windows) * window * (1 + len(nodes))
+    writing = len(texts) * n_answers * (2 + len(nodes)) * (n_prompt + _GENERATED_TOKEN * n_tokens)
+    part = reading / (reading + writing)
+
+    def read(done: int, total: int) -> None:
+        if progress is not None:
+            progress("reading", part * done / total)
+
+    def wrote(done: int, total: int) -> None:
+        if progress is not None:
+            progress("writing answers", part + (1 - part) * done / total)
+
+    losses = measure_losses(
+        loaded,
+        [node.keep for node in planned.nodes],
+        texts,
+        nodes=nodes,
+        n_windows=n_windows,
+        window=window,
+        n_prompt=n_prompt,
+        progress=read,
+    )
+    scorer = Scorer(losses, resamples=resamples, confidence=confidence, seed=seed)
+    where = losses.placement(probe)
+    loops: Loops | None = None
+    if n_answers:
+        loops = measure_loops(
+            loaded,
+            {node.name: own for node, own in zip(planned.nodes, nodes, strict=True)},
+            [
+                Prompt(texts[owner].name, tokens[:n_prompt], int(index))
+                for owner, tokens, index in zip(owners, windows, where, strict=True)
+            ],
+            n_answers=n_answers,
+            n_tokens=n_tokens,
+            sampling=sampling,
+            seed=seed,
+            confidence=confidence,
+            progress=wrote,
+        )
+    shares = {node.name: losses.mean((where == index).astype(np.float64)) for index, node in enumerate(planned.nodes)}
+    return Evaluation(
+        model=planned.model,
+        plan_file="" if isinstance(plan, Plan) else os.fspath(plan),
+        strategy=planned.strategy,
+        parameters=planned.parameters,
+        settings=Settings(
+            window=window,
+            prompt=n_prompt,
+            windows={name: int((losses.domain == index).sum()) for index, name in enumerate(losses.domains)},
+            texts={domain.name: domain.digest for domain in texts},
+            seen=texts_seen(texts, planned.parameters.get("texts")),
+            confidence=confidence,
+            resamples=resamples,
+            seed=seed,
+            shards=None if shards is None else os.fspath(shards),
+            n_expert_used=_used(loaded, nodes),
+        ),
+        domains=losses.domains,
+        full=scorer.full(),
+        groups=[
+            GroupScores(node.name, scorer.group(index), losses.mean(losses.captured[index]))
+            for index, node in enumerate(planned.nodes)
+        ],
+        hashed=scorer.hashed(),
+        placed=scorer.placed(where),
+        probe=probe,
+        share=shares,
+        oracle=scorer.placed(losses.placement("oracle")),
+        probes={name: _judge(losses, scorer, name) for name in PROBES},
+        loops=loops,
+    )
+
+
+def _used(model: Model, nodes: Sequence[NodeModel]) -> dict[str, int | list[int]]:
+    return {"full": model.n_expert_used, "nodes": [node.model.n_expert_used for node in nodes]}
+
+
+def _judge(losses: Losses, scorer: Scorer, probe: str) -> ProbeScores:
+    node = losses.placement(probe)
+    nll = losses.mean(losses.placed_losses(node))
+    return ProbeScores(nll, nll - losses.mean(losses.full_loss()), scorer.right(node), *scorer.regret(node))

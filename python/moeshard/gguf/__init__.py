@@ -1,0 +1,1 @@
+"""What a GGUF file holds, and which model that is."""

@@ -1,0 +1,122 @@
+"""Which model a file holds, whatever the file is called and into how many parts it is divided."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from moeshard._core import GGUFMap, MoeshardError
+from moeshard.files.documents import check_other, expect, other_keys, take
+from moeshard.keep.text import expert_layers, format_ids
+
+# Of each tensor so many bytes are looked at: two fine-tunings of one model differ in nearly all of them, and a model of
+# hundreds of gigabytes is not read for its name.
+SAMPLE_BYTES = 256
+_OF_FILES = "split."
+_MODEL_KEYS = ("name", "arch", "fingerprint", "n_layer", "n_expert", "moe_layers")
+# Many times what any model has. A small file that claims more would take the memory of each node's keep.
+_MAX_EXPERTS = 2**20
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model a plan is for."""
+
+    name: str
+    """For people; two names may mean the same model."""
+    arch: str
+    fingerprint: str
+    """Equal for equal models only."""
+    n_layer: int
+    n_expert: int
+    moe_layers: list[int]
+    """The layers that route, ascending."""
+    facts: dict[str, Any] = field(default_factory=dict, compare=False)
+    """Whatever else a plan file says about its model: JSON values."""
+
+    def __str__(self) -> str:
+        """Describe the model by all that has to agree."""
+        return (
+            f"'{self.name}' ({self.arch}, {self.n_expert} experts in layers {format_ids(self.moe_layers)} of "
+            f"{self.n_layer}, fingerprint {self.fingerprint})"
+        )
+
+
+def fingerprint(model: GGUFMap) -> str:
+    """Return SHA-256, in hex, of the metadata, the tensor directory and the first bytes of every tensor.
+
+    Parts do not matter: the same model in one file or in several has one fingerprint.
+    """
+    digest = hashlib.sha256()
+    # Read, not looked at in the map: there, each look makes the kernel read megabytes around it. And read from what is
+    # open, which need not be what has the name by now.
+    parts = model.parts
+    for key, (offset, size) in parts[0].entry_ranges.items():
+        if not key.startswith(_OF_FILES):
+            digest.update(parts[0].read(offset, size))
+    for info in model.tensor_infos:
+        digest.update(f"{info.name} {info.type} {info.shape}\n".encode())
+        digest.update(parts[info.part].read(info.offset, min(SAMPLE_BYTES, info.nbytes)))
+    return digest.hexdigest()
+
+
+def identify(model: GGUFMap) -> ModelIdentity:
+    """Return what a plan says about the model it is for."""
+    layout = model.moe_layout()
+    name = model.metadata.get("general.name")
+    return ModelIdentity(
+        name=name if isinstance(name, str) else os.path.basename(model.path),
+        arch=layout.arch,
+        fingerprint=fingerprint(model),
+        n_layer=layout.n_layer,
+        n_expert=layout.n_expert,
+        moe_layers=expert_layers(layout),
+    )
+
+
+def model_to_json(model: ModelIdentity) -> dict[str, Any]:
+    """Return the object ``model`` of a plan file, or of another file that is about a model."""
+    return {key: getattr(model, key) for key in _MODEL_KEYS} | model.facts
+
+
+def model_from_json(value: dict[str, Any]) -> ModelIdentity:
+    """Read what `model_to_json` wrote.
+
+    Raises:
+        MoeshardError: naming the key that is missing, of another type or out of range.
+    """
+    model = ModelIdentity(
+        name=take(value, "name", str, "model"),
+        arch=take(value, "arch", str, "model"),
+        fingerprint=take(value, "fingerprint", str, "model"),
+        n_layer=take(value, "n_layer", int, "model"),
+        n_expert=take(value, "n_expert", int, "model"),
+        moe_layers=[
+            expect(layer, int, f"model.moe_layers[{index}]")
+            for index, layer in enumerate(take(value, "moe_layers", list, "model"))
+        ],
+        facts=other_keys(value, _MODEL_KEYS),
+    )
+    # Before any node: their arrays are as large as the model says.
+    check_model(model)
+    return model
+
+
+def check_model(model: ModelIdentity) -> None:
+    for key, value in (("n_layer", model.n_layer), ("n_expert", model.n_expert)):
+        if value < 1:
+            raise MoeshardError(f"model.{key}: {value} is less than 1")
+    if model.n_layer * model.n_expert > _MAX_EXPERTS:
+        raise MoeshardError(
+            f"model.n_expert: {model.n_expert} experts in each of {model.n_layer} layers are more than any model has"
+        )
+    layers = model.moe_layers
+    if not layers:
+        raise MoeshardError("model.moe_layers: is empty, but a plan is about layers that route")
+    if layers != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < model.n_layer:
+        raise MoeshardError(
+            f"model.moe_layers: must be ascending layers from 0 to {model.n_layer - 1}, each once, got {layers}"
+        )
+    check_other(model.facts, _MODEL_KEYS, "model.facts")

@@ -1,0 +1,1 @@
+"""From a profile to plans. Pure: arrays in, plan out."""

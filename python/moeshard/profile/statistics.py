@@ -1,0 +1,224 @@
+"""What a profile can be trusted to say: concentration, standard errors, and whether it ranks anything at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moeshard.arrays import Doubles, Rows
+from moeshard.keep.text import Keep
+from moeshard.profile.record import Profile
+
+TOPS = (1, 32, 48, 64, 96)
+"""Of how many best experts the share is shown, beside that of all."""
+RESAMPLES = 200
+HALVINGS = 20
+
+FLAT_SPREAD = 0.1
+"""Experts whose true shares differ by less than this, relative to their mean, are alike for every purpose."""
+RANKED_AGREEMENT = 0.7
+"""Rank correlation of the profile with one of as much other text of the same kind, below which its order is chance."""
+SUPER_EXPERT = 10.0
+"""An expert whose largest output is so many times its layer's median is a super expert: dropping one ruins a model."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether experts can be ranked by a profile."""
+
+    spread: float
+    """Standard deviation of experts' shares over their mean, less what sampling alone explains; mean over layers."""
+    agreement: float
+    """Expected rank correlation with a second profile of as much traffic; mean over layers."""
+    n_sequences: int
+    n_tokens: int
+
+    @property
+    def is_flat(self) -> bool:
+        return self.spread < FLAT_SPREAD
+
+    @property
+    def is_too_small(self) -> bool:
+        return not self.is_flat and self.agreement < RANKED_AGREEMENT
+
+    def __str__(self) -> str:
+        """Say it in a sentence or two."""
+        if self.is_flat:
+            return (
+                f"The profile is flat: experts differ by {self.spread:.0%} of their mean, less than matters. For this "
+                f"traffic no expert is worth more than another, and dropping any is as bad as dropping others."
+            )
+        if self.is_too_small:
+            return (
+                f"The sample is too small to rank experts: a second one of as much text would agree with a rank "
+                f"correlation of {self.agreement:.2f} only. Measure more than these {self.n_tokens} tokens."
+            )
+        return (
+            f"Experts differ by {self.spread:.0%} of their mean, and a second sample of as much text would rank them "
+            f"alike (rank correlation {self.agreement:.2f})."
+        )
+
+
+def concentration(profile: Profile, tops: Sequence[int], what: str = "mass") -> Doubles:
+    """Return float64 (M, len(tops)): the share of each layer's mass that its best 1, 32, … experts have."""
+    values = np.sort(profile.total(what), axis=1)[:, ::-1]
+    cumulative = np.cumsum(values, axis=1) / np.maximum(values.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    best: Doubles = cumulative[:, [min(top, profile.n_expert) - 1 for top in tops]]
+    return best
+
+
+def tops(n_expert: int) -> list[int]:
+    """Return those of `TOPS` that say something where a layer has `n_expert` experts, and `n_expert` itself.
+
+    Of few experts: one, a quarter, half and three quarters of them.
+    """
+    numbers = TOPS if n_expert >= 64 else (1, n_expert // 4, n_expert // 2, 3 * n_expert // 4)
+    return sorted({top for top in numbers if 0 < top < n_expert} | {n_expert})
+
+
+def summed_concentration(profile: Profile, tops: Sequence[int], what: str = "mass") -> Doubles:
+    """Return float64 (len(tops),): the share that the best 1, 32, … ids have of the mass summed over layers by id.
+
+    The older view of concentration, and a misleading one: experts of one id in two layers have nothing to do with each
+    other, so the sums are nearly even however concentrated each layer is. It is also what a node holds of the mass that
+    keeps these ids in every layer.
+    """
+    by_id = np.sort(shares(profile, what).mean(axis=0))[::-1]
+    best: Doubles = np.cumsum(by_id)[[min(top, profile.n_expert) - 1 for top in tops]]
+    return best
+
+
+def mean_entropy(profile: Profile) -> Doubles:
+    """Return float64 (M,): entropy of each layer's router, nats, mean over tokens; domains count alike."""
+    measured = np.unique(profile.domain[profile.n_tokens > 0]).size
+    entropy: Doubles = profile.total("entropy") / max(1, measured)
+    return entropy
+
+
+def shares(profile: Profile, what: str = "saliency", domains: Sequence[str] | None = None) -> Doubles:
+    """Return float64 (M, E): each expert's share of its layer's sum over some domains, 0 to 1; domains count alike."""
+    total = profile.total(what, domains)
+    share: Doubles = total / np.maximum(total.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    return share
+
+
+def captured(profile: Profile, keep: Keep, domains: Sequence[str] | None = None) -> float:
+    """Return the share of the saliency of some domains that a keep holds, mean over layers; 0 to 1."""
+    return float((shares(profile, "saliency", domains) * keep[profile.layers]).sum(axis=1).mean())
+
+
+def peak_ratios(profile: Profile) -> Doubles:
+    """Return float64 (M, E): the norm of each expert's largest output, in medians of its layer."""
+    peak = profile.peak.max(axis=0).astype(np.float64)
+    ratios: Doubles = peak / np.maximum(np.median(peak, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    return ratios
+
+
+def super_experts(profile: Profile) -> Rows:
+    """Return bool (M, E): experts with outputs far larger than any other's (arXiv 2507.23279)."""
+    found: Rows = peak_ratios(profile) > SUPER_EXPERT
+    return found
+
+
+def share_errors(profile: Profile, what: str = "saliency", seed: int = 0) -> Doubles:
+    """Return float64 (M, E): standard errors of `shares`, by a bootstrap over sequences within each domain.
+
+    Sequences, not tokens, are drawn: the tokens of one text have much in common.
+    """
+    rng = np.random.default_rng(seed)
+    values = np.asarray(getattr(profile, what), dtype=np.float64)
+    sums = np.zeros((RESAMPLES, *values.shape[1:]))
+    for index in range(len(profile.domains)):
+        rows = np.flatnonzero((profile.domain == index) & (profile.n_tokens > 0))
+        if not rows.size:
+            continue
+        draws = rng.multinomial(rows.size, np.full(rows.size, 1 / rows.size), RESAMPLES).astype(np.float64)
+        tokens = draws @ profile.n_tokens[rows]
+        sums += np.tensordot(draws / tokens[:, None], values[rows], axes=1)
+    sums /= np.maximum(sums.sum(axis=2, keepdims=True), np.finfo(np.float64).tiny)
+    errors: Doubles = sums.std(axis=0)
+    return errors
+
+
+def captured_curve(profile: Profile, sizes: Sequence[int], seed: int = 0) -> Doubles:
+    """Return float64 (3, len(sizes)): the share of saliency that the best experts of each layer hold, and its interval.
+
+    The share is the mean over layers; domains count alike. The interval, of 95 %, is that of a bootstrap over sequences
+    within each domain, with the experts that the whole profile would choose: it says how far other traffic of the same
+    kind may be from this, not what is lost by choosing experts on little traffic.
+    """
+    rng = np.random.default_rng(seed)
+    order = np.argsort(-profile.total("saliency"), axis=1, kind="stable")
+    ends = [size - 1 for size in (*sizes, profile.n_expert)]
+    held = np.zeros((profile.n_tokens.size, profile.layers.size, len(ends)))
+    for row, values in enumerate(profile.saliency):
+        held[row] = np.cumsum(np.take_along_axis(values, order, axis=1), axis=1, dtype=np.float64)[:, ends]
+    # The profile itself, then the draws.
+    sums = np.zeros((1 + RESAMPLES, *held.shape[1:]))
+    for index in range(len(profile.domains)):
+        rows = np.flatnonzero((profile.domain == index) & (profile.n_tokens > 0))
+        if not rows.size:
+            continue
+        # One draw fewer than sequences: see moeshard.evaluation.scores.
+        draws = rng.multinomial(max(1, rows.size - 1), np.full(rows.size, 1 / rows.size), RESAMPLES)
+        weights = np.concatenate([np.ones((1, rows.size)), draws])
+        sums += np.tensordot(weights / (weights @ profile.n_tokens[rows])[:, None], held[rows], axes=1)
+    share = sums[:, :, :-1] / np.maximum(sums[:, :, -1:], np.finfo(np.float64).tiny)
+    found = share.mean(axis=1)
+    curve: Doubles = np.concatenate([found[:1], np.quantile(found[1:], (0.025, 0.975), axis=0)])
+    return curve
+
+
+def verdict(profile: Profile, what: str = "saliency", seed: int = 0) -> Verdict:
+    """Judge whether the differences between experts are real, and large enough to matter."""
+    share = shares(profile, what)
+    noise = (share_errors(profile, what, seed) ** 2).mean(axis=1)
+    true_variance = np.maximum(share.var(axis=1) - noise, 0)
+    spread = np.sqrt(true_variance) / np.maximum(share.mean(axis=1), np.finfo(np.float64).tiny)
+    return Verdict(
+        spread=float(spread.mean()),
+        agreement=_agreement(profile, what, seed),
+        n_sequences=int((profile.n_tokens > 0).sum()),
+        n_tokens=int(profile.n_tokens.sum()),
+    )
+
+
+def _agreement(profile: Profile, what: str, seed: int) -> float:
+    """Rank correlation between halves of the sequences, carried over to as many as there are (Spearman-Brown)."""
+    rng = np.random.default_rng(seed)
+    values = np.asarray(getattr(profile, what), dtype=np.float64)
+    measured = np.flatnonzero(profile.n_tokens > 0)
+    found = []
+    for _ in range(HALVINGS):
+        half = np.zeros(profile.n_tokens.size, dtype=bool)
+        for index in range(len(profile.domains)):
+            rows = rng.permutation(measured[profile.domain[measured] == index])
+            half[rows[: rows.size // 2 + int(rng.integers(2)) * (rows.size % 2)]] = True
+        rest = np.zeros_like(half)
+        rest[measured] = ~half[measured]
+        if not half.any() or not rest.any():
+            return 0.0
+        found.append(_rank_correlation(values[half].sum(axis=0), values[rest].sum(axis=0)))
+    correlation = max(0.0, float(np.mean(found)))
+    return 2 * correlation / (1 + correlation)
+
+
+def _rank_correlation(a: Doubles, b: Doubles) -> float:
+    """Mean over rows of Spearman's correlation."""
+    ranks = [_ranks(values) for values in (a, b)]
+    centred = [r - r.mean(axis=1, keepdims=True) for r in ranks]
+    scale = np.sqrt((centred[0] ** 2).sum(axis=1) * (centred[1] ** 2).sum(axis=1))
+    return float(((centred[0] * centred[1]).sum(axis=1) / np.maximum(scale, np.finfo(np.float64).tiny)).mean())
+
+
+def _ranks(values: Doubles) -> npt.NDArray[np.float64]:
+    """Ranks along rows; equal values share their mean rank."""
+    ranks = np.empty_like(values)
+    for row, out in zip(values, ranks, strict=True):
+        _, inverse, counts = np.unique(row, return_inverse=True, return_counts=True)
+        ends = np.cumsum(counts)
+        out[:] = ((ends - counts + ends - 1) / 2)[inverse]
+    return ranks

@@ -1,0 +1,1 @@
+"""Each picture of the report, from what it shows."""

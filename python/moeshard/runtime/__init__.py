@@ -1,0 +1,1 @@
+"""A model in llama.cpp: loading, sessions, generation, and the routing trace."""

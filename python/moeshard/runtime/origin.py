@@ -1,0 +1,86 @@
+"""Which file, or which segments of files, a model is loaded from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import moeshard._core as _core
+from moeshard._core import GGUFMap, MoeLayout, MoeshardError, SegmentList
+
+if TYPE_CHECKING:
+    from moeshard.keep.text import Keep, KeepSpec
+
+StrPath = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model comes from."""
+
+    path: str
+    """Stands for the model in messages."""
+    segments: SegmentList | None
+    """What is read where the model is no file."""
+    held: Keep | None
+    """bool (n_layer, n_expert) of the whole model, where only some of its experts are loaded."""
+
+    def layout(self) -> MoeLayout:
+        """Return what of the loaded model depends on its experts."""
+        return (self.segments or GGUFMap(self.path)).moe_layout()
+
+    def load(
+        self, n_gpu_layers: int, mmap: bool, n_expert_used: int, progress: Callable[[float], bool] | None
+    ) -> _core.Model:
+        """Load it into the engine."""
+        return _core.Model(
+            self.path,
+            self.segments,
+            n_gpu_layers=n_gpu_layers,
+            mmap=mmap,
+            # Segments carry it in their header.
+            n_expert_used=0 if self.segments else n_expert_used,
+            progress=progress,
+        )
+
+
+def find_origin(
+    path: StrPath | None, keep: KeepSpec | None, trunk: StrPath | None, experts: StrPath | None, n_expert_used: int
+) -> Origin:
+    """Read the arguments of `moeshard.Model`. Headers are read, no weights."""
+    if path is not None and trunk is None and experts is None:
+        name = os.fspath(path)
+        return _file(name) if keep is None else _part_of(name, keep, n_expert_used)
+    if path is None and trunk is not None and experts is not None:
+        if keep is not None or n_expert_used:
+            raise MoeshardError("keep and n_expert_used go with the path of a whole model, not with trunk and experts")
+        segments = _core.join_segments(GGUFMap(trunk), GGUFMap(experts))
+        return Origin(os.fspath(experts), segments, _held(GGUFMap(experts)))
+    raise MoeshardError("give either the path of a model, or both trunk and experts")
+
+
+def _file(path: str) -> Origin:
+    # What is no GGUF is reported by the engine's loader, which looks at more.
+    try:
+        file = GGUFMap(path)
+    except MoeshardError:
+        return Origin(path, None, None)
+    return Origin(path, None, _held(file))
+
+
+def _part_of(path: str, keep: KeepSpec, n_expert_used: int) -> Origin:
+    from moeshard.keep.text import expert_layers, parse_keep
+
+    file = GGUFMap(path)
+    layout = file.moe_layout()
+    held = parse_keep(keep, layout.n_layer, layout.n_expert, moe_layers=expert_layers(layout))
+    return Origin(path, _core.shard_segments(file, held, n_expert_used=n_expert_used, per_layer=True)[0], held)
+
+
+def _held(file: GGUFMap) -> Keep | None:
+    facts = _core.shard_facts(file)
+    return None if facts is None or facts.kind == "trunk" else np.array(facts.keep)

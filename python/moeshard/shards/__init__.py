@@ -1,0 +1,1 @@
+"""Shards: written, put together again, and checked."""

@@ -1,0 +1,1 @@
+"""Text to measure on: its domains, and how it is cut into windows."""

@@ -1,0 +1,131 @@
+"""Text to measure on: domains of sequences of tokens, from files, chats or the package."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moeshard._core import MoeshardError
+from moeshard.traffic.embedded import Part, embedded_domains, embedded_text
+
+if TYPE_CHECKING:
+    from moeshard.runtime.model import Model
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One kind of traffic, as documents that have nothing to do with each other."""
+
+    name: str
+    texts: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the texts, in hex."""
+        digest = hashlib.sha256()
+        for text in self.texts:
+            data = text.encode("utf-8", "surrogatepass")
+            digest.update(f"{len(data)}\n".encode())
+            digest.update(data)
+        return digest.hexdigest()
+
+
+def check_names(domains: Sequence[Domain]) -> None:
+    """Raise a `MoeshardError` where two domains have one name."""
+    names = [domain.name for domain in domains]
+    if len(set(names)) != len(names):
+        raise MoeshardError(f"two domains have one name: {', '.join(names)}")
+
+
+def read_texts(
+    files: Sequence[str], chats: Sequence[str | os.PathLike[str]] = (), *, model: Model | None = None
+) -> list[Domain]:
+    """Read text files, each written ``FILE`` or ``NAME=FILE``, and chats; several files may make one domain.
+
+    Args:
+        files: UTF-8 texts; the domain's name is the file's without its ending where none is given.
+        chats: files with a JSON object per line, ``{"messages": [{"role": …, "content": …}, …]}``; each becomes a
+            document in the model's chat template.
+        model: for the template.
+
+    Raises:
+        MoeshardError: a file cannot be read, is empty, or a line of a chat is not one; it names file and line.
+    """
+    found: dict[str, list[str]] = {}
+    for spec in files:
+        name, separator, path = spec.partition("=")
+        if not separator or os.path.isfile(spec):
+            name, path = Path(spec).stem, spec
+        if not name:
+            raise MoeshardError(f"text '{spec}': there is no name before the '='; write NAME=FILE")
+        text = _read(path)
+        if not text.strip():
+            raise MoeshardError(f"text '{path}' is empty")
+        found.setdefault(name, []).append(text)
+    for chat in chats:
+        found.setdefault(Path(chat).stem, []).extend(_read_chat(os.fspath(chat), model))
+    return [Domain(name, tuple(texts)) for name, texts in found.items()]
+
+
+def embedded_traffic(part: Part) -> list[Domain]:
+    """Return the texts of the package: ``calibration`` to choose experts with, ``heldout`` to score on."""
+    return [Domain(name, (embedded_text(name, part),)) for name in embedded_domains()]
+
+
+def texts_seen(domains: Sequence[Domain], record: object) -> list[str]:
+    """Return the names of domains whose text experts were chosen by.
+
+    Args:
+        domains: to be measured on.
+        record: what says that: the fact ``texts`` of a profile or the parameter ``texts`` of a plan, digests by domain.
+            Where it is anything else, nothing is known of them.
+    """
+    known = set(map(str, record.values())) if isinstance(record, dict) else set()
+    return [domain.name for domain in domains if domain.digest in known]
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise MoeshardError(f"text '{path}' is not UTF-8: {error}") from error
+    except (OSError, ValueError) as error:
+        raise MoeshardError(f"cannot read text '{path}': {getattr(error, 'strerror', None) or error}") from error
+
+
+def _read_chat(path: str, model: Model | None) -> list[str]:
+    documents = []
+    for number, line in enumerate(_read(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        messages = _messages(line, f"{path}, line {number}")
+        if model is None:
+            raise MoeshardError(f"chat '{path}' needs a model, whose chat template it is written in")
+        try:
+            # A conversation that ends with the model's answer is whole: no other answer begins.
+            documents.append(model.chat_prompt(messages, answer=messages[-1]["role"] != "assistant"))
+        except MoeshardError as error:
+            raise MoeshardError(f"{path}, line {number}: {error}") from error
+    if not documents:
+        raise MoeshardError(f"chat '{path}' is empty")
+    return documents
+
+
+def _messages(line: str, where: str) -> list[dict[str, str]]:
+    try:
+        value: Any = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise MoeshardError(f"{where}: is not JSON: {error}") from error
+    messages = value.get("messages") if isinstance(value, dict) else None
+    good = isinstance(messages, list) and bool(messages)
+    for message in messages if good and messages else []:
+        good = good and isinstance(message, dict)
+        good = good and all(isinstance(message.get(key), str) for key in ("role", "content"))
+    if not good or messages is None:
+        raise MoeshardError(f'{where}: expected {{"messages": [{{"role": "user", "content": "…"}}, …]}}')
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
