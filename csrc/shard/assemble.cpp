@@ -9,11 +9,6 @@ namespace {
 
 using gguf::ValueType;
 
-template <typename T>
-std::string number(T value) {
-    return {reinterpret_cast<const char*>(&value), sizeof(T)};
-}
-
 uint64_t padding(uint64_t size, uint64_t alignment) { return (alignment - size % alignment) % alignment; }
 
 uint64_t size_of(const Piece& piece) {
@@ -50,7 +45,7 @@ struct Part {
     size_t last = 0;  // one past
 };
 
-constexpr uint64_t kCounts = 4 + 4 + 8 + 8;  // magic, version, tensors, entries
+constexpr uint64_t kCountsBytes = 4 + 4 + 8 + 8;  // magic, version, tensors, entries
 
 uint64_t entries_size(const std::vector<std::vector<Piece>>& entries) {
     uint64_t size = 0;
@@ -104,8 +99,8 @@ std::vector<Part> divide(const NewFile& file, uint64_t max_file_size, const std:
         aligned.push_back(
             split_entry("general.alignment", ValueType::kUint32, number(static_cast<uint32_t>(file.alignment))));
     }
-    const uint64_t first_head = kCounts + entries_size(file.entries) + entries_size(numbers(0, 0));
-    const uint64_t other_head = kCounts + entries_size(aligned) + entries_size(numbers(0, 0));
+    const uint64_t first_head = kCountsBytes + entries_size(file.entries) + entries_size(numbers(0, 0));
+    const uint64_t other_head = kCountsBytes + entries_size(aligned) + entries_size(numbers(0, 0));
 
     if (file.tensors.empty()) {
         throw Error(name + ": a file of at most " + std::to_string(max_file_size) +
@@ -151,7 +146,7 @@ std::vector<Part> divide(const NewFile& file, uint64_t max_file_size, const std:
 std::vector<SegmentList> assemble(NewFile file, uint64_t max_file_size, const std::string& name,
                                   const std::vector<const gguf::GGUFMap*>& models) {
     Part whole{file.entries, 0, file.tensors.size()};
-    uint64_t size = kCounts + entries_size(file.entries);
+    uint64_t size = kCountsBytes + entries_size(file.entries);
     for (const NewTensor& tensor : file.tensors) size += info_size(tensor);
     size += padding(size, file.alignment);
     for (const NewTensor& tensor : file.tensors) size += tensor.nbytes + padding(tensor.nbytes, file.alignment);

@@ -48,6 +48,12 @@ struct NewFile {
 std::vector<SegmentList> assemble(NewFile file, uint64_t max_file_size, const std::string& name,
                                   const std::vector<const gguf::GGUFMap*>& models);
 
+// GGUF files are little-endian, and so is every machine that runs this.
+template <typename T>
+std::string number(T value) {
+    return {reinterpret_cast<const char*>(&value), sizeof(T)};
+}
+
 // Encoded entries of a header.
 std::string scalar_entry(std::string_view key, gguf::ValueType type, std::string_view value);
 std::string array_entry_head(std::string_view key, gguf::ValueType type, uint64_t count);

@@ -1,5 +1,4 @@
 // The encoding of metadata entries.
-#include <cstring>
 #include <limits>
 
 #include "gguf/checked.hpp"
@@ -8,13 +7,6 @@
 namespace moeshard::shard {
 
 namespace {
-
-template <typename T>
-std::string number(T value) {
-    std::string bytes(sizeof(T), '\0');
-    std::memcpy(bytes.data(), &value, sizeof(T));
-    return bytes;
-}
 
 std::string text(std::string_view value) { return number<uint64_t>(value.size()) + std::string(value); }
 
@@ -64,7 +56,6 @@ std::string replaced_entry(const gguf::Entry& like, const std::vector<uint64_t>&
             throw Error("metadata key '" + gguf::printable(like.key) + "' is of type " + gguf::name(like.type) +
                         ", which cannot hold " + std::to_string(value));
         }
-        // GGUF files are little-endian, and so is every machine that runs this.
         bytes += number(value).substr(0, width);
     }
     return like.is_array ? array_entry_head(like.key, like.type, like.count) + bytes
