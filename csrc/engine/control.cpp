@@ -13,7 +13,9 @@ void set_mask(llama_context* ctx, int32_t seq, const Keep* keep) {
     std::shared_ptr<const MaskRows> mask;
     if (keep) {
         keep->check(state.routing);
-        mask = std::make_shared<const MaskRows>(*keep, state.routing);
+        mask = state.find(*keep);
+        if (!mask) mask = std::make_shared<const MaskRows>(*keep, state.routing);
+        state.masked = true;
     }
     if (seq < 0) {
         state.mask_of_all = std::move(mask);

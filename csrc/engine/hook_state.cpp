@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <mutex>
+#include <set>
 #include <unordered_map>
 
 #include "engine/moeshard-hook.h"
@@ -94,6 +95,21 @@ State::State(const llama_model& model, Routing facts) : routing(std::move(facts)
 const MaskRows* State::mask(int32_t seq) const {
     const auto found = mask_of_seq.find(seq);
     return found != mask_of_seq.end() ? found->second.get() : mask_of_all.get();
+}
+
+std::shared_ptr<const MaskRows> State::find(const Keep& keep) const {
+    if (mask_of_all && mask_of_all->keep == keep) return mask_of_all;
+    for (const auto& [seq, mask] : mask_of_seq) {
+        if (mask->keep == keep) return mask;
+    }
+    return nullptr;
+}
+
+size_t State::n_masks() const {
+    std::set<const MaskRows*> different;
+    if (mask_of_all) different.insert(mask_of_all.get());
+    for (const auto& [seq, mask] : mask_of_seq) different.insert(mask.get());
+    return different.size();
 }
 
 }  // namespace moeshard::hook
