@@ -1,8 +1,8 @@
 #include <exception>
 
-#include "interrupt.hpp"
+#include "bindings/interrupt.hpp"
+#include "bindings/register.hpp"
 #include "moeshard/error.hpp"
-#include "register.hpp"
 
 namespace py = pybind11;
 

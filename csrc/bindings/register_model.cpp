@@ -5,9 +5,9 @@
 #include <string>
 #include <vector>
 
-#include "arrays.hpp"
+#include "bindings/arrays.hpp"
+#include "bindings/register.hpp"
 #include "moeshard/model.hpp"
-#include "register.hpp"
 
 using moeshard::Model;
 using moeshard::ModelParams;

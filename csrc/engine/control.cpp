@@ -1,9 +1,9 @@
-#include "control.hpp"
+#include "engine/control.hpp"
 
 #include <memory>
 #include <utility>
 
-#include "hook_state.hpp"
+#include "engine/hook_state.hpp"
 #include "llama-ext.h"
 
 namespace moeshard::hook {
@@ -13,7 +13,9 @@ void set_mask(llama_context* ctx, int32_t seq, const Keep* keep) {
     std::shared_ptr<const MaskRows> mask;
     if (keep) {
         keep->check(state.routing);
-        mask = std::make_shared<const MaskRows>(*keep, state.routing);
+        mask = state.find(*keep);
+        if (!mask) mask = std::make_shared<const MaskRows>(*keep, state.routing);
+        state.masked = true;
     }
     if (seq < 0) {
         state.mask_of_all = std::move(mask);

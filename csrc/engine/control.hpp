@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "moeshard/context.hpp"
 #include "moeshard/keep.hpp"
+#include "moeshard/memory.hpp"
 #include "moeshard/trace.hpp"
 
 struct llama_context;

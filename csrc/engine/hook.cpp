@@ -3,9 +3,9 @@
 #include <memory>
 #include <string>
 
+#include "engine/graph_input.hpp"
+#include "engine/moeshard-hook.h"
 #include "ggml-backend.h"
-#include "graph_input.hpp"
-#include "moeshard-hook.h"
 #include "moeshard/error.hpp"
 
 namespace moeshard::hook {
@@ -136,7 +136,7 @@ ggml_tensor* expert_mask(const llm_graph_context& graph, const ggml_tensor* scor
 
 ggml_tensor* hash_experts(const llm_graph_context& graph, ggml_tensor* selected, int il) {
     GraphInput* input = building(graph);
-    return input && selected ? input->hash_ids(graph, selected, il) : selected;
+    return input && selected && input->masked() ? input->hash_ids(graph, selected, il) : selected;
 }
 
 void trace_router(const llm_graph_context& graph, ggml_tensor* probs, ggml_tensor* ids, ggml_tensor* weights, int il) {

@@ -34,7 +34,7 @@ public:
     void computed(const llm_graph_result* res, const llama_ubatch& ubatch, ggml_backend_sched_t sched) const;
 
 private:
-    State* outer;
+    State* outer_;
 };
 
 void context_freed(const llama_context* ctx);

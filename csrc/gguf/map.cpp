@@ -6,7 +6,7 @@
 #include <cerrno>
 #include <cstring>
 
-#include "checked.hpp"
+#include "gguf/checked.hpp"
 #include "moeshard/gguf.hpp"
 
 namespace moeshard::gguf {

@@ -2,8 +2,8 @@
 #include <cstring>
 #include <unordered_set>
 
-#include "checked.hpp"
 #include "ggml.h"
+#include "gguf/checked.hpp"
 #include "moeshard/gguf.hpp"
 
 namespace moeshard::gguf {

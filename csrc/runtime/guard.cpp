@@ -1,4 +1,4 @@
-#include "guard.hpp"
+#include "runtime/guard.hpp"
 
 #include <cstdio>
 #include <cstdlib>
@@ -34,7 +34,7 @@ struct EngineLog {
         // A continued line has the level of the line it continues.
         if (level != GGML_LOG_LEVEL_CONT) last = level;
         if (shown != GGML_LOG_LEVEL_NONE && last >= shown) std::fputs(text, stderr);
-        if (innermost && last == GGML_LOG_LEVEL_ERROR) innermost->messages += text;
+        if (innermost && last == GGML_LOG_LEVEL_ERROR) innermost->messages_ += text;
     }
 
     static void abort(const char* message) {
@@ -52,15 +52,15 @@ struct EngineLog {
     }
 };
 
-Guard::Guard() : outer(innermost) {
+Guard::Guard() : outer_(innermost) {
     EngineLog::install();
     innermost = this;
 }
 
-Guard::~Guard() { innermost = outer; }
+Guard::~Guard() { innermost = outer_; }
 
 Error Guard::error(const std::string& what) const {
-    std::string said = messages;
+    std::string said = messages_;
     while (!said.empty() && (said.back() == '\n' || said.back() == ' ')) said.pop_back();
     return Error(said.empty() ? what : what + "\n" + said);
 }

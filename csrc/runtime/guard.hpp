@@ -26,8 +26,8 @@ public:
     Error error(const std::string& what) const;
 
 private:
-    std::string messages;
-    Guard* outer;
+    std::string messages_;
+    Guard* outer_;
 
     friend struct EngineLog;
 };

@@ -1,10 +1,10 @@
-#include "precheck.hpp"
+#include "runtime/precheck.hpp"
 
 #include <cmath>
 #include <filesystem>
 #include <string_view>
 
-#include "expert_counts.hpp"
+#include "moe/expert_counts.hpp"
 #include "moeshard/error.hpp"
 #include "moeshard/gguf.hpp"
 #include "moeshard/moe_layout.hpp"

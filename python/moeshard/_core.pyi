@@ -109,6 +109,105 @@ class Context:
     def abort(self) -> None: ...
 
 @final
+class SamplingParams:
+    def __init__(
+        self,
+        *,
+        temperature: float = 0.8,
+        top_k: int = 40,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        repeat_penalty: float = 1.0,
+        repeat_last_n: int = 64,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
+        logit_bias: Sequence[tuple[int, float]] = [],
+        grammar: str = "",
+        seed: int | None = None,
+    ) -> None: ...
+
+@final
+class Sampler:
+    def __init__(self, model: Model, params: SamplingParams) -> None: ...
+    def sample(self, logits: _Floats) -> int: ...
+    def accept(self, token: int) -> None: ...
+
+@final
+class TokenLogprob:
+    @property
+    def token(self) -> int: ...
+    @property
+    def bytes(self) -> bytes: ...
+    @property
+    def logprob(self) -> float: ...
+    @property
+    def top(self) -> list[tuple[int, float]]: ...
+
+@final
+class Progress:
+    @property
+    def id(self) -> int: ...
+    @property
+    def text(self) -> bytes: ...
+    @property
+    def logprobs(self) -> list[TokenLogprob]: ...
+    @property
+    def n_prompt(self) -> int: ...
+    @property
+    def n_prompt_done(self) -> int: ...
+    @property
+    def n_cached(self) -> int: ...
+    @property
+    def n_generated(self) -> int: ...
+    @property
+    def token(self) -> int: ...
+    @property
+    def stop_reason(self) -> Literal["running", "end", "stop", "length", "context"]: ...
+    @property
+    def error(self) -> str: ...
+    @property
+    def over(self) -> bool: ...
+
+@final
+class Batcher:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        n_slots: int = 4,
+        n_ctx: int = 0,
+        n_batch: int = 2048,
+        n_ubatch: int = 512,
+        n_threads: int = 0,
+        n_prefill: int = 512,
+    ) -> None: ...
+    @property
+    def n_slots(self) -> int: ...
+    @property
+    def n_ctx(self) -> int: ...
+    @property
+    def n_free(self) -> int: ...
+    @property
+    def n_held(self) -> int: ...
+    def submit(
+        self,
+        prompt: _Tokens,
+        *,
+        keep: _Keep | None = None,
+        scope: str = "",
+        max_tokens: int = 128,
+        stop: Sequence[str] = [],
+        ignore_end: bool = False,
+        n_logprobs: int = -1,
+        prompt_logprobs: bool = False,
+        sampling: SamplingParams | None = None,
+    ) -> int: ...
+    def cancel(self, id: int) -> None: ...
+    def step(self) -> list[Progress]: ...
+    def abort(self) -> None: ...
+    def forget(self) -> None: ...
+
+@final
 class Generation:
     def __init__(
         self,
@@ -116,13 +215,7 @@ class Generation:
         prompt: _Tokens,
         *,
         max_tokens: int = 128,
-        temperature: float = 0.8,
-        top_k: int = 40,
-        top_p: float = 0.95,
-        min_p: float = 0.05,
-        repeat_penalty: float = 1.0,
-        repeat_last_n: int = 64,
-        seed: int | None = None,
+        sampling: SamplingParams | None = None,
         stop: Sequence[str] = [],
         ignore_end: bool = False,
         seq: int = 0,

@@ -29,9 +29,9 @@ adjust_fn grouped(llama_expert_gating_func_type func) {
 }
 
 void hash_routed(gguf_context *ctx, const LLM_KV &key) {
-    constexpr uint32_t n_hash = 2;
-    set(ctx, key, LLM_KV_HASH_LAYER_COUNT, n_hash);
-    for (uint32_t il = 0; il < n_hash; il++) {
+    constexpr uint32_t kHashLayers = 2;
+    set(ctx, key, LLM_KV_HASH_LAYER_COUNT, kHashLayers);
+    for (uint32_t il = 0; il < kHashLayers; il++) {
         // llama_model_init_from_user takes types, and nothing else, from the tensors listed here.
         ggml_tensor info = {};
         info.type = GGML_TYPE_I32;
@@ -60,17 +60,17 @@ void wide(gguf_context *ctx, const LLM_KV &key) {
 
 // Routing statistics need more distinct tokens than the 128 of the fixture.
 void many_tokens(gguf_context *ctx, const LLM_KV &key) {
-    constexpr uint32_t n_vocab = 4096;
-    std::vector<std::string> names(n_vocab);
-    std::vector<const char *> list(n_vocab);
-    std::vector<float> scores(n_vocab, 0.0f);
-    for (uint32_t i = 0; i < n_vocab; i++) {
+    constexpr uint32_t kVocab = 4096;
+    std::vector<std::string> names(kVocab);
+    std::vector<const char *> list(kVocab);
+    std::vector<float> scores(kVocab, 0.0f);
+    for (uint32_t i = 0; i < kVocab; i++) {
         names[i] = "tok_" + std::to_string(i);
         list[i] = names[i].c_str();
     }
-    set(ctx, key, LLM_KV_VOCAB_SIZE, n_vocab);
-    gguf_set_arr_str(ctx, key(LLM_KV_TOKENIZER_LIST).c_str(), list.data(), n_vocab);
-    gguf_set_arr_data(ctx, key(LLM_KV_TOKENIZER_SCORES).c_str(), GGUF_TYPE_FLOAT32, scores.data(), n_vocab);
+    set(ctx, key, LLM_KV_VOCAB_SIZE, kVocab);
+    gguf_set_arr_str(ctx, key(LLM_KV_TOKENIZER_LIST).c_str(), list.data(), kVocab);
+    gguf_set_arr_data(ctx, key(LLM_KV_TOKENIZER_SCORES).c_str(), GGUF_TYPE_FLOAT32, scores.data(), kVocab);
 }
 
 // Architectures whose fixture lacks something, or that need more to be routed at all.
@@ -95,8 +95,8 @@ bool is_expert_tensor(const std::string &name) {
 }
 
 std::vector<specimen> all_specimens() {
-    constexpr auto SOFTMAX = LLAMA_EXPERT_GATING_FUNC_TYPE_SOFTMAX;
-    constexpr auto SIGMOID = LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID;
+    constexpr auto kSoftmax = LLAMA_EXPERT_GATING_FUNC_TYPE_SOFTMAX;
+    constexpr auto kSigmoid = LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID;
 
     std::vector<specimen> out;
     for (llm_arch arch : llm_arch_all()) {
@@ -105,16 +105,16 @@ std::vector<specimen> all_specimens() {
         }
     }
     const std::string bias = "exp_probs_b";
-    out.push_back({"deepseek2+grouped", LLM_ARCH_DEEPSEEK2, grouped(SIGMOID)});
-    out.push_back({"deepseek2+grouped-nobias", LLM_ARCH_DEEPSEEK2, grouped(SIGMOID), bias});
-    out.push_back({"deepseek2+grouped-softmax", LLM_ARCH_DEEPSEEK2, grouped(SOFTMAX), bias});
-    out.push_back({"deepseek2+nobias", LLM_ARCH_DEEPSEEK2, gating(SIGMOID, true, 2.5f), bias});
-    out.push_back({"deepseek2+softmax", LLM_ARCH_DEEPSEEK2, gating(SOFTMAX, false, 1.0f), bias});
-    out.push_back({"deepseek2+softmax-norm", LLM_ARCH_DEEPSEEK2, gating(SOFTMAX, true, 1.0f), bias});
+    out.push_back({"deepseek2+grouped", LLM_ARCH_DEEPSEEK2, grouped(kSigmoid)});
+    out.push_back({"deepseek2+grouped-nobias", LLM_ARCH_DEEPSEEK2, grouped(kSigmoid), bias});
+    out.push_back({"deepseek2+grouped-softmax", LLM_ARCH_DEEPSEEK2, grouped(kSoftmax), bias});
+    out.push_back({"deepseek2+nobias", LLM_ARCH_DEEPSEEK2, gating(kSigmoid, true, 2.5f), bias});
+    out.push_back({"deepseek2+softmax", LLM_ARCH_DEEPSEEK2, gating(kSoftmax, false, 1.0f), bias});
+    out.push_back({"deepseek2+softmax-norm", LLM_ARCH_DEEPSEEK2, gating(kSoftmax, true, 1.0f), bias});
     out.push_back({"deepseek2+wide", LLM_ARCH_DEEPSEEK2, wide});
     out.push_back({"deepseek2+fused", LLM_ARCH_DEEPSEEK2, nullptr, "", true});
     out.push_back({"deepseek4+hash", LLM_ARCH_DEEPSEEK4, hash_routed});
-    out.push_back({"bailingmoe2+grouped", LLM_ARCH_BAILINGMOE2, grouped(SIGMOID)});
+    out.push_back({"bailingmoe2+grouped", LLM_ARCH_BAILINGMOE2, grouped(kSigmoid)});
     out.push_back({"grovemoe+chunks", LLM_ARCH_GROVEMOE, grove_chunks});
     out.push_back({"qwen3moe+fused", LLM_ARCH_QWEN3MOE, nullptr, "", true});
     out.push_back({"qwen3moe+f32", LLM_ARCH_QWEN3MOE, nullptr, "", false, GGML_TYPE_F32});

@@ -9,8 +9,8 @@
 #include "gguf.h"
 #include "llama-arch.h"
 
-constexpr uint32_t N_EXPERT = 16;  // as extract_fixture.py sets it
-constexpr uint32_t N_EXPERT_USED = 4;
+constexpr uint32_t kExperts = 16;  // as extract_fixture.py sets it
+constexpr uint32_t kExpertsUsed = 4;
 
 struct specimen {
     std::string name;

@@ -40,6 +40,9 @@ public:
     int32_t n_expert() const { return n_expert_; }
     const uint8_t* row(int32_t layer) const { return keep_.data() + static_cast<size_t>(layer) * n_expert_; }
     bool operator()(int32_t layer, int32_t expert) const { return row(layer)[expert] != 0; }
+    bool operator==(const Keep& other) const {
+        return n_layer_ == other.n_layer_ && n_expert_ == other.n_expert_ && keep_ == other.keep_;
+    }
 
     // Throws Error, naming the layer, where the model could not route every token to kept experts only: the shape
     // differs, fewer experts are kept than a token uses, or a choice of expert groups would hold too few of them.

@@ -42,8 +42,8 @@ public:
     Model(const Model&) = delete;
     Model& operator=(const Model&) = delete;
 
-    const std::string& path() const { return path_; }
-    const Routing& routing() const { return routing_; }
+    const std::string& path() const;
+    const Routing& routing() const;
     std::string description() const;  // e.g. "qwen3moe 30B.A3B Q4_K - Medium"
     int32_t n_vocab() const;
     int32_t n_ctx_train() const;
@@ -64,14 +64,13 @@ public:
     std::string apply_chat_template(const std::vector<std::pair<std::string, std::string>>& messages,
                                     bool add_assistant = true, const std::string& source = "") const;
 
-    llama_model* handle() const { return model; }
+    llama_model* handle() const;
 
 private:
-    explicit Model(std::string path) : path_(std::move(path)) {}
+    struct Impl;
+    explicit Model(std::string path);
 
-    std::string path_;
-    llama_model* model = nullptr;
-    Routing routing_;
+    std::unique_ptr<Impl> impl_;
 };
 
 }  // namespace moeshard

@@ -307,13 +307,15 @@ class Model:
                 lease.context,
                 tokens,
                 max_tokens=max_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-                repeat_penalty=repeat_penalty,
-                repeat_last_n=repeat_last_n,
-                seed=seed,
+                sampling=_core.SamplingParams(
+                    temperature=temperature,
+                    top_k=top_k,
+                    top_p=top_p,
+                    min_p=min_p,
+                    repeat_penalty=repeat_penalty,
+                    repeat_last_n=repeat_last_n,
+                    seed=seed,
+                ),
                 stop=list(stop),
                 ignore_end=ignore_end,
             )
@@ -321,6 +323,18 @@ class Model:
             lease.close()
             raise
         return Generation(native, lease)
+
+    def batcher(self, n_slots: int = 4, n_ctx: int | None = None, *, n_prefill: int = 512) -> _core.Batcher:
+        """Return what computes many requests together, a token of each per step; see csrc/include/moeshard/batcher.hpp.
+
+        Args:
+            n_slots: requests computed at once.
+            n_ctx: tokens that each can hold; by default those of the model.
+            n_prefill: tokens of prompts computed per step, which all others wait for.
+        """
+        return _core.Batcher(
+            self._native, n_slots=n_slots, n_ctx=n_ctx or self._n_ctx, n_prefill=n_prefill, **self._context_options
+        )
 
     def trace(
         self, tokens: TokensLike, keep: KeepSpec | None = None, *, probs: bool = False, norms: bool = False

@@ -1,0 +1,123 @@
+// Files as lists of segments, and the writer of files.
+#include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
+
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "bindings/interrupt.hpp"
+#include "bindings/register.hpp"
+#include "bindings/text.hpp"
+#include "moeshard/moe_layout.hpp"
+#include "moeshard/write.hpp"
+
+namespace {
+
+using moeshard::ByteProgress;
+using moeshard::Error;
+using moeshard::Segment;
+using moeshard::SegmentList;
+
+const char* name_of(Segment::Kind kind) {
+    switch (kind) {
+        case Segment::Kind::kLiteral:
+            return "literal";
+        case Segment::Kind::kRange:
+            return "range";
+        case Segment::Kind::kZeros:
+            return "zeros";
+        case Segment::Kind::kExpertIds:
+            return "expert_ids";
+    }
+    return "";
+}
+
+// Ctrl-C ends the work even where nobody asks for progress.
+ByteProgress to_progress(const std::optional<py::function>& callback) {
+    return [&callback](uint64_t done, uint64_t total) {
+        if (python_signal_pending()) return false;
+        if (!callback) return true;
+        const py::gil_scoped_acquire gil;
+        try {
+            (*callback)(done, total);
+            return true;
+        } catch (py::error_already_set& error) {
+            error.restore();
+            return false;
+        }
+    };
+}
+
+void write_all(const std::vector<const SegmentList*>& lists, const std::vector<std::filesystem::path>& paths,
+               bool force, int32_t jobs, const std::optional<py::function>& progress) {
+    if (lists.size() != paths.size()) {
+        throw Error(std::to_string(lists.size()) + " files need as many paths, got " + std::to_string(paths.size()));
+    }
+    std::vector<moeshard::Output> outputs;
+    for (size_t i = 0; i < lists.size(); ++i) outputs.push_back({lists[i], paths[i].string()});
+    const moeshard::WriteParams params{force, jobs, to_progress(progress)};
+    const py::gil_scoped_release nogil;
+    moeshard::write_files(outputs, params);
+}
+
+std::optional<uint64_t> difference(const SegmentList& list, const std::filesystem::path& path,
+                                   const std::optional<py::function>& progress) {
+    const ByteProgress report = to_progress(progress);
+    const py::gil_scoped_release nogil;
+    return moeshard::first_difference(list, path.string(), report);
+}
+
+py::bytes read_bytes(const SegmentList& list, uint64_t offset, uint64_t size) {
+    // Before memory is taken for it.
+    if (offset > list.size() || size > list.size() - offset) list.read(offset, nullptr, size);
+    std::string bytes(size, '\0');
+    {
+        const py::gil_scoped_release nogil;
+        list.read(offset, reinterpret_cast<uint8_t*>(bytes.data()), size);
+    }
+    return bytes;
+}
+
+moeshard::MoeLayout layout_of(const SegmentList& list) {
+    std::vector<uint8_t> header(list.header_size());
+    list.read(0, header.data(), header.size());
+    const std::string name = list.sources().front()->path();
+    const auto directory = moeshard::gguf::parse({header.data(), header.size()}, name, list.size());
+    return moeshard::moe_layout(directory, directory.tensors, name);
+}
+
+}  // namespace
+
+void register_files(py::module_& m) {
+    py::class_<SegmentList>(m, "SegmentList", "A file as literal bytes, ranges of other files and zeros.")
+        .def_property_readonly("size", &SegmentList::size, "bytes of the file")
+        .def_property_readonly("header_size", &SegmentList::header_size, "bytes before the data of tensors")
+        .def_property_readonly(
+            "segments",
+            [](const SegmentList& self) {
+                py::list rows;
+                for (const Segment& s : self.segments()) {
+                    rows.append(py::make_tuple(name_of(s.kind), s.offset, s.size, s.source, s.from));
+                }
+                return rows;
+            },
+            "list of (kind, offset, size, source, from); kind is 'literal', 'range', 'zeros' or 'expert_ids'")
+        .def_property_readonly(
+            "sources",
+            [](const SegmentList& self) {
+                py::list paths;
+                for (const auto& source : self.sources()) paths.append(path_to_str(source->path()));
+                return paths;
+            },
+            "paths of the files that ranges are read from")
+        .def("read", &read_bytes, py::arg("offset"), py::arg("size"),
+             "Return bytes of the file that the segments make.")
+        .def("moe_layout", &layout_of, "How the tensors of the file depend on its experts.");
+
+    m.def("write_segments", &write_all, py::arg("files"), py::arg("paths"), py::kw_only(), py::arg("force") = false,
+          py::arg("jobs") = 0, py::arg("progress") = py::none());
+    m.def("first_difference", &difference, py::arg("segments"), py::arg("path"), py::kw_only(),
+          py::arg("progress") = py::none());
+}
