@@ -8,6 +8,7 @@
 #include "bindings/arrays.hpp"
 #include "bindings/register.hpp"
 #include "moeshard/model.hpp"
+#include "moeshard/process.hpp"
 
 using moeshard::Model;
 using moeshard::ModelParams;
@@ -42,6 +43,8 @@ std::shared_ptr<Model> load(const std::string& path, const moeshard::SegmentList
 }  // namespace
 
 void register_model(py::module_& m) {
+    m.def("default_threads", &moeshard::default_threads, py::arg("root") = "",
+          "How many threads are used where nobody says: see csrc/files/threads.hpp. `root` is for tests.");
     py::class_<Routing>(m, "Routing", "What of a model decides which keeps fit it.")
         .def_readonly("n_layer", &Routing::n_layer)
         .def_readonly("n_expert", &Routing::n_expert)

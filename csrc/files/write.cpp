@@ -145,8 +145,15 @@ public:
         std::vector<std::thread> threads;
         {
             std::unique_lock<std::mutex> lock(mutex_);
-            running_ = jobs;
-            for (int i = 0; i < jobs; ++i) threads.emplace_back([this] { work(); });
+            try {
+                for (int i = 0; i < jobs; ++i) {
+                    threads.emplace_back([this] { work(); });
+                    ++running_;
+                }
+            } catch (const std::system_error& error) {
+                // Fewer do it too; without any there is nobody to wait for.
+                if (threads.empty()) throw Error(std::string("no thread can be started to copy with: ") + error.what());
+            }
             while (running_ > 0) {
                 changed_.wait_for(lock, std::chrono::milliseconds(50));
                 lock.unlock();
@@ -247,8 +254,8 @@ void write_files(const std::vector<Output>& outputs, const WriteParams& params) 
         files.push_back(std::make_unique<TemporaryFile>(output.path, output.segments->size()));
         reserve(*output.segments, *files.back());
     }
-    const int processors = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
-    Crew(outputs, files).run(params.jobs > 0 ? params.jobs : std::min(processors, kMostJobs), params.progress);
+    const int jobs = files::threads_wanted(params.jobs, "jobs");
+    Crew(outputs, files).run(params.jobs > 0 ? jobs : std::min(jobs, kMostJobs), params.progress);
     for (const auto& file : files) file->flush();
     for (const Output& output : outputs) output.segments->check_sources();
     std::set<std::string> folders;

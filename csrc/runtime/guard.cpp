@@ -5,8 +5,11 @@
 #include <cstring>
 #include <mutex>
 
+#include "engine/control.hpp"
+#include "files/threads.hpp"
 #include "ggml.h"
 #include "llama.h"
+#include "moeshard/process.hpp"
 
 namespace moeshard {
 
@@ -47,17 +50,24 @@ struct EngineLog {
         std::call_once(once, [] {
             llama_log_set(log, nullptr);
             ggml_set_abort_callback(abort);
-            llama_backend_init();
         });
     }
 };
 
-Guard::Guard() : outer_(innermost) {
-    EngineLog::install();
+int default_threads(const std::string& root) { return files::usable_processors(root); }
+
+void take_over_engine_callbacks() { EngineLog::install(); }
+
+Guard::Guard() : outer_(innermost), passed_(hook::exceptions_pass(true)) {
+    static std::once_flag once;
+    std::call_once(once, llama_backend_init);
     innermost = this;
 }
 
-Guard::~Guard() { innermost = outer_; }
+Guard::~Guard() {
+    innermost = outer_;
+    hook::exceptions_pass(passed_);
+}
 
 Error Guard::error(const std::string& what) const {
     std::string said = messages_;

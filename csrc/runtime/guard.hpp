@@ -13,8 +13,9 @@ public:
     using Error::Error;
 };
 
-// Collects the engine's error messages of this thread while it lives. On this thread a GGML_ABORT throws EngineAbort
-// instead of ending the process.
+// Lets exceptions pass through calls of the engine on this thread while it lives. Where the engine's callbacks were
+// taken over (process.hpp), it also collects the error messages of this thread, and a GGML_ABORT on it throws
+// EngineAbort instead of ending the process.
 class Guard {
 public:
     Guard();
@@ -28,6 +29,7 @@ public:
 private:
     std::string messages_;
     Guard* outer_;
+    const bool passed_;
 
     friend struct EngineLog;
 };

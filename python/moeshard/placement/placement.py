@@ -111,6 +111,11 @@ class Placement:
         limits = {"min_tokens": self.min_tokens, "n_cut": tokens.size - seen.size}
         if probe != SALIENCY and seen.size < 2:
             raise MoeshardError("the prompt is one token: none follows that could be predicted; use probe 'saliency'")
+        # Also where the caller's thread runs this model under a mask: a session is placed by the whole model.
+        with self.model.masked(None):
+            return self._place(seen, probe, limits)
+
+    def _place(self, seen: Tokens, probe: str, limits: dict[str, int]) -> Placed:
         if probe != LOSS:
             wanted, held = saliency(self.model, [node.keep for node in self.plan.nodes], seen)
         if probe == SALIENCY:

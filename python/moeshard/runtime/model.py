@@ -73,7 +73,8 @@ class Model:
         if n_expert_used is not None and n_expert_used < 1:
             raise MoeshardError(f"n_expert_used must be positive, got {n_expert_used}")
         self._origin = find_origin(path, keep, trunk, experts, n_expert_used or 0)
-        self._native = self._origin.load(n_gpu_layers, mmap, n_expert_used or 0, progress)
+        self._source: dict[str, Any] = {"path": path, "keep": keep, "trunk": trunk, "experts": experts}
+        self._loaded: _core.Model | None = self._origin.load(n_gpu_layers, mmap, n_expert_used or 0, progress)
         if n_ctx is not None and n_ctx < 1:
             raise MoeshardError(f"n_ctx must be positive, got {n_ctx}")
         self._n_ctx = n_ctx or min(self._native.n_ctx_train or DEFAULT_CTX, DEFAULT_CTX)
@@ -83,11 +84,29 @@ class Model:
         self._masks = threading.local()
 
     def sibling(self, path: str | os.PathLike[str] | None = None, *, n_expert_used: int | None = None) -> Model:
-        """Load another file, or the same with other experts per token, to run as this model does.
+        """Load another file, or the same experts of the same file with others per token, to run as this model does.
 
         A file that is mapped twice takes its memory once; on a GPU its weights are there twice.
         """
-        return Model(self.path if path is None else path, n_expert_used=n_expert_used, **self.load_options)
+        source = self._source if path is None else {"path": path}
+        return Model(**source, n_expert_used=n_expert_used, **self.load_options)
+
+    def close(self) -> None:
+        """Free the model, as soon as the sessions and answers that still use it are closed; then no call works."""
+        self._contexts.close()
+        self._loaded = None
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def _native(self) -> _core.Model:
+        if self._loaded is None:
+            raise MoeshardError(f"{self._origin.path}: the model is closed; load it again")
+        return self._loaded
 
     @property
     def load_options(self) -> dict[str, Any]:
@@ -98,7 +117,7 @@ class Model:
 
     @property
     def path(self) -> str:
-        return self._native.path
+        return self._origin.path
 
     @property
     def routing(self) -> _core.Routing:
@@ -286,7 +305,7 @@ class Model:
         Args:
             prompt: text, or token ids.
             keep: the experts that may be used, for the prompt too.
-            max_tokens: negative for as many as the context holds.
+            max_tokens: negative for as many as `n_ctx` of the model leaves room for.
             temperature: 0 for the likeliest token each time.
             top_k: sample from so many likeliest tokens; 0 for all.
             top_p: sample from the likeliest tokens that together have this probability; 1 for all.
@@ -300,7 +319,7 @@ class Model:
         Raises MoeshardError for an empty prompt, a parameter out of range or a keep that does not fit.
         """
         tokens = self.tokenize(prompt, parse=True) if isinstance(prompt, str) else as_tokens(prompt)
-        lease = self._contexts.take(1, len(tokens) + max(max_tokens, 0))
+        lease = self._contexts.take(1, max(self._n_ctx, len(tokens) + max(max_tokens, 0)))
         try:
             lease.context.set_keep(self._mask(keep))
             native = _core.Generation(
