@@ -14,13 +14,12 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-import numpy.typing as npt
 from format_readers import READERS, last_logits, open_models
 
 import moeshard
 from moeshard import Domain
 
-N_EMBD, N_EXPERT, N_FF, N_LAYER, N_USED = 32, 12, 32, 3, 3
+N_EMBD, N_EXPERT, N_FF, N_LAYER, N_USED = 32, 8, 32, 3, 2
 DOMAINS = {"letters": "abcdefghij ", "digits": "0123456789+", "signs": "<>()[]{};,."}
 END = "<|end|>"
 
@@ -33,7 +32,10 @@ def byte_tokens() -> list[str]:
 
 
 def write_model(path: Path) -> None:
-    """A random qwen3moe small enough to be kept, the same on every machine."""
+    """A random qwen3moe small enough to be kept, the same on every machine.
+
+    In float32: half-precision weights make llama.cpp round activations, which tips routers that are nearly undecided.
+    """
     rng = np.random.default_rng(20261125)
     writer = gguf.GGUFWriter(path, "qwen3moe")
     writer.add_name("formats")
@@ -59,9 +61,8 @@ def write_model(path: Path) -> None:
     writer.add_eos_token_id(len(tokens) - 1)
     writer.add_add_bos_token(False)
 
-    def random(name: str, *shape: int, scale: float = 1.0, kind: npt.DTypeLike = np.float16) -> None:
-        values = rng.standard_normal(shape) * scale
-        writer.add_tensor(name, values.astype(kind))
+    def random(name: str, *shape: int, scale: float = 1.0) -> None:
+        writer.add_tensor(name, (rng.standard_normal(shape) * scale).astype(np.float32))
 
     def ones(name: str, n: int) -> None:
         writer.add_tensor(name, np.ones(n, dtype=np.float32))
@@ -80,7 +81,7 @@ def write_model(path: Path) -> None:
             ("attn_output", N_EMBD, 64),
         ):
             random(f"{block}{name}.weight", rows, columns, scale=columns**-0.5)
-        random(f"{block}ffn_gate_inp.weight", N_EXPERT, N_EMBD, scale=2 * N_EMBD**-0.5, kind=np.float32)
+        random(f"{block}ffn_gate_inp.weight", N_EXPERT, N_EMBD, scale=2 * N_EMBD**-0.5)
         random(f"{block}ffn_gate_exps.weight", N_EXPERT, N_FF, N_EMBD, scale=N_EMBD**-0.5)
         random(f"{block}ffn_up_exps.weight", N_EXPERT, N_FF, N_EMBD, scale=N_EMBD**-0.5)
         random(f"{block}ffn_down_exps.weight", N_EXPERT, N_EMBD, N_FF, scale=3 * N_FF**-0.5)
@@ -111,27 +112,27 @@ def main() -> None:
     profile.save("profile.npz")
     moeshard.write_ranking("ranking.csv", profile.ranking(), model.moe_layers)
 
-    plan = moeshard.make_plan(model.path, profile, n_keep=[5, 6])
+    plan = moeshard.make_plan(model.path, profile, n_keep=[3, 4])
     plan.model.facts["path"] = "model.gguf"
     plan.write("plan.json")
-    unequal = moeshard.make_plan(model.path, profile, n_keep=[5], strategy="ranked", per_layer=True, n_expert_used=2)
+    unequal = moeshard.make_plan(model.path, profile, n_keep=[4], strategy="ranked", per_layer=True, n_expert_used=1)
     unequal.model.facts["path"] = "model.gguf"
     unequal.write("plan-per-layer.json")
     length: dict[str, int] = {"n_windows": 4, "window": 40, "n_prompt": 16, "resamples": 200}
     moeshard.evaluate(model, "plan.json", traffic(1), n_answers=2, n_tokens=12, **length).save("evaluation.json")
     moeshard.measure_curve(
-        model, profile, traffic(1), sizes=[3, 6, 12], strategies=["ranked", "contiguous"], **length
+        model, profile, traffic(1), sizes=[2, 4, 8], strategies=["ranked", "contiguous"], **length
     ).save("curve.json")
 
     first, second = (node.keep for node in plan.nodes)
     steps = np.zeros((N_LAYER, N_EXPERT), dtype=bool)
-    for layer, size in enumerate((3, 6, 9)):
+    for layer, size in enumerate((2, 4, 6)):
         steps[layer, layer : layer + size] = True
     Path("keep.txt").write_text(moeshard.format_keep(steps))
     moeshard.split(model.path, first, "shard.gguf")
-    moeshard.split(model.path, second, "clamped.gguf", n_expert_used=2)
+    moeshard.split(model.path, second, "clamped.gguf", n_expert_used=1)
     moeshard.split(model.path, steps, "per-layer.gguf", per_layer=True)
-    moeshard.split(model.path, first, "parts.gguf", max_file_size=100_000)
+    moeshard.split(model.path, first, "parts.gguf", max_file_size=150_000)
     moeshard.split(model.path, plan, "once", trunk_once=True)
 
     here = Path()

@@ -15,8 +15,9 @@ from moeshard import MoeshardError
 
 HERE = Path(__file__).parent
 RELEASES = sorted(path.name for path in HERE.iterdir() if path.is_dir() and path.name[0].isdigit())
-# Half-precision weights and another order of sums: what `moeshard verify --logits` allows, of the largest logit.
-ROUNDING = 5e-3
+# Of the largest logit. Weights are in float32, but keys and values are cached in half precision (2**-11), where sums in
+# another order may round the other way.
+ROUNDING = 2e-3
 
 
 @pytest.fixture(params=RELEASES)
@@ -73,14 +74,14 @@ def test_profile_adds_up(folder: Path) -> None:
     per_domain = [profile.energy[profile.domain == d].sum(axis=0) for d in range(len(profile.domains))]
     np.testing.assert_allclose(np.einsum("dmee->dme", profile.cosaliency), per_domain, rtol=1e-4)
     # And it is good for a plan, today.
-    plan = moeshard.make_plan(model, profile, n_keep=[4, 4])
+    plan = moeshard.make_plan(model, profile, n_keep=[3, 3])
     plan.check(moeshard.read_plan(folder / "plan.json").model)
 
 
 def test_plan_is_split_and_placed_by(folder: Path, tmp_path: Path) -> None:
     plan = moeshard.read_plan(folder / "plan.json")
     shards = moeshard.split(folder / "model.gguf", plan, tmp_path / "shards")
-    assert [shard.n_expert for shard in shards] == [5, 6]
+    assert [shard.n_expert for shard in shards] == [3, 4]
     for shard in shards:
         moeshard.verify(shard.paths[0], folder / "model.gguf")
     placed = moeshard.Placement(plan, folder / "model.gguf").place("12345678901234567890", probe="saliency")
