@@ -6,6 +6,7 @@ Versions of tools stand in pyproject.toml (extra `dev`) and nowhere else.
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def docs(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the README's test command; arguments are for pytest."""
-    session.run("sh", "-c", " ".join((readme_command(), *session.posargs)), external=True)
+    session.run("sh", "-c", f"{readme_command()} {shlex.join(session.posargs)}", external=True)
 
 
 @nox.session
