@@ -15,16 +15,16 @@ import numpy.typing as npt
 import moeshard._core as _core
 from moeshard._core import MoeshardError
 from moeshard.arrays import TokensLike
+from moeshard.runtime.chat import Chat
 from moeshard.runtime.contexts import ContextPool
 from moeshard.runtime.generation import Generation
 from moeshard.runtime.origin import find_origin
 from moeshard.runtime.session import Session, as_tokens
+from moeshard.runtime.template import Message
 from moeshard.runtime.trace import ChunkSink, Trace, TraceBuilder
 
 if TYPE_CHECKING:
     from moeshard.keep.text import KeepSpec
-
-Message = dict[str, str]
 
 # Of the models that run here most were trained on far more than fits; a longer text gets a longer context by itself.
 DEFAULT_CTX = 4096
@@ -47,7 +47,7 @@ class Model:
         n_threads: int = 0,
         n_gpu_layers: int = -1,
         mmap: bool = True,
-        progress: Callable[[float], bool] | None = None,
+        progress: Callable[[float], object] | None = None,
     ):
         """Load a model.
 
@@ -65,7 +65,7 @@ class Model:
             n_threads: 0 for as many as the processors this process may use.
             n_gpu_layers: layers on the GPU, where there is one; negative for all.
             mmap: map the file instead of reading it into memory.
-            progress: called with the fraction loaded; False stops the load.
+            progress: called with the fraction loaded; returning False (nothing else) stops the load.
 
         Raises:
             MoeshardError: the file is missing, damaged, or no model that llama.cpp can run.
@@ -201,11 +201,38 @@ class Model:
         return self._native.is_end_of_generation(token)
 
     def chat_prompt(self, messages: Sequence[Message], *, template: str = "", answer: bool = True) -> str:
-        """Format messages ``{"role": …, "content": …}`` as the model's chat template does, ready for its answer or not.
+        """Format messages ``{"role": …, "content": …}`` as the model's chat template does, as transformers renders it.
 
-        Raises MoeshardError where the model has no template, or none that llama.cpp knows.
+        For text to look at, or to pass on: to this model give :meth:`chat_tokens`, where what a message says can not
+        be taken for a control token. A token that the tokenizer puts before every text (BOS) is left out.
+
+        Args:
+            messages: of a conversation, in order; other keys are the template's business.
+            template: instead of the model's own one: the name of another that it has, or of one that llama.cpp knows
+                (``"chatml"``), or a file of Jinja, or Jinja itself.
+            answer: whether the model's answer is to follow.
+
+        Raises:
+            MoeshardError: there is no template, or it fails or refuses these messages; it is named.
         """
-        return self._native.apply_chat_template([(m["role"], m["content"]) for m in messages], answer, template)
+        return self._chat.text(messages, template, answer)
+
+    def chat_tokens(
+        self, messages: Sequence[Message], *, template: str = "", answer: bool = True
+    ) -> npt.NDArray[np.int32]:
+        """Return int32 (n,): the tokens of `chat_prompt` for these messages, BOS included once where the model has it.
+
+        Control tokens are those that the template writes: ``<|im_end|>`` in a message is text.
+
+        Raises:
+            MoeshardError: as `chat_prompt`; or the template looks for a control token that a message contains, and
+                leaves some in the text, so that nobody can say whose they are.
+        """
+        return self._chat.tokens(messages, template, answer)
+
+    @cached_property
+    def _chat(self) -> Chat:
+        return Chat(self._native)
 
     # Keeps.
 
