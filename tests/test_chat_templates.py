@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 import pytest
 from command_line import Cli
 from model_copy import USER_DEFINED, with_control_tokens, with_sentencepiece
@@ -304,5 +303,3 @@ def test_commands_take_a_template(cli: Cli, model: moeshard.Model, tmp_path: Pat
     assert n_tokens == 8 * model.chat_tokens(CHAT, template="inst", answer=True).size
     lost = cli("analyze", model.path, "-o", tmp_path / "q.npz", "--chat-template", "inst")
     assert lost.code == 2 and "--chat-template goes with --chat" in lost.err
-
-

@@ -14,7 +14,7 @@ namespace {
 
 thread_local Guard* innermost = nullptr;
 
-// What MOESHARD_LOG asks to see on stderr: "debug", "info", "warn", "error"; nothing by default.
+// What MOESHARD_LOG asks to see on stderr: "debug", "info", "warn", "error", "none"; nothing by default.
 ggml_log_level shown_level() {
     const char* value = std::getenv("MOESHARD_LOG");
     if (!value) return GGML_LOG_LEVEL_NONE;
@@ -22,6 +22,7 @@ ggml_log_level shown_level() {
     if (level == "debug") return GGML_LOG_LEVEL_DEBUG;
     if (level == "info") return GGML_LOG_LEVEL_INFO;
     if (level == "warn") return GGML_LOG_LEVEL_WARN;
+    if (level == "none") return GGML_LOG_LEVEL_NONE;
     return GGML_LOG_LEVEL_ERROR;
 }
 
@@ -29,12 +30,19 @@ ggml_log_level shown_level() {
 
 struct EngineLog {
     static void log(ggml_log_level level, const char* text, void*) {
-        static const ggml_log_level shown = shown_level();
         static thread_local ggml_log_level last = GGML_LOG_LEVEL_INFO;
         // A continued line has the level of the line it continues.
         if (level != GGML_LOG_LEVEL_CONT) last = level;
-        if (shown != GGML_LOG_LEVEL_NONE && last >= shown) std::fputs(text, stderr);
-        if (innermost && last == GGML_LOG_LEVEL_ERROR) innermost->messages += text;
+        if (innermost && last == GGML_LOG_LEVEL_ERROR) {
+            innermost->messages += text;  // part of the Error; shown where none comes of it
+        } else {
+            show(last, text);
+        }
+    }
+
+    static void show(ggml_log_level level, const char* text) {
+        static const ggml_log_level shown = shown_level();
+        if (shown != GGML_LOG_LEVEL_NONE && level >= shown) std::fputs(text, stderr);
     }
 
     static void abort(const char* message) {
@@ -57,9 +65,13 @@ Guard::Guard() : outer(innermost) {
     innermost = this;
 }
 
-Guard::~Guard() { innermost = outer; }
+Guard::~Guard() {
+    innermost = outer;
+    if (!told && !messages.empty()) EngineLog::show(GGML_LOG_LEVEL_ERROR, messages.c_str());
+}
 
 Error Guard::error(const std::string& what) const {
+    told = true;
     std::string said = messages;
     while (!said.empty() && (said.back() == '\n' || said.back() == ' ')) said.pop_back();
     return Error(said.empty() ? what : what + "\n" + said);

@@ -27,6 +27,7 @@ public:
 
 private:
     std::string messages;
+    mutable bool told = false;  // whether they are in an Error
     Guard* outer;
 
     friend struct EngineLog;

@@ -152,8 +152,8 @@ def foreign_spans(
         left = [token for token in looked_for if token in plain]
         if not same or left:
             raise MoeshardError(
-                f"a message contains {', '.join(map(repr, left or inside))}, which the chat template looks for, so that "
-                f"it cannot be told from the template's own control tokens; take it out of the message"
+                f"a message contains {', '.join(map(repr, left or inside))}, which the chat template looks for: it "
+                f"cannot be told from the template's own control tokens; take it out of the message"
             )
     marks = set(places)
     return [span for span in found if any(place in marks for place in range(span[0] + 1, span[1] + 1))]

@@ -17,7 +17,7 @@ from moeshard._core import MoeshardError
 from moeshard.arrays import TokensLike
 from moeshard.runtime.chat import Chat
 from moeshard.runtime.contexts import ContextPool
-from moeshard.runtime.generation import Generation
+from moeshard.runtime.generation import Generation, generation_options
 from moeshard.runtime.origin import find_origin
 from moeshard.runtime.session import Session, as_tokens
 from moeshard.runtime.template import Message
@@ -305,7 +305,7 @@ class Model:
         repeat_penalty: float = 1.0,
         repeat_last_n: int = 64,
         seed: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         ignore_end: bool = False,
     ) -> Generation:
         """Return an iterator over the pieces of the text that follows `prompt`.
@@ -321,29 +321,27 @@ class Model:
             repeat_penalty: divides the scores of recent tokens; 1 for none.
             repeat_last_n: how many tokens are recent.
             seed: None for a random one.
-            stop: texts that end the generation; not part of it.
+            stop: text, or several, that ends the generation; not part of it.
             ignore_end: go on where the model would end.
 
         Raises MoeshardError for an empty prompt, a parameter out of range or a keep that does not fit.
         """
+        options = generation_options(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repeat_penalty=repeat_penalty,
+            repeat_last_n=repeat_last_n,
+            seed=seed,
+            stop=stop,
+        )
         tokens = self.tokenize(prompt, parse=True) if isinstance(prompt, str) else as_tokens(prompt)
         lease = self._contexts.take(1, len(tokens) + max(max_tokens, 0))
         try:
             lease.context.set_keep(self._mask(keep))
-            native = _core.Generation(
-                lease.context,
-                tokens,
-                max_tokens=max_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-                repeat_penalty=repeat_penalty,
-                repeat_last_n=repeat_last_n,
-                seed=seed,
-                stop=list(stop),
-                ignore_end=ignore_end,
-            )
+            native = _core.Generation(lease.context, tokens, ignore_end=ignore_end, **options)
         except BaseException:
             lease.close()
             raise

@@ -80,10 +80,12 @@ def _read(path: str, own: Mapping[str, str], known: Sequence[str]) -> str:
 
 
 def _pairs(messages: Sequence[Message]) -> list[tuple[str, str]]:
-    pairs = [(message["role"], message.get("content")) for message in messages]
-    for role, content in pairs:
+    pairs = []
+    for message in messages:
+        role, content = message["role"], message.get("content")
         if not isinstance(content, str):
             raise MoeshardError(f"this chat template takes text alone, but the content of a {role} message is none")
+        pairs.append((role, content))
     return pairs
 
 
@@ -93,12 +95,13 @@ def _jinja(source: str, name: str, model: _core.Model) -> Render:
     compiled = _rendered(name, lambda: _compiled(source))
 
     def render(messages: Sequence[Message], answer: bool) -> str:
-        return _rendered(
+        text: str = _rendered(
             name,
             lambda: compiled.render(
                 messages=list(messages), tools=None, documents=None, add_generation_prompt=answer, **known
             ),
         )
+        return text
 
     return render
 
@@ -153,9 +156,7 @@ def _environment() -> jinja2.Environment:
         sort_keys: bool = False,
     ) -> str:
         """Without the escapes for HTML that Jinja's own has."""
-        return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     made.filters["tojson"] = tojson
