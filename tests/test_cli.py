@@ -169,7 +169,8 @@ class TestWholeProgram:
             assert b"Traceback" not in process.stderr.read()
 
     def test_a_reader_that_leaves_ends_it_quietly(self) -> None:
-        command = [*PROGRAM, "generate", "tinymoe", "-p", "a", "-n", "-1", "--ctx", "1000000", "--threads", "1"]
+        command = [*PROGRAM, "--log-level", "none"]
+        command += ["generate", "tinymoe", "-p", "a", "-n", "-1", "--ctx", "1000000", "--threads", "1"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             assert process.stdout is not None
             assert process.stderr is not None

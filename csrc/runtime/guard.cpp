@@ -26,6 +26,18 @@ ggml_log_level shown_level() {
     return GGML_LOG_LEVEL_ERROR;
 }
 
+// The engine repeats what a file says, and a terminal must not act on it: control characters become question marks.
+std::string printable(std::string text) {
+    unsigned char before = 0;
+    for (char& c : text) {
+        const auto byte = static_cast<unsigned char>(c);
+        const bool latin = before == 0xC2 && byte >= 0x80 && byte < 0xA0;
+        if ((byte < 0x20 && c != '\n' && c != '\t') || byte == 0x7F || latin) c = '?';
+        before = byte;
+    }
+    return text;
+}
+
 }  // namespace
 
 struct EngineLog {
@@ -42,7 +54,7 @@ struct EngineLog {
 
     static void show(ggml_log_level level, const char* text) {
         static const ggml_log_level shown = shown_level();
-        if (shown != GGML_LOG_LEVEL_NONE && level >= shown) std::fputs(text, stderr);
+        if (shown != GGML_LOG_LEVEL_NONE && level >= shown) std::fputs(printable(text).c_str(), stderr);
     }
 
     static void abort(const char* message) {

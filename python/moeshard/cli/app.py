@@ -26,7 +26,16 @@ from moeshard.cli.place import place
 from moeshard.cli.plan import plan
 from moeshard.cli.report import report
 from moeshard.cli.split import split
-from moeshard.cli.terminal import BROKEN_PIPE, OutputError, Voice, fail, finish, open_standard_files, say
+from moeshard.cli.terminal import (
+    BROKEN_PIPE,
+    OutputError,
+    Voice,
+    fail,
+    finish,
+    open_standard_files,
+    say,
+    writing_stdout,
+)
 from moeshard.cli.verify import verify
 
 # What typer raises for wrong usage. It is click's, or typer's own copy of it.
@@ -54,7 +63,7 @@ class _Group(TyperGroup):
         sys.exit(finish(code if isinstance(code, int) else 0))
 
     def make_context(self, *args: Any, **options: Any) -> Any:
-        with _pipes():
+        with _pipes(), writing_stdout():  # a help text, or a version
             return super().make_context(*args, **options)
 
     def invoke(self, ctx: Any) -> Any:
@@ -155,7 +164,7 @@ def moeshard(
         typer.Option(
             envvar=LOG_VARIABLE,
             **one_of(*LOG_LEVELS),
-            show_default="warn",
+            show_default="warn; none with --json",
             help=f"Show what the engine logs on stderr, from this level on: {', '.join(LOG_LEVELS)}.",
         ),
     ] = None,
@@ -165,7 +174,8 @@ def moeshard(
     Start with `moeshard demo`: it needs no model and no network.
     """
     # The engine reads it when it is loaded, and so does that of every process that a command starts.
-    os.environ[LOG_VARIABLE] = log_level or ("info" if verbose else "warn")
+    usual = "none" if Voice.as_json else "warn"
+    os.environ[LOG_VARIABLE] = log_level or ("info" if verbose else usual)
 
 
 app.command(short_help="Show architecture, routing and sizes of a model.")(inspect)

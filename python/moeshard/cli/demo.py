@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moeshard.cli.options import JsonOption, one_of
-from moeshard.runtime.limits import MAX_INT32
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,9 +25,7 @@ def demo(
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", show_default="one of the domain", help="The text to continue.")
     ] = None,
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", "-n", min=1, max=MAX_INT32, help="Length of the answers.")
-    ] = 48,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Length of the answers.")] = 48,
     windows: Annotated[
         int, typer.Option(min=1, help="Windows of 256 tokens to score per domain: more take longer and say more.")
     ] = 4,

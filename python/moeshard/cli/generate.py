@@ -8,7 +8,7 @@ import typer
 
 from moeshard.cli.options import ChatTemplateOption, GpuLayersOption, JsonOption, ModelArgument, ThreadsOption
 from moeshard.cli.prompts import ChatOption, PromptFileOption, PromptOption, SystemOption, apply_template, read_prompt
-from moeshard.runtime.limits import MAX_INT32, MAX_SEED
+from moeshard.runtime.limits import MAX_SEED
 
 if TYPE_CHECKING:
     from moeshard.keep.text import Keep
@@ -28,14 +28,10 @@ def generate(
     ] = None,
     max_tokens: Annotated[
         int,
-        typer.Option(
-            "--max-tokens", "-n", min=-1, max=MAX_INT32, help="Stop after so many tokens; -1: when the context is full."
-        ),
+        typer.Option("--max-tokens", "-n", min=-1, help="Stop after so many tokens; -1: when the context is full."),
     ] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.8,
-    top_k: Annotated[
-        int, typer.Option(min=0, max=MAX_INT32, help="Sample from so many likeliest tokens; 0: all.")
-    ] = 40,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from so many likeliest tokens; 0: all.")] = 40,
     top_p: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens with this probability; 1: all.")
     ] = 0.95,
@@ -55,7 +51,7 @@ def generate(
     threads: ThreadsOption = 0,
     ctx: Annotated[
         int | None,
-        typer.Option(min=1, max=MAX_INT32, show_default="the model's, at most 4096", help="Tokens of context."),
+        typer.Option(min=1, show_default="the model's, at most 4096", help="Tokens of context."),
     ] = None,
     gpu_layers: GpuLayersOption = -1,
     as_json: JsonOption = False,

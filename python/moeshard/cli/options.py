@@ -10,8 +10,6 @@ from typing import Annotated, Any
 
 import typer
 
-from moeshard.runtime.limits import MAX_INT32
-
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", re.ASCII | re.IGNORECASE)
 
@@ -115,9 +113,7 @@ JsonOption = Annotated[
 
 ThreadsOption = Annotated[int, typer.Option(min=0, help="Threads that compute; 0: one per processor.")]
 
-GpuLayersOption = Annotated[
-    int, typer.Option(min=-1, max=MAX_INT32, help="Layers on the GPU, where there is one; -1: all.")
-]
+GpuLayersOption = Annotated[int, typer.Option(min=-1, help="Layers on the GPU, where there is one; -1: all.")]
 
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
 

@@ -60,28 +60,29 @@ def command(*words: object) -> str:
     return shlex.join(str(word) for word in words)
 
 
-def say(text: object = "", **style: Any) -> None:
+def say(text: object = "", *, nl: bool = True, **style: Any) -> None:
     """Write a line of the result to stdout."""
-    with _stdout():
-        typer.secho(printable(str(text), lines=True), **style)
+    shown = printable(str(text), lines=True)
+    with writing_stdout():
+        typer.echo(typer.style(shown, **style) if style else shown, nl=nl)
 
 
 def pour(text: str) -> None:
     """Write text to stdout that is the result itself, at once; bare unless a terminal would act on it."""
-    with _stdout():
+    with writing_stdout():
         sys.stdout.write(printable(text, lines=True) if sys.stdout.isatty() else text)
         sys.stdout.flush()
 
 
 def pour_styled(text: str) -> None:
     """Write what has been made printable and styled already."""
-    with _stdout():
+    with writing_stdout():
         typer.echo(text, nl=False)
 
 
 def print_json(value: Any) -> None:
     """Print one JSON value. What JSON has no word for (an infinite perplexity) is null."""
-    with _stdout():
+    with writing_stdout():
         typer.echo(_json(value, indent=2))
 
 
@@ -139,7 +140,7 @@ def _stderr(text: str, **style: Any) -> None:
 
 
 @contextmanager
-def _stdout() -> Iterator[None]:
+def writing_stdout() -> Iterator[None]:
     """Tell errors of stdout from those of other files."""
     try:
         yield

@@ -10,6 +10,7 @@ from typing import Any
 
 import moeshard._core as _core
 from moeshard._core import MoeshardError
+from moeshard.runtime.limits import MAX_INT32
 
 CTX_STEP = 256
 IDLE_CONTEXTS = 2
@@ -45,6 +46,9 @@ class ContextPool:
             # Several sequences are given their length; a single one may grow, so it gets the model's default.
             wanted = n_ctx if n_seq > 1 else max(n_ctx, self._n_ctx)
             steps = -(-wanted // CTX_STEP)
+            if steps > MAX_INT32 // CTX_STEP:
+                most = MAX_INT32 // CTX_STEP * CTX_STEP
+                raise MoeshardError(f"a context of {wanted} tokens is too long: the engine takes {most} at most")
             context = _core.Context(self._model, n_ctx=steps * CTX_STEP, n_seq_max=n_seq, **self._options)
         return Lease(context, self)
 

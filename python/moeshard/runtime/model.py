@@ -18,6 +18,7 @@ from moeshard.arrays import TokensLike
 from moeshard.runtime.chat import Chat
 from moeshard.runtime.contexts import ContextPool
 from moeshard.runtime.generation import Generation, generation_options
+from moeshard.runtime.limits import MAX_INT32
 from moeshard.runtime.origin import find_origin
 from moeshard.runtime.session import Session, as_tokens
 from moeshard.runtime.template import Message
@@ -74,8 +75,8 @@ class Model:
             raise MoeshardError(f"n_expert_used must be positive, got {n_expert_used}")
         self._origin = find_origin(path, keep, trunk, experts, n_expert_used or 0)
         self._native = self._origin.load(n_gpu_layers, mmap, n_expert_used or 0, progress)
-        if n_ctx is not None and n_ctx < 1:
-            raise MoeshardError(f"n_ctx must be positive, got {n_ctx}")
+        if n_ctx is not None and not 1 <= n_ctx <= MAX_INT32:
+            raise MoeshardError(f"n_ctx must be from 1 to {MAX_INT32}, got {n_ctx}")
         self._n_ctx = n_ctx or min(self._native.n_ctx_train or DEFAULT_CTX, DEFAULT_CTX)
         self._load_options: dict[str, Any] = {"n_gpu_layers": n_gpu_layers, "mmap": mmap}
         self._context_options = {"n_batch": n_batch, "n_ubatch": n_ubatch, "n_threads": n_threads}
