@@ -27,15 +27,16 @@ ggml_log_level shown_level() {
 }
 
 // The engine repeats what a file says, and a terminal must not act on it: control characters become question marks.
-std::string printable(std::string text) {
-    unsigned char before = 0;
-    for (char& c : text) {
-        const auto byte = static_cast<unsigned char>(c);
-        const bool latin = before == 0xC2 && byte >= 0x80 && byte < 0xA0;
-        if ((byte < 0x20 && c != '\n' && c != '\t') || byte == 0x7F || latin) c = '?';
-        before = byte;
+std::string printable(const char* text) {
+    std::string shown;
+    for (; *text != '\0'; ++text) {
+        const auto byte = static_cast<unsigned char>(*text);
+        const bool latin = byte == 0xC2 && (static_cast<unsigned char>(text[1]) & 0xE0) == 0x80;
+        const bool control = latin || (byte < 0x20 && byte != '\n' && byte != '\t') || byte == 0x7F;
+        shown += control ? '?' : *text;
+        if (latin) ++text;
     }
-    return text;
+    return shown;
 }
 
 }  // namespace
@@ -54,6 +55,8 @@ struct EngineLog {
 
     static void show(ggml_log_level level, const char* text) {
         static const ggml_log_level shown = shown_level();
+        // Taking a trace makes graphs larger than those that were measured at first, as it should.
+        if (level == GGML_LOG_LEVEL_WARN && std::strncmp(text, "~llama_context:", 15) == 0) return;
         if (shown != GGML_LOG_LEVEL_NONE && level >= shown) std::fputs(printable(text).c_str(), stderr);
     }
 

@@ -53,6 +53,7 @@ class _Group(TyperGroup):
         Voice.as_json = "--json" in words
         open_standard_files()
         options["standalone_mode"] = False
+        level = os.environ.get(LOG_VARIABLE)
         try:
             with _told():
                 code = super().main(args, *rest, **options)
@@ -60,6 +61,8 @@ class _Group(TyperGroup):
             code = leaving.exit_code
         except typer.Abort:
             code = 1
+        finally:
+            _set_log_level(level)
         sys.exit(finish(code if isinstance(code, int) else 0))
 
     def make_context(self, *args: Any, **options: Any) -> Any:
@@ -129,6 +132,14 @@ app = typer.Typer(
 )
 
 
+def _set_log_level(level: str | None) -> None:
+    """Set what the engine reads when it first logs, here and in processes that a command starts."""
+    if level is None:
+        os.environ.pop(LOG_VARIABLE, None)
+    else:
+        os.environ[LOG_VARIABLE] = level
+
+
 def _show_version(value: bool) -> None:
     if value:
         from moeshard import __version__
@@ -173,9 +184,8 @@ def moeshard(
 
     Start with `moeshard demo`: it needs no model and no network.
     """
-    # The engine reads it when it is loaded, and so does that of every process that a command starts.
     usual = "none" if Voice.as_json else "warn"
-    os.environ[LOG_VARIABLE] = log_level or ("info" if verbose else usual)
+    _set_log_level(log_level or ("info" if verbose else usual))
 
 
 app.command(short_help="Show architecture, routing and sizes of a model.")(inspect)

@@ -24,7 +24,7 @@ def parse_size(text: str) -> int:
         raise typer.BadParameter(f"'{text}' is not a size; write bytes, or a number with a unit such as 4GiB or 500MB")
     n_bytes = int(float(match[1]) * _UNITS[match[2].upper()])
     if not match[2] and n_bytes < _SUSPICIOUS:
-        raise typer.BadParameter(f"'{text}' are {n_bytes} bytes; did you mean {n_bytes}GiB?")
+        raise typer.BadParameter(f"'{text}' is {n_bytes} bytes; did you mean {n_bytes}GiB?")
     return n_bytes
 
 
