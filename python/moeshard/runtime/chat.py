@@ -49,14 +49,14 @@ class Chat:
         render = self._render(template)
         checked = _checked(messages)
         plain = render(checked, answer)
-        written = set(_control_tokens_in(self._control, plain))
+        written = sorted({plain[slice(*span)] for span in self._control_spans(plain)})
         strangers = []
         if written:
-            strangers = foreign_spans(lambda marked: render(marked, answer), checked, plain, sorted(written))
+            strangers = foreign_spans(lambda marked: render(marked, answer), checked, plain, written)
         text = self._without_bos(plain)
         cut = len(plain) - len(text)
         strangers = [(first - cut, last - cut) for first, last in strangers if first >= cut]
-        body = self._tokenize(text, True) if not strangers else self._around(text, sorted(written), strangers)
+        body = self._tokenize(text, True) if not strangers else self._around(text, written, strangers)
         bos = self._model.tokenize("", True, False)[:1] if self._model.adds_bos else body[:0]
         return np.concatenate([bos, body]).astype(np.int32, copy=False)
 
@@ -69,6 +69,29 @@ class Chat:
         texts = {text.decode("utf-8", errors="replace"): token for token, text in self._model.control_tokens.items()}
         texts.pop("", None)
         return texts
+
+    def _control_spans(self, text: str) -> Iterator[Span]:
+        """Yield where control tokens are in a text. Some models have thousands of them: each is not looked for."""
+        end = 0
+        for match in self._beginnings.finditer(text):
+            start = match.start()
+            for length in self._lengths[match[0]] if start >= end else ():
+                if text[start : start + length] in self._control:
+                    end = start + length
+                    yield start, end
+                    break
+
+    @cached_property
+    def _lengths(self) -> dict[str, list[int]]:
+        """How long control tokens that begin with a character are, the longest first."""
+        lengths: dict[str, set[int]] = {}
+        for token in self._control:
+            lengths.setdefault(token[0], set()).add(len(token))
+        return {first: sorted(own, reverse=True) for first, own in lengths.items()}
+
+    @cached_property
+    def _beginnings(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, self._lengths)) or "(?!)")
 
     def _without_bos(self, text: str) -> str:
         bos = self._model.bos_text
@@ -95,10 +118,6 @@ def _checked(messages: Sequence[Message]) -> list[Message]:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise MoeshardError(f"message {number} has no role: messages are {{'role': 'user', 'content': '…'}}")
     return list(messages)
-
-
-def _control_tokens_in(control: Iterable[str], text: str) -> Iterator[str]:
-    return (token for token in control if token in text)
 
 
 def _occurrences(tokens: Sequence[str], text: str) -> list[Span]:
