@@ -75,10 +75,6 @@ def demo(
     )
 
 
-READABLE = 80
-"""Characters that the answers take side by side at most."""
-
-
 def _table(title: str, **options: Any) -> Table:
     from rich.table import Table
 
@@ -88,10 +84,10 @@ def _table(title: str, **options: Any) -> Table:
 def _answers(result: Demo) -> Table:
     from rich.text import Text
 
-    from moeshard.cli.output import console
+    from moeshard.cli.output import page_width
     from moeshard.cli.terminal import printable
 
-    table = _table(f"How each continues “{' '.join(result.prompt.split())}”", width=min(console().width, READABLE))
+    table = _table(f"How each continues “{' '.join(result.prompt.split())}”", width=page_width())
     for run in result.runs:
         table.add_column(run.name, ratio=1, overflow="fold")
     for_reading = ("\n".join(line for line in run.text.splitlines() if line.strip()) for run in result.runs)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 PATIENCE_SECONDS = 0.5
 # Tables are as wide as what they hold where nobody has to look at them line by line.
 UNLIMITED = 10_000
+READABLE = 80
+"""Characters of a line of text there."""
 NAME_WIDTH = 12
 """Of a column of names, where a terminal is too narrow for them."""
 
@@ -56,11 +58,17 @@ def show(*renderables: Any, style: str | None = None) -> None:
     out = console()
     width = out.width
     for renderable in renderables:
-        out.width = max(width, _narrowest(renderable)) if isinstance(renderable, Table) else width
+        out.width = max(width, _narrowest(renderable)) if isinstance(renderable, Table) else page_width()
         with out.capture() as captured:
             out.print(renderable, style=style)
         # Rich fills lines up to the width of the table.
         pour_styled("".join(f"{line.rstrip()}\n" for line in captured.get().split("\n")[:-1]))
+
+
+def page_width() -> int:
+    """Return how wide lines of text are: as the terminal, or what is good to read where there is none."""
+    width = console().width
+    return READABLE if width == UNLIMITED else width
 
 
 def _narrowest(table: Table) -> int:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -221,7 +222,8 @@ def _try(render: Callable[[Sequence[Message]], str], messages: Any) -> str | Non
 
 def _unused_characters(text: str, count: int) -> list[str]:
     """Return private-use characters that are not in a text."""
-    return [chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text][:count]
+    codes = chain(range(0xE000, 0xF900), range(0xF0000, 0x10FFFE))
+    return list(islice((chr(code) for code in codes if chr(code) not in text), count))
 
 
 def _marked_texts(text: str | None, first: str, last: str, texts: set[str], plain: str) -> list[Span] | None:
