@@ -28,6 +28,7 @@ public:
 
 private:
     std::string messages_;
+    mutable bool told_ = false;  // whether they are in an Error
     Guard* outer_;
     const bool passed_;
 

@@ -92,8 +92,8 @@ class Placement:
         """Say which node should have the session of a prompt.
 
         Args:
-            prompt: text, control tokens in it being read as such (`moeshard.Model.chat_prompt` makes it of messages);
-                or token ids.
+            prompt: token ids (`moeshard.Model.chat_tokens` makes them of messages); or text, control tokens in it
+                being read as such.
             probe: ``loss``: the node that predicts the prompt itself best, all nodes being computed, in one batch;
                 ``saliency``: the one that holds most of what the whole model's router wants for it, which takes one
                 prefill however many nodes there are; ``both``: by the two together, which is right most often.

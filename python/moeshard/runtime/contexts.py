@@ -11,6 +11,7 @@ from typing import Any
 
 import moeshard._core as _core
 from moeshard._core import MoeshardError
+from moeshard.runtime.limits import MAX_INT32
 
 CTX_STEP = 256
 IDLE_CONTEXTS = 2
@@ -65,6 +66,9 @@ class ContextPool:
         # Several sequences are given their length; a single one may serve a longer text next.
         wanted = n_ctx if n_seq > 1 else max(n_ctx, self._n_ctx)
         steps = -(-wanted // CTX_STEP)
+        if steps > MAX_INT32 // CTX_STEP:
+            most = MAX_INT32 // CTX_STEP * CTX_STEP
+            raise MoeshardError(f"a context of {wanted} tokens is too long: the engine takes {most} at most")
         size = steps * CTX_STEP
         try:
             return _core.Context(self._model, n_ctx=size, n_seq_max=n_seq, **self._options)

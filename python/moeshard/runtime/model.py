@@ -15,16 +15,17 @@ import numpy.typing as npt
 import moeshard._core as _core
 from moeshard._core import MoeshardError
 from moeshard.arrays import TokensLike
+from moeshard.runtime.chat import Chat
 from moeshard.runtime.contexts import ContextPool
-from moeshard.runtime.generation import Generation
+from moeshard.runtime.generation import Generation, generation_options
+from moeshard.runtime.limits import MAX_INT32
 from moeshard.runtime.origin import find_origin
 from moeshard.runtime.session import Session, as_tokens
+from moeshard.runtime.template import Message
 from moeshard.runtime.trace import ChunkSink, Trace, TraceBuilder
 
 if TYPE_CHECKING:
     from moeshard.keep.text import KeepSpec
-
-Message = dict[str, str]
 
 # Of the models that run here most were trained on far more than fits; a longer text gets a longer context by itself.
 DEFAULT_CTX = 4096
@@ -47,7 +48,7 @@ class Model:
         n_threads: int = 0,
         n_gpu_layers: int = -1,
         mmap: bool = True,
-        progress: Callable[[float], bool] | None = None,
+        progress: Callable[[float], object] | None = None,
     ):
         """Load a model.
 
@@ -65,7 +66,7 @@ class Model:
             n_threads: 0 for as many as the processors this process may use.
             n_gpu_layers: layers on the GPU, where there is one; negative for all.
             mmap: map the file instead of reading it into memory.
-            progress: called with the fraction loaded; False stops the load.
+            progress: called with the fraction loaded; returning False (nothing else) stops the load.
 
         Raises:
             MoeshardError: the file is missing, damaged, or no model that llama.cpp can run.
@@ -75,8 +76,8 @@ class Model:
         self._origin = find_origin(path, keep, trunk, experts, n_expert_used or 0)
         self._source: dict[str, Any] = {"path": path, "keep": keep, "trunk": trunk, "experts": experts}
         self._loaded: _core.Model | None = self._origin.load(n_gpu_layers, mmap, n_expert_used or 0, progress)
-        if n_ctx is not None and n_ctx < 1:
-            raise MoeshardError(f"n_ctx must be positive, got {n_ctx}")
+        if n_ctx is not None and not 1 <= n_ctx <= MAX_INT32:
+            raise MoeshardError(f"n_ctx must be from 1 to {MAX_INT32}, got {n_ctx}")
         self._n_ctx = n_ctx or min(self._native.n_ctx_train or DEFAULT_CTX, DEFAULT_CTX)
         self._load_options: dict[str, Any] = {"n_gpu_layers": n_gpu_layers, "mmap": mmap}
         self._context_options = {"n_batch": n_batch, "n_ubatch": n_ubatch, "n_threads": n_threads}
@@ -220,11 +221,38 @@ class Model:
         return self._native.is_end_of_generation(token)
 
     def chat_prompt(self, messages: Sequence[Message], *, template: str = "", answer: bool = True) -> str:
-        """Format messages ``{"role": …, "content": …}`` as the model's chat template does, ready for its answer or not.
+        """Format messages ``{"role": …, "content": …}`` as the model's chat template does, as transformers renders it.
 
-        Raises MoeshardError where the model has no template, or none that llama.cpp knows.
+        For text to look at, or to pass on: to this model give :meth:`chat_tokens`, where what a message says can not
+        be taken for a control token. A token that the tokenizer puts before every text (BOS) is left out.
+
+        Args:
+            messages: of a conversation, in order; other keys are the template's business.
+            template: instead of the model's own one: the name of another that it has, or of one that llama.cpp knows
+                (``"chatml"``), or a file of Jinja, or Jinja itself.
+            answer: whether the model's answer is to follow.
+
+        Raises:
+            MoeshardError: there is no template, or it fails or refuses these messages; it is named.
         """
-        return self._native.apply_chat_template([(m["role"], m["content"]) for m in messages], answer, template)
+        return self._chat.text(messages, template, answer)
+
+    def chat_tokens(
+        self, messages: Sequence[Message], *, template: str = "", answer: bool = True
+    ) -> npt.NDArray[np.int32]:
+        """Return int32 (n,): the tokens of `chat_prompt` for these messages, BOS included once where the model has it.
+
+        Control tokens are those that the template writes: ``<|im_end|>`` in a message is text.
+
+        Raises:
+            MoeshardError: as `chat_prompt`; or the template looks for a control token that a message contains, and
+                leaves some in the text, so that nobody can say whose they are.
+        """
+        return self._chat.tokens(messages, template, answer)
+
+    @cached_property
+    def _chat(self) -> Chat:
+        return Chat(self._native)
 
     # Keeps.
 
@@ -297,7 +325,7 @@ class Model:
         repeat_penalty: float = 1.0,
         repeat_last_n: int = 64,
         seed: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         ignore_end: bool = False,
     ) -> Generation:
         """Return an iterator over the pieces of the text that follows `prompt`.
@@ -313,11 +341,22 @@ class Model:
             repeat_penalty: divides the scores of recent tokens; 1 for none.
             repeat_last_n: how many tokens are recent.
             seed: None for a random one.
-            stop: texts that end the generation; not part of it.
+            stop: text, or several, that ends the generation; not part of it.
             ignore_end: go on where the model would end.
 
         Raises MoeshardError for an empty prompt, a parameter out of range or a keep that does not fit.
         """
+        options = generation_options(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repeat_penalty=repeat_penalty,
+            repeat_last_n=repeat_last_n,
+            seed=seed,
+            stop=stop,
+        )
         tokens = self.tokenize(prompt, parse=True) if isinstance(prompt, str) else as_tokens(prompt)
         lease = self._contexts.take(1, max(self._n_ctx, len(tokens) + max(max_tokens, 0)))
         try:
@@ -325,18 +364,10 @@ class Model:
             native = _core.Generation(
                 lease.context,
                 tokens,
-                max_tokens=max_tokens,
-                sampling=_core.SamplingParams(
-                    temperature=temperature,
-                    top_k=top_k,
-                    top_p=top_p,
-                    min_p=min_p,
-                    repeat_penalty=repeat_penalty,
-                    repeat_last_n=repeat_last_n,
-                    seed=seed,
-                ),
-                stop=list(stop),
+                max_tokens=options.pop("max_tokens"),
+                stop=options.pop("stop"),
                 ignore_end=ignore_end,
+                sampling=_core.SamplingParams(**options),
             )
         except BaseException:
             lease.close()

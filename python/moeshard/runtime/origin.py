@@ -34,7 +34,7 @@ class Origin:
         return (self.segments or GGUFMap(self.path)).moe_layout()
 
     def load(
-        self, n_gpu_layers: int, mmap: bool, n_expert_used: int, progress: Callable[[float], bool] | None
+        self, n_gpu_layers: int, mmap: bool, n_expert_used: int, progress: Callable[[float], object] | None
     ) -> _core.Model:
         """Load it into the engine."""
         return _core.Model(
