@@ -19,6 +19,7 @@
 
 #include "files/copy.hpp"
 #include "files/temporary.hpp"
+#include "files/threads.hpp"
 
 namespace moeshard {
 
