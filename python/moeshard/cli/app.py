@@ -30,6 +30,7 @@ from moeshard.cli.terminal import (
     BROKEN_PIPE,
     OutputError,
     Voice,
+    end_line,
     fail,
     finish,
     open_standard_files,
@@ -82,7 +83,7 @@ def _pipes() -> Iterator[None]:
     except BrokenPipeError:
         raise typer.Exit(BROKEN_PIPE) from None
     except KeyboardInterrupt:
-        typer.echo(err=True)
+        end_line()
         raise typer.Exit(130) from None
 
 

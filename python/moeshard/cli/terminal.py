@@ -133,6 +133,11 @@ def fail(text: str, code: int, usage: str = "") -> None:
     _stderr(text)
 
 
+def end_line() -> None:
+    """Leave the line on stderr that Ctrl-C was shown in."""
+    _stderr("")
+
+
 def _stderr(text: str, **style: Any) -> None:
     # Where stderr is full or closed there is nobody left to tell.
     with suppress(OSError, ValueError):

@@ -124,5 +124,5 @@ def check_model(model: ModelIdentity) -> None:
 
 def no_experts(path: str, identity: ModelIdentity) -> MoeshardError:
     """Return the error that says of a file without experts why it has none."""
-    what = "is the trunk of a model, whose experts are in other files" if identity.n_expert else "is a dense model"
-    return MoeshardError(f"{path}: {what}: it has no experts to take out")
+    trunk = f"it is part of a model with {identity.n_expert} per layer, which are in other files"
+    return MoeshardError(f"{path}: has no experts to take out: {trunk if identity.n_expert else 'it is a dense model'}")
