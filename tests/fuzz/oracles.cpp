@@ -89,7 +89,7 @@ void check_segments(const SegmentList& list) {
                     "a literal exists");
         } else if (segment.kind != Segment::Kind::kZeros) {
             require(segment.source < list.sources().size(), "a source exists");
-            const uint64_t size = list.sources()[segment.source]->bytes().size;
+            const uint64_t size = list.sources()[segment.source]->size();
             const bool is_range = segment.kind == Segment::Kind::kRange;
             require(segment.from <= size && (!is_range || segment.size <= size - segment.from), "a range exists");
         }

@@ -9,6 +9,7 @@ from typing import Any
 
 from moeshard._core import GGUFMap, MoeshardError
 from moeshard.files.documents import check_other, expect, other_keys, take
+from moeshard.files.text import readable
 from moeshard.keep.text import expert_layers, format_ids
 
 # Of each tensor so many bytes are looked at: two fine-tunings of one model differ in nearly all of them, and a model of
@@ -67,7 +68,7 @@ def identify(model: GGUFMap) -> ModelIdentity:
     layout = model.moe_layout()
     name = model.metadata.get("general.name")
     return ModelIdentity(
-        name=name if isinstance(name, str) else os.path.basename(model.path),
+        name=readable(name if isinstance(name, str) else os.path.basename(model.path)),
         arch=layout.arch,
         fingerprint=fingerprint(model),
         n_layer=layout.n_layer,

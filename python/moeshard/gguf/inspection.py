@@ -76,6 +76,13 @@ class Inspection:
         return asdict(self)
 
 
+def shown(text: Any) -> str | None:
+    """Return a string of the metadata as it can be shown, bytes that are no UTF-8 as ``\\xe8``; None for all else."""
+    if not isinstance(text, str):
+        return None
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def inspect_model(path: str | os.PathLike[str]) -> Inspection:
     """Read what the header of a GGUF file (any part of it, if there are several) says. No weight is read.
 
@@ -112,7 +119,7 @@ def inspect_model(path: str | os.PathLike[str]) -> Inspection:
         parts=tuple(part.path for part in gguf.parts),
         file_bytes=sum(part.size for part in gguf.parts),
         arch=layout.arch,
-        name=metadata.get("general.name"),
+        name=shown(metadata.get("general.name")),
         n_params=sum(math.prod(info.shape) for info in infos),
         n_ctx_train=metadata.get(f"{layout.arch}.context_length"),
         n_layer=layout.n_layer,

@@ -136,9 +136,12 @@ def lay_out(
     """Lay the shards of `nodes` out; arguments as of `split`. Reads headers and writes nothing."""
     folder = os.fspath(out)
     laid_out = []
+    # What a model in one file says of its parts: `merge` gives it back.
+    entries = _core.split_entries(source)
+    divided = [("split_entries", entries)] if entries else []
     if trunk_once:
         files = _core.shard_segments(
-            source, None, kind=TRUNK, max_file_size=max_file_size, notes=notes_of(plan.model, plan, None)
+            source, None, kind=TRUNK, max_file_size=max_file_size, notes=notes_of(plan.model, plan, None) + divided
         )
         laid_out.append(_shards(TRUNK, TRUNK, files, os.path.join(folder, TRUNK_FILE), (0, 0)))
     kind = "experts" if trunk_once else "shard"
@@ -151,7 +154,7 @@ def lay_out(
             clamp=clamp,
             per_layer=per_layer or plan.is_per_layer,
             max_file_size=max_file_size,
-            notes=notes_of(plan.model, plan, node),
+            notes=notes_of(plan.model, plan, node) + divided,
         )
         path = folder if single else os.path.join(folder, shard_name(source.path, node.name))
         held = held_range(node.keep, plan.model.moe_layers)
