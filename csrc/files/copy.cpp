@@ -48,9 +48,9 @@ bool copies_elsewhere(int fd) {
 #endif
 }
 
-// The kernel copies, or shares extents. Returns how many bytes it did: fewer than asked for where it cannot, or says that
-// it cannot. Network file systems and FUSE fail here with all kinds of errors, or copy nothing, of files that can be read
-// and written well; what is really wrong shows when the rest is.
+// The kernel copies, or shares extents. Returns how many bytes it did: fewer than asked for where it cannot, or says
+// that it cannot. Network file systems and FUSE fail here with all kinds of errors, or copy nothing, of files that can
+// be read and written well; what is really wrong shows when the rest is.
 uint64_t copy_by_kernel(const gguf::Mapping& from, uint64_t from_offset, int fd, uint64_t offset, uint64_t size) {
 #ifdef __linux__
     auto in = static_cast<off64_t>(from_offset);
@@ -170,7 +170,8 @@ bool is_zero(const gguf::Mapping& file, uint64_t begin, uint64_t end) {
     for (uint64_t at = begin; at < end; at += kStride) {
         const uint64_t n = std::min(kPieceOfHole, end - at);
         file.read(at, piece.data(), n);
-        if (std::any_of(piece.begin(), piece.begin() + static_cast<std::ptrdiff_t>(n), [](uint8_t b) { return b != 0; }))
+        if (std::any_of(piece.begin(), piece.begin() + static_cast<std::ptrdiff_t>(n),
+                        [](uint8_t b) { return b != 0; }))
             return false;
     }
     return true;

@@ -19,7 +19,8 @@ bool contains(std::string_view text, std::string_view part) { return text.find(p
 void check_number(const std::string& path, const gguf::Entry& entry) {
     const double value = entry.as_float();
     const char* wanted = nullptr;
-    // On these the engine aborts. Others may hold what they like: its own saver writes -inf where something has no bound.
+    // On these the engine aborts. Others may hold what they like: its own saver writes -inf where something has no
+    // bound.
     if (contains(entry.key, "epsilon") && !(std::isfinite(value) && value >= 0)) {
         wanted = "a finite number that is not negative";
     } else if (contains(entry.key, "rope.freq_base") && !(std::isfinite(value) && value > 0)) {

@@ -83,7 +83,8 @@ std::vector<std::vector<Piece>> entries_of(const GGUFMap& model, const NewCounts
                                            uint64_t max_file_size) {
     std::vector<std::vector<Piece>> entries;
     for (const Entry& entry : model.metadata().entries) {
-        if (is_of_file(entry.key, model, max_file_size) || (!with_tokenizer && starts_with(entry.key, "tokenizer."))) continue;
+        if (is_of_file(entry.key, model, max_file_size) || (!with_tokenizer && starts_with(entry.key, "tokenizer.")))
+            continue;
         std::vector<Piece>& pieces = entries.emplace_back();
         if (const std::string* replaced = counts.find(entry.key)) {
             pieces.emplace_back(*replaced);
@@ -116,7 +117,8 @@ void append(std::vector<std::vector<Piece>>& entries, std::vector<std::vector<Pi
 NewFile trunk_file(const GGUFMap& model, const MoeLayout& layout, ShardFacts facts, uint64_t max_file_size) {
     NewFile file = empty_like(model);
     for (const Entry& entry : model.metadata().entries) {
-        if (!is_of_file(entry.key, model, max_file_size)) file.entries.emplace_back().emplace_back(range_of(model, entry));
+        if (!is_of_file(entry.key, model, max_file_size))
+            file.entries.emplace_back().emplace_back(range_of(model, entry));
     }
     append(file.entries, fact_entries(facts));
     std::vector<std::string> names;
@@ -174,7 +176,8 @@ std::vector<SegmentList> shard_segments(const GGUFMap& model, const Keep& keep, 
     const auto laid_out = [&](NewFile file) {
         return assemble(std::move(file), params.max_file_size, model.path(), {&model});
     };
-    if (params.kind == ShardKind::kTrunk) return laid_out(trunk_file(model, layout, std::move(facts), params.max_file_size));
+    if (params.kind == ShardKind::kTrunk)
+        return laid_out(trunk_file(model, layout, std::move(facts), params.max_file_size));
     const Counts counts = count_experts(layout, keep, params, model.path());
     const uint8_t* rows = keep.row(0);
     facts.keep.assign(rows, rows + static_cast<size_t>(layout.n_layer) * layout.n_expert);

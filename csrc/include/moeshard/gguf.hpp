@@ -103,17 +103,17 @@ struct Directory {
     const Entry* find(std::string_view key) const;
 };
 
-// Keys and tensor names must be UTF-8. String values need not be: llama.cpp reads vocabularies whose tokens are pieces of
-// characters, and names in whatever encoding somebody typed. `name` stands for the file in messages.
-// `file_size`: of the whole file, where `bytes` is only its beginning, at least up to the data.
+// Keys and tensor names must be UTF-8. String values need not be: llama.cpp reads vocabularies whose tokens are pieces
+// of characters, and names in whatever encoding somebody typed. `name` stands for the file in messages. `file_size`: of
+// the whole file, where `bytes` is only its beginning, at least up to the data.
 Directory parse(Bytes bytes, const std::string& name, uint64_t file_size = 0);
 
 // The name of part `index` (from 0) of `count`, for a name that ends in "-00002-of-00005.gguf"; "" for other names or
 // another count.
 std::string part_name(const std::string& path, uint64_t index, uint64_t count);
 
-// A file open for reading, mapped where the file system and the limits of this process allow it. Views hold it through a
-// shared_ptr, so it outlives the GGUFMap that made it.
+// A file open for reading, mapped where the file system and the limits of this process allow it. Views hold it through
+// a shared_ptr, so it outlives the GGUFMap that made it.
 class Mapping {
 public:
     explicit Mapping(const std::string& path);
@@ -126,8 +126,8 @@ public:
     bool is_mapped() const { return bytes_.data != nullptr; }
     // Whether others could map it as this process may have to: some mounts (FUSE with direct I/O, 9p) share no pages.
     bool is_shared() const { return is_shared_; }
-    // The whole file where it is mapped; else its first `size` bytes, read. What was returned before stays valid. A file
-    // that is cut short while it is mapped ends the process that looks at what is gone; read() does not.
+    // The whole file where it is mapped; else its first `size` bytes, read. What was returned before stays valid. A
+    // file that is cut short while it is mapped ends the process that looks at what is gone; read() does not.
     Bytes head(uint64_t size) const;
     // A part of the file, read where it is not mapped, and then kept as long as this lives.
     Bytes view(uint64_t offset, uint64_t size) const;
