@@ -15,6 +15,8 @@
 #include <memory>
 #include <mutex>
 #include <set>
+#include <string>
+#include <system_error>
 #include <thread>
 
 #include "files/copy.hpp"
