@@ -153,9 +153,14 @@ public:
                     threads.emplace_back([this] { work(); });
                     ++running_;
                 }
-            } catch (const std::system_error& error) {
-                // Fewer do it too; without any there is nobody to wait for.
-                if (threads.empty()) throw Error(std::string("no thread can be started to copy with: ") + error.what());
+            } catch (const std::system_error&) {
+                // Fewer do it too; where there is none, this one does it.
+                if (threads.empty()) {
+                    ++running_;
+                    lock.unlock();
+                    work();
+                    lock.lock();
+                }
             }
             while (running_ > 0) {
                 changed_.wait_for(lock, std::chrono::milliseconds(50));
