@@ -1,4 +1,5 @@
 #include <exception>
+#include <string>
 
 #include "bindings/interrupt.hpp"
 #include "bindings/register.hpp"
@@ -19,6 +20,13 @@ void register_error(py::module_& m) {
         } catch (const moeshard::Error& e) {
             // A signal handler or a callback that raised is why the core gave up: its exception is the better one.
             if (!PyErr_Occurred()) py::set_error(error, e.what());
+        } catch (const py::builtin_exception&) {
+            throw;  // what the bindings themselves say of arguments
+        } catch (const py::error_already_set&) {
+            throw;
+        } catch (const std::exception& e) {
+            // The engine throws what it likes: std::out_of_range from a tokenizer, std::bad_alloc.
+            if (!PyErr_Occurred()) py::set_error(error, (std::string("inside llama.cpp: ") + e.what()).c_str());
         }
     });
 }

@@ -6,7 +6,8 @@ from __future__ import annotations
 def main() -> None:
     """Run the command line of this process and exit.
 
-    Exit codes: 0 done, 1 a MoeshardError, 2 wrong usage, 3 (``place``) no node is good enough, 130 interrupted.
+    Exit codes: 0 done, 1 an error (also: stdout cannot be written), 2 wrong usage, 3 (``place``) no node is good
+    enough, 130 interrupted, 141 the reader of stdout has left.
     """
     try:
         from moeshard.cli.app import app

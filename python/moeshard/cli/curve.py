@@ -9,12 +9,15 @@ import typer
 
 from moeshard.cli.options import (
     ChatsOption,
+    ChatTemplateOption,
     ForceOption,
     GpuLayersOption,
     HeldOutOption,
     JsonOption,
     ModelArgument,
     ThreadsOption,
+    check_template,
+    one_of,
 )
 
 if TYPE_CHECKING:
@@ -26,6 +29,7 @@ def curve(
     profile: Annotated[Path, typer.Option(help="What `moeshard analyze` measured; experts are chosen by it.")],
     text: HeldOutOption = None,
     chat: ChatsOption = None,
+    chat_template: ChatTemplateOption = None,
     keep: Annotated[
         str | None,
         typer.Option(
@@ -36,8 +40,9 @@ def curve(
     strategies: Annotated[
         str,
         typer.Option(
+            **one_of("moeshard.evaluation.curve:CURVE_STRATEGIES", several=True),
             help="How they are chosen, several after commas: ranked (per layer, by saliency), one-list (the same ids "
-            "in every layer), contiguous, or another strategy of plan."
+            "in every layer), contiguous, or another strategy of plan.",
         ),
     ] = "ranked",
     windows: Annotated[int, typer.Option(min=2, help="Windows of each domain.")] = 8,
@@ -45,7 +50,9 @@ def curve(
     prompt: Annotated[int, typer.Option(min=1, help="Tokens at its beginning that do not count.")] = 64,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write all figures as JSON.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write a table of them.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Draw the curve (needs moeshard[report]).")] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="Draw the curve: a .png, .svg or .pdf (needs moeshard[report]).")
+    ] = None,
     threads: ThreadsOption = 0,
     gpu_layers: GpuLayersOption = -1,
     force: ForceOption = False,
@@ -55,10 +62,13 @@ def curve(
 
     Held-out text is predicted with all experts and with each number of them, side by side. Intervals are of 95 %.
     """
+    check_template(chat, chat_template)
     sizes = None if keep is None else _parse_sizes(keep)
+    form = "png" if png is None else _picture_form(png)
 
     from moeshard.cli.loading import load_model
-    from moeshard.cli.output import check_free, print_json, progress, warn_of_seen
+    from moeshard.cli.output import check_free, progress, warn_of_seen
+    from moeshard.cli.terminal import print_json
     from moeshard.evaluation.curve import measure_curve
     from moeshard.files.atomic import write_atomically
     from moeshard.profile.record import read_profile
@@ -71,7 +81,8 @@ def curve(
         require_matplotlib()
     measured = read_profile(profile)
     loaded = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers)
-    domains = read_texts(text or [], chat or [], model=loaded) or embedded_traffic("heldout")
+    given = read_texts(text or [], chat or [], model=loaded, template=chat_template or "")
+    domains = given or embedded_traffic("heldout")
     warn_of_seen(texts_seen(domains, measured.facts.get("texts")))
     with progress() as update:
         found = measure_curve(
@@ -90,7 +101,7 @@ def curve(
     if csv is not None:
         write_atomically(csv, found.to_csv(), force=force)
     if png is not None:
-        write_atomically(png, draw_png(found), force=force)
+        write_atomically(png, draw_picture(found, form), force=force)
     if as_json:
         print_json(found.to_json())
     else:
@@ -104,17 +115,25 @@ def _parse_sizes(text: str) -> list[int]:
         raise typer.BadParameter(f"--keep '{text}': expected numbers of experts such as 16,32,64") from error
 
 
-def draw_png(found: Curve) -> bytes:
-    from moeshard.report.drawing import render
+def _picture_form(path: Path) -> str:
+    form = path.suffix.lower().removeprefix(".") or "png"
+    if form not in ("png", "svg", "pdf"):
+        raise typer.BadParameter(f"--png '{path}': a picture is a .png, .svg or .pdf")
+    return form
+
+
+def draw_picture(found: Curve, form: str) -> bytes:
+    from moeshard.report.drawing import picture
     from moeshard.report.figure import Panel
     from moeshard.report.figures.curve import HEIGHT, draw_curve
 
     title = f"{found.model.name}: what a part of the experts costs"
-    return render(Panel("loss by experts kept", lambda canvas: draw_curve(canvas, found), HEIGHT), "curve", title)[1]
+    return picture(Panel("loss by experts kept", lambda canvas: draw_curve(canvas, found), HEIGHT), title, form)
 
 
 def _report(found: Curve, written: list[Path]) -> None:
-    from moeshard.cli.output import console, plain_table
+    from moeshard.cli.output import plain_table, show
+    from moeshard.cli.terminal import note, say
     from moeshard.evaluation.curve import rule_of_thumb
 
     table = plain_table("What is lost by how many experts per layer are kept")
@@ -128,11 +147,11 @@ def _report(found: Curve, written: list[Path]) -> None:
             measured = (f"{point.scores.excess:+.3f}", f"{point.scores.ratio:.2f}", f"{low:.2f} to {high:.2f}")
             table.add_row(name, f"{point.keep}", share, f"{found.times_top_k(point):g}", *measured)
         table.add_section()
-    console().print(table)
-    typer.echo()
-    typer.echo("The rule of thumb, 4 to 8 times the experts that a token uses, measured:")
+    show(table)
+    say()
+    say("The rule of thumb, 4 to 8 times the experts that a token uses, measured:")
     for sentence in rule_of_thumb(found):
-        typer.echo(sentence)
+        say(sentence)
     tokens = sum(found.settings["windows"].values()) * (found.settings["window"] - found.settings["prompt"])
     files = "".join(f"; {path}" for path in written)
-    typer.secho(f"[{tokens} tokens of {', '.join(found.domains)}{files}]", dim=True, err=True)
+    note(f"{tokens} tokens of {', '.join(found.domains)}{files}")

@@ -25,7 +25,9 @@ def merge(
     Every tensor is, byte for byte, that of the model which the shards were taken from.
     """
     from moeshard import merge as put_together
-    from moeshard.cli.output import print_json, progress, size
+    from moeshard.cli.output import progress
+    from moeshard.cli.terminal import note, print_json, say
+    from moeshard.sizes import size
 
     with progress() as update:
         paths = put_together(
@@ -41,5 +43,5 @@ def merge(
         print_json({"paths": paths, "bytes": n_bytes})
         return
     for path in paths:
-        typer.echo(path)
-    typer.secho(f"[{size(n_bytes)} from {len(shards)} files]", dim=True, err=True)
+        say(path)
+    note(f"{size(n_bytes)} from {len(shards)} files")

@@ -11,10 +11,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeshard._core import MoeshardError
+from moeshard.arrays import Tokens
 from moeshard.traffic.embedded import Part, embedded_domains, embedded_text
 
 if TYPE_CHECKING:
     from moeshard.runtime.model import Model
+
+
+class Conversation(str):
+    """A document made of messages in a model's chat template, and how that model reads it."""
+
+    tokens: Tokens
+    """int32 (n,): control tokens are those of the template, not what a message looks like."""
+
+    def __new__(cls, text: str, tokens: Tokens) -> Conversation:
+        made = super().__new__(cls, text)
+        made.tokens = tokens
+        return made
+
+
+def tokens_of(model: Model, document: str) -> Tokens:
+    """Return int32 (n,): a document of a domain as a model reads it."""
+    return document.tokens if isinstance(document, Conversation) else model.tokenize(document)
 
 
 @dataclass(frozen=True)
@@ -43,7 +61,11 @@ def check_names(domains: Sequence[Domain]) -> None:
 
 
 def read_texts(
-    files: Sequence[str], chats: Sequence[str | os.PathLike[str]] = (), *, model: Model | None = None
+    files: Sequence[str],
+    chats: Sequence[str | os.PathLike[str]] = (),
+    *,
+    model: Model | None = None,
+    template: str = "",
 ) -> list[Domain]:
     """Read text files, each written ``FILE`` or ``NAME=FILE``, and chats; several files may make one domain.
 
@@ -52,6 +74,7 @@ def read_texts(
         chats: files with a JSON object per line, ``{"messages": [{"role": …, "content": …}, …]}``; each becomes a
             document in the model's chat template.
         model: for the template.
+        template: instead of the model's own; see `moeshard.Model.chat_prompt`.
 
     Raises:
         MoeshardError: a file cannot be read, is empty, or a line of a chat is not one; it names file and line.
@@ -68,7 +91,7 @@ def read_texts(
             raise MoeshardError(f"text '{path}' is empty")
         found.setdefault(name, []).append(text)
     for chat in chats:
-        found.setdefault(Path(chat).stem, []).extend(_read_chat(os.fspath(chat), model))
+        found.setdefault(Path(chat).stem, []).extend(_read_chat(os.fspath(chat), model, template))
     return [Domain(name, tuple(texts)) for name, texts in found.items()]
 
 
@@ -98,8 +121,8 @@ def _read(path: str) -> str:
         raise MoeshardError(f"cannot read text '{path}': {getattr(error, 'strerror', None) or error}") from error
 
 
-def _read_chat(path: str, model: Model | None) -> list[str]:
-    documents = []
+def _read_chat(path: str, model: Model | None, template: str) -> list[str]:
+    documents: list[str] = []
     for number, line in enumerate(_read(path).splitlines(), 1):
         if not line.strip():
             continue
@@ -108,7 +131,9 @@ def _read_chat(path: str, model: Model | None) -> list[str]:
             raise MoeshardError(f"chat '{path}' needs a model, whose chat template it is written in")
         try:
             # A conversation that ends with the model's answer is whole: no other answer begins.
-            documents.append(model.chat_prompt(messages, answer=messages[-1]["role"] != "assistant"))
+            answer = messages[-1]["role"] != "assistant"
+            text = model.chat_prompt(messages, template=template, answer=answer)
+            documents.append(Conversation(text, model.chat_tokens(messages, template=template, answer=answer)))
         except MoeshardError as error:
             raise MoeshardError(f"{path}, line {number}: {error}") from error
     if not documents:
