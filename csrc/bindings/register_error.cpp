@@ -2,6 +2,7 @@
 
 #include "bindings/interrupt.hpp"
 #include "bindings/register.hpp"
+#include "bindings/text.hpp"
 #include "moeshard/error.hpp"
 
 namespace py = pybind11;
@@ -18,7 +19,8 @@ void register_error(py::module_& m) {
             if (thrown) std::rethrow_exception(thrown);
         } catch (const moeshard::Error& e) {
             // A signal handler or a callback that raised is why the core gave up: its exception is the better one.
-            if (!PyErr_Occurred()) py::set_error(error, e.what());
+            // It may name a file whose name is no UTF-8.
+            if (!PyErr_Occurred()) PyErr_SetObject(error.ptr(), to_str(e.what()).ptr());
         }
     });
 }

@@ -1,5 +1,7 @@
 #include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
 
+#include <filesystem>
 #include <memory>
 #include <optional>
 #include <string>
@@ -7,6 +9,7 @@
 
 #include "bindings/arrays.hpp"
 #include "bindings/register.hpp"
+#include "bindings/text.hpp"
 #include "moeshard/model.hpp"
 
 using moeshard::Model;
@@ -15,8 +18,8 @@ using moeshard::Routing;
 
 namespace {
 
-std::shared_ptr<Model> load(const std::string& path, const moeshard::SegmentList* segments, int32_t n_gpu_layers,
-                            bool mmap, bool check_tensors, uint32_t n_expert_used, bool simulate,
+std::shared_ptr<Model> load(const std::filesystem::path& path, const moeshard::SegmentList* segments,
+                            int32_t n_gpu_layers, bool mmap, bool check_tensors, uint32_t n_expert_used, bool simulate,
                             const std::optional<py::function>& progress) {
     ModelParams params;
     params.n_gpu_layers = n_gpu_layers;
@@ -36,7 +39,7 @@ std::shared_ptr<Model> load(const std::string& path, const moeshard::SegmentList
         }
     };
     const py::gil_scoped_release nogil;
-    return segments == nullptr ? Model::load(path, params) : Model::load(*segments, path, params);
+    return segments == nullptr ? Model::load(path.string(), params) : Model::load(*segments, path.string(), params);
 }
 
 }  // namespace
@@ -62,7 +65,7 @@ void register_model(py::module_& m) {
         .def(py::init(&load), py::arg("path"), py::arg("segments") = nullptr, py::kw_only(),
              py::arg("n_gpu_layers") = -1, py::arg("mmap") = true, py::arg("check_tensors") = false,
              py::arg("n_expert_used") = 0, py::arg("simulate") = false, py::arg("progress") = py::none())
-        .def_property_readonly("path", &Model::path)
+        .def_property_readonly("path", [](const Model& model) { return path_to_str(model.path()); })
         .def_property_readonly("routing", &Model::routing, py::return_value_policy::reference_internal)
         .def_property_readonly("description", &Model::description)
         .def_property_readonly("n_vocab", &Model::n_vocab)
