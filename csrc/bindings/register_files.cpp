@@ -12,7 +12,7 @@
 #include "bindings/interrupt.hpp"
 #include "bindings/register.hpp"
 #include "bindings/text.hpp"
-#include "files/new_file.hpp"
+#include "files/pending_file.hpp"
 #include "moeshard/moe_layout.hpp"
 #include "moeshard/write.hpp"
 
@@ -80,9 +80,9 @@ void check_outputs(const Paths& paths, const Paths& inputs, bool force) {
 }
 
 // A file that Python writes itself.
-class NewFile {
+class PendingFile {
 public:
-    NewFile(const std::filesystem::path& path, bool force) : force_(force) {
+    PendingFile(const std::filesystem::path& path, bool force) : force_(force) {
         const py::gil_scoped_release nogil;
         file_.emplace(moeshard::files::find_place(path.string(), {}, force), 0);
     }
@@ -90,7 +90,7 @@ public:
     int fileno() const { return open().fd(); }
 
     void publish() {
-        moeshard::files::NewFile& file = open();
+        moeshard::files::PendingFile& file = open();
         const py::gil_scoped_release nogil;
         file.flush();
         file.publish(force_);
@@ -101,12 +101,12 @@ public:
     void discard() { file_.reset(); }
 
 private:
-    moeshard::files::NewFile& open() const {
+    moeshard::files::PendingFile& open() const {
         if (!file_) throw Error("the file is closed");
         return *file_;
     }
 
-    mutable std::optional<moeshard::files::NewFile> file_;
+    mutable std::optional<moeshard::files::PendingFile> file_;
     bool force_;
 };
 
@@ -164,11 +164,11 @@ void register_files(py::module_& m) {
              "Return bytes of the file that the segments make.")
         .def("moe_layout", &layout_of, "How the tensors of the file depend on its experts.");
 
-    py::class_<NewFile>(m, "NewFile", "A file that appears under its name when it is complete.")
+    py::class_<PendingFile>(m, "PendingFile", "A file that appears under its name when it is complete.")
         .def(py::init<const std::filesystem::path&, bool>(), py::arg("path"), py::kw_only(), py::arg("force") = false)
-        .def("fileno", &NewFile::fileno, "Return the descriptor that is written to.")
-        .def("publish", &NewFile::publish, "Flush it to the disk and give it its name.")
-        .def("discard", &NewFile::discard, "Leave nothing of it, unless it was published.");
+        .def("fileno", &PendingFile::fileno, "Return the descriptor that is written to.")
+        .def("publish", &PendingFile::publish, "Flush it to the disk and give it its name.")
+        .def("discard", &PendingFile::discard, "Leave nothing of it, unless it was published.");
 
     m.def("check_outputs", &check_outputs, py::arg("paths"), py::arg("inputs"), py::kw_only(), py::arg("force"));
     m.def("write_segments", &write_all, py::arg("files"), py::arg("paths"), py::kw_only(), py::arg("force") = false,

@@ -8,7 +8,7 @@
 #include <cstring>
 #include <memory>
 
-#include "files/new_file.hpp"
+#include "files/pending_file.hpp"
 #include "moeshard/error.hpp"
 
 namespace moeshard::files {
@@ -102,7 +102,7 @@ Place find_place(const std::string& path, const std::vector<Input>& inputs, bool
         const std::string real = resolve(folder, path);
         place.target = (real == "/" ? real : real + "/") + name;
     }
-    const NewFile tried(place, 0);
+    const PendingFile tried(place, 0);
     return place;
 }
 

@@ -18,14 +18,14 @@
 #include <thread>
 
 #include "files/copy.hpp"
-#include "files/new_file.hpp"
+#include "files/pending_file.hpp"
 #include "files/place.hpp"
 
 namespace moeshard {
 
 namespace {
 
-using files::NewFile;
+using files::PendingFile;
 using files::Place;
 
 constexpr uint64_t kTaskBytes = 8 << 20;    // progress is seen, and work shared, in steps of this
@@ -64,7 +64,7 @@ std::vector<Task> tasks_of(const std::vector<Output>& outputs) {
     return tasks;
 }
 
-void run(const Task& task, const SegmentList& list, const NewFile& file, files::Copier& copier) {
+void run(const Task& task, const SegmentList& list, const PendingFile& file, files::Copier& copier) {
     const uint64_t offset = task.segment->offset + task.at;
     switch (task.segment->kind) {
         case Segment::Kind::kLiteral: {
@@ -88,7 +88,7 @@ void run(const Task& task, const SegmentList& list, const NewFile& file, files::
 }
 
 // Whatever does not share blocks with its source. A sparse one may need no space at all.
-void reserve(const SegmentList& list, const NewFile& file) {
+void reserve(const SegmentList& list, const PendingFile& file) {
     for (const auto& source : list.sources()) {
         if (source->is_sparse()) return;
     }
@@ -130,7 +130,7 @@ std::vector<Place> find_places(const std::vector<Output>& outputs, const WritePa
 // Runs tasks in threads while the calling one shows how far they are.
 class Crew {
 public:
-    Crew(const std::vector<Output>& outputs, const std::vector<std::unique_ptr<NewFile>>& files)
+    Crew(const std::vector<Output>& outputs, const std::vector<std::unique_ptr<PendingFile>>& files)
         : outputs_(outputs), files_(files), tasks_(tasks_of(outputs)) {
         for (const Task& task : tasks_) total_ += task.size;
     }
@@ -195,7 +195,7 @@ private:
     }
 
     const std::vector<Output>& outputs_;
-    const std::vector<std::unique_ptr<NewFile>>& files_;
+    const std::vector<std::unique_ptr<PendingFile>>& files_;
     std::vector<Task> tasks_;
     uint64_t total_ = 0;
     std::mutex take_mutex_;  // for the four that follow
@@ -213,7 +213,7 @@ private:
 
 // All files get their names, or none does. Where existing files may be replaced what they were is lost, so then those
 // that have their names keep them.
-void publish(const std::vector<std::unique_ptr<NewFile>>& files, bool force) {
+void publish(const std::vector<std::unique_ptr<PendingFile>>& files, bool force) {
     size_t n_published = 0;
     try {
         for (; n_published < files.size(); ++n_published) files[n_published]->publish(force);
@@ -234,9 +234,9 @@ void check_outputs(const std::vector<std::string>& paths, const std::vector<std:
 void write_files(const std::vector<Output>& outputs, const WriteParams& params) {
     std::vector<Place> places = find_places(outputs, params);
     for (const Output& output : outputs) output.segments->check_sources();
-    std::vector<std::unique_ptr<NewFile>> files;
+    std::vector<std::unique_ptr<PendingFile>> files;
     for (size_t i = 0; i < outputs.size(); ++i) {
-        files.push_back(std::make_unique<NewFile>(std::move(places[i]), outputs[i].segments->size()));
+        files.push_back(std::make_unique<PendingFile>(std::move(places[i]), outputs[i].segments->size()));
         reserve(*outputs[i].segments, *files.back());
     }
     const int processors = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));

@@ -51,7 +51,7 @@ def write_together(
 @contextlib.contextmanager
 def atomic_file(path: StrPath, *, force: bool = False) -> Iterator[IO[bytes]]:
     """Open a file to be written, which gets its name when the block ends; see `write_together` for the rest."""
-    new = _core.NewFile(_name(path), force=force)
+    new = _core.PendingFile(_name(path), force=force)
     try:
         with open(new.fileno(), "w+b", closefd=False) as file:
             yield file

@@ -49,7 +49,7 @@ def read_sources(paths: Sequence[str | os.PathLike[str]]) -> Sources:
         if kind in found:
             raise MoeshardError(f"'{names[kind]}' and '{name}' are both {_ARTICLES[kind]}; give one")
         for other, known in found.items():
-            if known.model != value.model:
+            if not known.model.is_same(value.model):
                 raise MoeshardError(
                     f"'{names[other]}' is of the model {known.model}, but '{name}' is of {value.model}; give files of "
                     f"one model"

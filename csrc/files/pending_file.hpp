@@ -11,12 +11,12 @@ namespace moeshard::files {
 // Where the system can, the file has no name until it is published, so that nothing is left of it however the process
 // ends. Elsewhere it has a hidden one beside its place, which the destructor removes; what a killed process left under
 // such a name is removed by the next one that writes into the folder. Every error is an Error that names the path.
-class NewFile {
+class PendingFile {
 public:
-    NewFile(Place place, uint64_t size);
-    ~NewFile();
-    NewFile(const NewFile&) = delete;
-    NewFile& operator=(const NewFile&) = delete;
+    PendingFile(Place place, uint64_t size);
+    ~PendingFile();
+    PendingFile(const PendingFile&) = delete;
+    PendingFile& operator=(const PendingFile&) = delete;
 
     int fd() const { return fd_; }
     const std::string& path() const { return place_.path; }

@@ -1,4 +1,4 @@
-#include "files/new_file.hpp"
+#include "files/pending_file.hpp"
 
 #include <dirent.h>
 #include <fcntl.h>
@@ -83,7 +83,7 @@ int open_nameless(const std::string& folder) {
 
 }  // namespace
 
-NewFile::NewFile(Place place, uint64_t size) : place_(std::move(place)) {
+PendingFile::PendingFile(Place place, uint64_t size) : place_(std::move(place)) {
     const std::string folder = folder_of(target());
     remove_stale(folder);
     fd_ = open_nameless(folder);
@@ -100,12 +100,12 @@ NewFile::NewFile(Place place, uint64_t size) : place_(std::move(place)) {
     }
 }
 
-NewFile::~NewFile() {
+PendingFile::~PendingFile() {
     if (!hidden_.empty()) ::unlink(hidden_.c_str());
     ::close(fd_);
 }
 
-void NewFile::open_hidden() {
+void PendingFile::open_hidden() {
     for (;;) {
         hidden_ = hidden_name(folder_of(target()));
         // Not mkstemp: its files are their owner's alone, others are as the umask says.
@@ -121,16 +121,16 @@ void NewFile::open_hidden() {
     }
 }
 
-void NewFile::flush() {
+void PendingFile::flush() {
     if (::fsync(fd_) != 0) fail_write(path(), errno);
 }
 
-bool NewFile::link_to(const std::string& name) const {
+bool PendingFile::link_to(const std::string& name) const {
     if (!hidden_.empty()) return ::link(hidden_.c_str(), name.c_str()) == 0;
     return ::linkat(AT_FDCWD, name_of_open(fd_).c_str(), AT_FDCWD, name.c_str(), AT_SYMLINK_FOLLOW) == 0;
 }
 
-void NewFile::publish(bool force) {
+void PendingFile::publish(bool force) {
     // What has the name may be another thing than when the work began.
     if (force) check_name(place_, true);
     // A link is refused where the name exists, a rename replaces it. File systems without links get the latter.
