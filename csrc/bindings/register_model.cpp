@@ -77,11 +77,11 @@ void register_model(py::module_& m) {
         .def("is_end_of_generation", &Model::is_end_of_generation, py::arg("token"))
         .def(
             "tokenize",
-            [](const Model& model, const std::string& text, bool special, bool parse) {
+            [](const Model& model, const Text& text, bool special, bool parse) {
                 std::vector<int32_t> tokens;
                 {
                     const py::gil_scoped_release nogil;
-                    tokens = model.tokenize(text, special, parse);
+                    tokens = model.tokenize(text.utf8, special, parse);
                 }
                 const auto n = static_cast<py::ssize_t>(tokens.size());
                 return take(std::move(tokens), {n});

@@ -88,7 +88,7 @@ def test_reading_is_bounded() -> None:
     assert {size for _, size in places(384 * slab, slab)} == {SAMPLE_BYTES}
     for n_bytes, slice_bytes in ((0, 0), (1, 0), (4 * 384, 4), (5000, 1000), (163_840 * 7168 * 2, 0), (17_000, 0)):
         found = list(places(n_bytes, slice_bytes))
-        assert all(0 <= at and at + size <= n_bytes and 0 < size <= SAMPLE_BYTES for at, size in found)
+        assert all(at >= 0 and at + size <= n_bytes and 0 < size <= SAMPLE_BYTES for at, size in found)
         assert len(found) <= max(16, n_bytes // SAMPLE_BYTES + 1)
         if n_bytes <= 16 * SAMPLE_BYTES:
             assert sum(size for _, size in found) == n_bytes

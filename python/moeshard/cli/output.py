@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 import time
@@ -38,7 +39,9 @@ def plain_table(title: str | None = None) -> Table:
 
 def print_json(value: Any) -> None:
     """Print one JSON value. What JSON has no word for (an infinite perplexity) is null."""
-    print(json.dumps(_finite(value), indent=2, ensure_ascii=False))
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False)
+    # Bytes of a path that are no UTF-8, in a form in which they can be read back.
+    print(re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text))
 
 
 def _finite(value: Any) -> Any:

@@ -113,8 +113,8 @@ class Plan:
         """Raise a `MoeshardError` that names both models where the plan was made for another one than `model`."""
         if not self.model.is_same(model):
             raise MoeshardError(
-                f"the plan was made for the model {self.model}, but this one is {model}; use that model, or make a plan "
-                f"for this one"
+                f"the plan was made for the model {self.model}, but this one is {model}; use that model, or make a "
+                f"plan for this one"
             )
 
 
