@@ -43,7 +43,10 @@ def curve(
     windows: Annotated[int, typer.Option(min=2, help="Windows of each domain.")] = 8,
     window: Annotated[int, typer.Option(min=2, help="Tokens predicted in a window.")] = 256,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens at its beginning that do not count.")] = 64,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write all figures as JSON.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Write all figures as JSON; '-', here as below: to stdout, and nothing else."),
+    ] = None,
     csv: Annotated[Path | None, typer.Option(help="Write a table of them.")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw the curve (needs moeshard[report]).")] = None,
     threads: ThreadsOption = 0,
@@ -57,14 +60,16 @@ def curve(
     """
     sizes = None if keep is None else _parse_sizes(keep)
 
+    from moeshard.cli.files import STDOUT, Results, check_files, files_read
     from moeshard.cli.loading import load_model
-    from moeshard.cli.output import check_free, print_json, progress, warn_of_seen
+    from moeshard.cli.output import print_json, progress, warn_of_seen
     from moeshard.evaluation.curve import measure_curve
-    from moeshard.files.atomic import write_atomically
     from moeshard.profile.record import read_profile
     from moeshard.traffic.domains import embedded_traffic, read_texts, texts_seen
 
-    check_free(out, csv, png, force=force)
+    read = files_read(model, profile, *(chat or []), texts=text)
+    check_files(out, csv, binary=png, inputs=read, force=force, as_json=as_json)
+    results = Results(force=force)
     if png is not None:
         from moeshard.report.drawing import require_matplotlib
 
@@ -85,16 +90,15 @@ def curve(
             n_prompt=prompt,
             progress=lambda done, total: update("predicting", done / total),
         )
-    if out is not None:
-        found.save(out, force=force)
-    if csv is not None:
-        write_atomically(csv, found.to_csv(), force=force)
+    results.write(out, found.to_text())
+    results.write(csv, found.to_csv())
     if png is not None:
-        write_atomically(png, draw_png(found), force=force)
+        results.write(png, draw_png(found))
     if as_json:
         print_json(found.to_json())
-    else:
+    elif STDOUT not in (out, csv, png):
         _report(found, [path for path in (out, csv, png) if path is not None])
+    results.finish()
 
 
 def _parse_sizes(text: str) -> list[int]:

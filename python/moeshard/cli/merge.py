@@ -25,8 +25,10 @@ def merge(
     Every tensor is, byte for byte, that of the model which the shards were taken from.
     """
     from moeshard import merge as put_together
+    from moeshard.cli.files import no_stdout
     from moeshard.cli.output import print_json, progress, size
 
+    no_stdout(out, "a model")
     with progress() as update:
         paths = put_together(
             shards,

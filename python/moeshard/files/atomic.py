@@ -62,6 +62,24 @@ def atomic_file(path: StrPath, *, force: bool = False) -> Iterator[IO[bytes]]:
         new.discard()
 
 
+@contextlib.contextmanager
+def made_folder(path: StrPath) -> Iterator[None]:
+    """Make a folder, where there is none, to write into; where the block fails, leave none that was made."""
+    made = not os.path.isdir(path)
+    try:
+        os.makedirs(path, exist_ok=True)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise MoeshardError(f"cannot make the folder '{os.fspath(path)}': {reason}") from error
+    try:
+        yield
+    except BaseException:
+        if made:
+            with contextlib.suppress(OSError):  # somebody else has put something into it
+                os.rmdir(path)
+        raise
+
+
 def _name(path: StrPath) -> bytes:
     """Return the bytes of a path: it need not be UTF-8."""
     try:
