@@ -12,6 +12,7 @@ _Floats: TypeAlias = npt.NDArray[np.float32]
 _Doubles: TypeAlias = npt.NDArray[np.float64]
 _Keep: TypeAlias = npt.NDArray[np.bool_]
 _Tokens: TypeAlias = npt.ArrayLike
+_Path: TypeAlias = str | bytes | os.PathLike[str]
 # (layer, ids, weights, probs, norms)
 _LayerTrace: TypeAlias = tuple[int, _Ints, _Floats, _Floats | None, _Floats | None]
 _Sink: TypeAlias = Callable[[_Ints, _Ints, list[_LayerTrace]], object]
@@ -41,7 +42,7 @@ class Routing:
 class Model:
     def __init__(
         self,
-        path: str,
+        path: str | os.PathLike[str],
         segments: SegmentList | None = None,
         *,
         n_gpu_layers: int = -1,
@@ -422,13 +423,23 @@ def shard_segments(
 def shard_facts(file: GGUFMap) -> ShardFacts | None: ...
 def merge_segments(shards: Sequence[GGUFMap], *, max_file_size: int = 0) -> list[SegmentList]: ...
 def join_segments(trunk: GGUFMap, experts: GGUFMap) -> SegmentList: ...
-def part_path(path: str, index: int, count: int) -> str: ...
+def part_path(path: str | os.PathLike[str], index: int, count: int) -> str: ...
+def check_outputs(paths: Sequence[_Path], inputs: Sequence[_Path], *, force: bool) -> None: ...
+
+@final
+class PendingFile:
+    def __init__(self, path: _Path, *, force: bool = False) -> None: ...
+    def fileno(self) -> int: ...
+    def publish(self) -> None: ...
+    def discard(self) -> None: ...
+
 def write_segments(
-    files: Sequence[SegmentList],
-    paths: Sequence[str | os.PathLike[str]],
+    files: Sequence[SegmentList | bytes],
+    paths: Sequence[_Path],
     *,
     force: bool = False,
     jobs: int = 0,
+    inputs: Sequence[_Path] = [],
     progress: Callable[[int, int], object] | None = None,
 ) -> None: ...
 def first_difference(

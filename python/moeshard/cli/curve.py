@@ -48,7 +48,10 @@ def curve(
     windows: Annotated[int, typer.Option(min=2, help="Windows of each domain.")] = 8,
     window: Annotated[int, typer.Option(min=2, help="Tokens predicted in a window.")] = 256,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens at its beginning that do not count.")] = 64,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write all figures as JSON.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Write all figures as JSON; '-', here as below: to stdout, and nothing else."),
+    ] = None,
     csv: Annotated[Path | None, typer.Option(help="Write a table of them.")] = None,
     png: Annotated[
         Path | None, typer.Option(help="Draw the curve: a .png, .svg or .pdf (needs moeshard[report]).")
@@ -66,15 +69,17 @@ def curve(
     sizes = None if keep is None else _parse_sizes(keep)
     form = "png" if png is None else _picture_form(png)
 
+    from moeshard.cli.files import STDOUT, Results, check_files, files_read
     from moeshard.cli.loading import load_model
-    from moeshard.cli.output import check_free, progress, warn_of_seen
+    from moeshard.cli.output import progress, warn_of_seen
     from moeshard.cli.terminal import print_json
     from moeshard.evaluation.curve import measure_curve
-    from moeshard.files.atomic import write_atomically
     from moeshard.profile.record import read_profile
     from moeshard.traffic.domains import embedded_traffic, read_texts, texts_seen
 
-    check_free(out, csv, png, force=force)
+    read = files_read(model, profile, *(chat or []), texts=text)
+    check_files(out, csv, binary=png, inputs=read, force=force, as_json=as_json)
+    results = Results(force=force)
     if png is not None:
         from moeshard.report.drawing import require_matplotlib
 
@@ -96,16 +101,15 @@ def curve(
             n_prompt=prompt,
             progress=lambda done, total: update("predicting", done / total),
         )
-    if out is not None:
-        found.save(out, force=force)
-    if csv is not None:
-        write_atomically(csv, found.to_csv(), force=force)
+    results.write(out, found.to_text())
+    results.write(csv, found.to_csv())
     if png is not None:
-        write_atomically(png, draw_picture(found, form), force=force)
+        results.write(png, draw_picture(found, form))
     if as_json:
         print_json(found.to_json())
-    else:
+    elif STDOUT not in (out, csv, png):
         _report(found, [path for path in (out, csv, png) if path is not None])
+    results.finish()
 
 
 def _parse_sizes(text: str) -> list[int]:

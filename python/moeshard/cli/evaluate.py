@@ -63,7 +63,10 @@ def evaluate(
             help="Exit with code 1 where the whole model's perplexity, divided by that as placed, is lower.",
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write all figures as JSON.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Also write all figures as JSON; '-': to stdout, and nothing else."),
+    ] = None,
     threads: ThreadsOption = 0,
     gpu_layers: GpuLayersOption = -1,
     force: ForceOption = False,
@@ -79,8 +82,9 @@ def evaluate(
     check_template(chat, chat_template)
     from moeshard import evaluate as measure
     from moeshard.cli.evaluation_tables import report
+    from moeshard.cli.files import STDOUT, Results, check_files, files_read
     from moeshard.cli.loading import load_model
-    from moeshard.cli.output import check_free, progress, warn_of_seen
+    from moeshard.cli.output import progress, warn_of_seen
     from moeshard.cli.terminal import command, note, print_json
     from moeshard.planning.plan import read_plan
     from moeshard.runtime.answers import Sampling
@@ -89,7 +93,9 @@ def evaluate(
     if prompt >= window:
         raise typer.BadParameter(f"--prompt {prompt} leaves nothing to predict of --window {window}")
     # All that can be wrong is looked at before the work, not after it.
-    check_free(out, force=force)
+    read = files_read(model, plan, *(chat or []), texts=text, folder=shards)
+    check_files(out, inputs=read, force=force, as_json=as_json)
+    results = Results(force=force)
     nodes = read_plan(plan)
     loaded = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers)
     given = read_texts(text or [], chat or [], model=loaded, template=chat_template or "")
@@ -112,14 +118,14 @@ def evaluate(
             progress=update,
         )
     found = replace(found, plan_file=str(plan))
-    if out is not None:
-        found.save(out, force=force)
+    results.write(out, found.to_text())
     if as_json:
         print_json(found.to_json())
-    else:
+    elif out != STDOUT:
         report(found)
         if out is not None:
             note(f"{out}; show it with: {command('moeshard', 'report', out)}")
+    results.finish()
     if min_quality is not None:
         _demand(found, min_quality)
 

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 from moeshard.cli.terminal import pour_styled, printable, warn
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from rich.console import Console
     from rich.table import Table
 
@@ -95,17 +93,6 @@ def warn_of_seen(names: Iterable[str]) -> None:
     """Warn of texts, by the names of their domains, that experts were chosen by: see `texts_seen` in traffic/."""
     for name in names:
         warn(f"experts were chosen by text '{name}' too: on other text more is lost than on this")
-
-
-def check_free(*paths: Path | None, force: bool) -> None:
-    """Raise a `MoeshardError` where a file cannot be written: said before the work that it shall hold."""
-    from moeshard import MoeshardError
-
-    for path in filter(None, paths):
-        if not path.parent.is_dir():
-            raise MoeshardError(f"{path}: the folder '{path.parent}' does not exist; make it, or choose another one")
-        if path.exists() and not force:
-            raise MoeshardError(f"{path}: exists already; choose another name, or replace it with --force")
 
 
 def span(fewest: int, most: int) -> str:

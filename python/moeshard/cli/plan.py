@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def plan(
     model: ModelArgument,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The plan to write, a JSON file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The plan to write, a JSON file; '-' for stdout.")],
     profile: Annotated[Path, typer.Option(help="What `moeshard analyze` measured.")],
     groups: Annotated[int | None, typer.Option(min=1, help="So many nodes, each with --keep experts.")] = None,
     keep: Annotated[int | None, typer.Option(min=1, help="Experts per layer of each node.")] = None,
@@ -58,14 +58,15 @@ def plan(
     if (nodes is None) == (groups is None or keep is None) or (nodes is not None and (groups or keep)):
         raise typer.BadParameter("give either --groups with --keep, or --nodes")
 
-    from moeshard.cli.output import check_free
+    from moeshard.cli.files import STDOUT, Results, check_files, files_read
     from moeshard.cli.terminal import print_json
     from moeshard.planning.budget import Use
     from moeshard.planning.planner import make_plan
     from moeshard.profile.record import read_profile
     from moeshard.traffic.embedded import resolve_model
 
-    check_free(out, force=force)
+    check_files(out, inputs=files_read(model, profile), force=force, as_json=as_json)
+    results = Results(force=force)
     options: dict[str, Any] = {}
     if strategy == "islands":
         options = {"restarts": restarts, "seed": seed, "cover": cover}
@@ -82,14 +83,16 @@ def plan(
         per_layer=per_layer,
         **options,
     )
-    made.write(out, force=force)
+    results.write(out, made.to_json())
     if as_json:
         print_json(
             {"plan": str(out), "strategy": strategy, "nodes": [_facts(made, index) for index in range(len(made.nodes))]}
         )
-    else:
+    elif out != STDOUT:
         _report(made, model, out)
-    _say_what_fits(made)
+    if out != STDOUT:
+        _say_what_fits(made)
+    results.finish()
 
 
 def _facts(made: Plan, index: int) -> dict[str, Any]:

@@ -78,7 +78,11 @@ class Curve:
 
         Raises MoeshardError where it cannot be written, or exists and `force` is False.
         """
-        write_atomically(path, write_document(self.to_json(), "curve"), force=force)
+        write_atomically(path, self.to_text(), force=force)
+
+    def to_text(self) -> str:
+        """Return what `save` writes."""
+        return write_document(self.to_json(), "curve")
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that `save` writes."""

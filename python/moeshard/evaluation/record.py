@@ -112,13 +112,17 @@ class Evaluation:
             "generation": None if self.loops is None else _loops_to_json(self.loops),
         }
 
+    def to_text(self) -> str:
+        """Return what `save` writes."""
+        return write_document(self.to_json(), "evaluation")
+
     def save(self, path: str | os.PathLike[str], force: bool = False) -> None:
         """Write the evaluation to a JSON file, which appears whole or not at all.
 
         Raises:
             MoeshardError: the file cannot be written, or it exists and `force` is False.
         """
-        write_atomically(path, write_document(self.to_json(), "evaluation"), force=force)
+        write_atomically(path, self.to_text(), force=force)
 
 
 def read_evaluation(path: str | os.PathLike[str]) -> Evaluation:

@@ -227,7 +227,7 @@ def plan_groups(
 
 def check_profile(profile: Profile, identity: ModelIdentity, path: str) -> None:
     """Raise a `MoeshardError` where a profile is not of this model, which lies in `path`."""
-    if profile.model != identity:
+    if not profile.model.is_same(identity):
         raise MoeshardError(f"the profile is of {profile.model}, not of {path}: {identity}; analyze this model")
 
 

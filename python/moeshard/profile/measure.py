@@ -163,7 +163,7 @@ def _empty(
 def _left_over(path: str | os.PathLike[str], wanted: Profile) -> Profile:
     found = read_profile(path)
     same = (
-        found.model.fingerprint == wanted.model.fingerprint
+        found.model.is_same(wanted.model)
         and found.count.shape == wanted.count.shape
         and found.domains == wanted.domains
         and np.array_equal(found.domain, wanted.domain)

@@ -62,14 +62,17 @@ class Shown:
     pictures: Sequence[str]
 
 
-def write_page(title: str, subtitle: str, facts: Sequence[tuple[str, str]], shown: Sequence[Shown], folder: str) -> str:
+def write_page(
+    title: str, subtitle: str, facts: Sequence[tuple[str, str]], shown: Sequence[Shown], folder: str | None
+) -> str:
     """Return the page.
 
     Args:
         title, subtitle: texts.
         facts: names and values at its top.
         shown: figures in order.
-        folder: name of the folder beside the page with PNG and CSV files; the page links to them and needs none.
+        folder: name of the folder beside the page with PNG and CSV files; the page links to them and needs none;
+            None where there is none.
     """
     links = "\n".join(f'<a href="#{one.figure.name}">{escape(one.figure.title)}</a>' for one in shown)
     tiles = "\n".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
@@ -102,7 +105,7 @@ def write_page(title: str, subtitle: str, facts: Sequence[tuple[str, str]], show
 """
 
 
-def _section(one: Shown, folder: str) -> str:
+def _section(one: Shown, folder: str | None) -> str:
     figure = one.figure
     says = "\n".join(f"<p>{escape(text)}</p>" for text in figure.says)
     tables = "\n".join(_table(title, table) for title, table in figure.tables)
@@ -119,18 +122,16 @@ def _section(one: Shown, folder: str) -> str:
 </section>"""
 
 
-def _pictures(one: Shown, folder: str) -> str:
+def _pictures(one: Shown, folder: str | None) -> str:
     figure = one.figure
-    data = f'<a href="{quote(folder)}/{figure.name}.csv">numbers (CSV)</a>'
     single = len(one.pictures) == 1
     parts = []
     for index, (panel, picture) in enumerate(zip(figure.panels, one.pictures, strict=True)):
-        image = f'<a href="{quote(folder)}/{figure.stem(index)}.png">picture (PNG)</a>'
+        links = "" if folder is None else _links(quote(folder), figure, index)
         name = "" if single else f' class="panel panel-{index}"'
         label = escape(panel.label)
         parts.append(
-            f'<figure{name}><div class="wide">{picture}</div>\n'
-            f"<figcaption>{label} · {image} · {data}</figcaption></figure>"
+            f'<figure{name}><div class="wide">{picture}</div>\n<figcaption>{label}{links}</figcaption></figure>'
         )
     if single:
         return parts[0]
@@ -145,6 +146,12 @@ def _pictures(one: Shown, folder: str) -> str:
         for index, panel in enumerate(figure.panels)
     )
     return f'<div class="chooser">\n{buttons}\n<div class="tabs">{labels}</div>\n' + "\n".join(parts) + "\n</div>"
+
+
+def _links(folder: str, figure: Figure, index: int) -> str:
+    """Links to the files of a panel."""
+    image = f'<a href="{folder}/{figure.stem(index)}.png">picture (PNG)</a>'
+    return f' · {image} · <a href="{folder}/{figure.name}.csv">numbers (CSV)</a>'
 
 
 def _choice_rules(one: Shown) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 import moeshard._core as _core
 from moeshard._core import GGUFMap, MoeshardError, SegmentList, ShardFacts
-from moeshard.gguf.identity import fingerprint
+from moeshard.gguf.fingerprint import fingerprint, same_fingerprint
 from moeshard.keep.text import held_range
 from moeshard.progress import Progress
 
@@ -81,7 +81,7 @@ def verify(
         raise MoeshardError(f"{file.path}: is not a shard: it does not say which experts it holds; nothing to verify")
     model = source if isinstance(source, GGUFMap) else GGUFMap(source)
     notes = dict(facts.notes)
-    if notes.get("fingerprint", "") != fingerprint(model):
+    if not same_fingerprint(notes.get("fingerprint", ""), fingerprint(model)):
         raise MoeshardError(f"{file.path}: was not taken from {model.path}: their fingerprints differ")
     _compare(file, lay_out_again(model, file, facts), model, facts, progress)
     fewest, most = held_range(facts.keep, facts.layers) if facts.kind != "trunk" else (0, 0)
