@@ -9,10 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -343,11 +341,11 @@ def test_a_report_is_whole_or_not_there(files: Files, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that takes a while to copy: experts of 256 MiB, all zeros, but stored."""
+    """A model that takes a while to copy: experts of 64 MiB."""
     sys.path.insert(0, str(Path(__file__).parent / "split"))
     from fault_scripts import sizeable_model
 
-    return sizeable_model(tmp_path_factory.mktemp("large") / "model.gguf", 256 << 20)
+    return sizeable_model(tmp_path_factory.mktemp("large") / "model.gguf", 64 << 20)
 
 
 @pytest.fixture
@@ -433,17 +431,14 @@ core.write_segments = late
 main()
 """
     seen = set()
-    for delay in ("1", "200", "2000", "10000", "40000"):
+    for delay in ("1", "2000", "20000"):
         command = [sys.executable, "-c", script, "split", str(files.model), "-o", str(out), "--plan", str(files.plan)]
-        done = subprocess.run(
-            [*command, "--force"], capture_output=True, env={**os.environ, "DELAY": delay}, timeout=60
-        )
+        done = subprocess.run([*command, "--force"], capture_output=True, env={**os.environ, "DELAY": delay})
         names = sorted(path.name for path in out.iterdir()) if out.exists() else []
         assert names in ([], ["model.node-0.gguf", "model.node-1.gguf", "plan.json"]), delay
         assert done.returncode in (0, 130), done.stderr
         seen.add(done.returncode)
         shutil.rmtree(out, ignore_errors=True)
-        time.sleep(0)
     assert seen
 
 
@@ -456,4 +451,3 @@ def test_the_plan_is_written_with_the_shards(files: Files, tmp_path: Path) -> No
     os.mkfifo(tmp_path / "none" / "plan.json")
     with pytest.raises(moeshard.MoeshardError, match="plan.json: is a pipe"):
         moeshard.split(files.model, plan, tmp_path / "none", write_plan=True, force=True)
-    assert BytesIO(files.plan.read_bytes()).read()
