@@ -23,7 +23,7 @@ from moeshard.profile.record import Profile
 from moeshard.traffic.domains import Domain
 from moeshard.traffic.embedded import embedded_domains, embedded_text
 
-WINDOW, PROMPT, WINDOWS = 64, 16, 3
+WINDOW, PROMPT, WINDOWS = 64, 16, 4
 STRATEGIES = ("ranked", "one-list", "contiguous")
 
 
@@ -64,7 +64,6 @@ def curve(model: moeshard.Model, profile: Profile, domains: list[Domain], sizes:
         n_windows=WINDOWS,
         window=WINDOW,
         n_prompt=PROMPT,
-        resamples=200,
     )
 
 
@@ -233,7 +232,7 @@ def test_bad_requests_are_named(
         ({"window": 10**6}, "too short"),
     ):
         with pytest.raises(MoeshardError, match=said):
-            measure_curve(model, profile, domains, **{"sizes": sizes, "n_windows": 2, **options})  # type: ignore[arg-type]
+            measure_curve(model, profile, domains, **{"sizes": sizes, "n_windows": 4, **options})  # type: ignore[arg-type]
     other = replace(profile, model=replace(profile.model, fingerprint="0" * 64))
     with pytest.raises(MoeshardError, match="analyze this model"):
         measure_curve(model, other, domains)
@@ -246,7 +245,7 @@ def test_command_line(
     (tmp_path / "mine.txt").write_text(embedded_text(names[0])[:4000], encoding="utf-8")
     half = model.n_expert // 2
     base = ("curve", "tinymoe", "--profile", tmp_path / "p.npz", "--text", tmp_path / "mine.txt", "--threads", 1)
-    small = (*base, "--windows", 2, "--window", 64, "--prompt", 16, "--keep", f"{half},{model.n_expert}")
+    small = (*base, "--windows", 4, "--window", 64, "--prompt", 16, "--keep", f"{half},{model.n_expert}")
     files = [tmp_path / name for name in ("c.json", "c.csv", "c.png")]
     written = (*small, "-o", files[0], "--csv", files[1], "--png", files[2])
     done = cli(*written, "--strategies", "ranked,contiguous")

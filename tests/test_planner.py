@@ -16,11 +16,14 @@ import moeshard
 from moeshard import GGUFMap, MoeshardError, _core
 from moeshard.gguf.identity import ModelIdentity
 from moeshard.planning.budget import Use, shard_memory
+from moeshard.planning.cosaliency import contributions
 from moeshard.planning.islands import islands
 from moeshard.planning.planner import STRATEGY_NAMES, choose_experts, make_plan
 from moeshard.planning.strategies import best
+from moeshard.profile.measure import analyze
 from moeshard.profile.record import Profile
 from moeshard.profile.statistics import captured, super_experts
+from moeshard.traffic.domains import Domain, embedded_traffic
 
 
 def profile_of(saliency: np.ndarray, domain: list[int], n_expert: int) -> Profile:
@@ -113,6 +116,26 @@ def test_super_experts_are_on_every_island() -> None:
     assert not all(keep[2, 7] for keep in choose_experts(profile, [9, 9], "ranked"))
 
 
+def test_more_super_experts_than_places_go_by_their_scores() -> None:
+    scores = np.array([[5.0, 1, 2, 9, 4, 3]])
+    protected = np.array([[True, True, True, False, True, False]])
+    assert np.flatnonzero(best(scores, 2, protected)).tolist() == [0, 4]
+    assert np.flatnonzero(best(scores, 5, protected)).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_islands_of_monotonous_traffic_are_no_worse_than_the_ranking(tinymoe: Path) -> None:
+    """Experts that no token chose made all others super experts, and those of lowest ids were kept."""
+    model = moeshard.Model(tinymoe, n_threads=1)
+    profile = analyze(model, [Domain("a", ("aaaaaaaaaaaaaaaa " * 60,))])
+    assert (profile.count.sum(axis=0) == 0).mean() > 0.5
+    for size in (8, 16):
+        island, ranked = (choose_experts(profile, [size], name)[0] for name in ("islands", "ranked"))
+        assert captured(profile, island) > captured(profile, ranked) - 0.03
+        parts = contributions(profile, np.flatnonzero(profile.n_tokens))
+        lost = [parts.lost(keep[profile.layers]).mean() for keep in (island, ranked)]
+        assert lost[0] <= lost[1] + 1e-6
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.sampled_from(STRATEGY_NAMES),
@@ -174,9 +197,6 @@ def test_coactivation_keeps_together_what_is_used_together() -> None:
 
 @pytest.fixture(scope="module")
 def own_profile(tinymoe: Path) -> Profile:
-    from moeshard.profile.measure import analyze
-    from moeshard.traffic.domains import embedded_traffic
-
     return analyze(moeshard.Model(tinymoe, n_threads=1), embedded_traffic("calibration"), n_tokens=2048, window=128)
 
 

@@ -66,7 +66,7 @@ def curve(model: moeshard.Model, profile: Profile, domains: list[Domain]) -> Cur
         *(model, profile, domains),
         sizes=sizes,
         strategies=["ranked", "contiguous"],
-        n_windows=2,
+        n_windows=4,
         window=64,
         n_prompt=16,
     )
@@ -97,7 +97,7 @@ def files(
 
 
 def _evaluate(found: dict[str, Path], texts: list[str | Path]) -> list[str | Path]:
-    size = ["--windows", "2", "--window", "64", "--prompt", "16", "--generate", "1", "-n", "16", "--threads", "1"]
+    size = ["--windows", "4", "--window", "64", "--prompt", "16", "--generate", "1", "-n", "16", "--threads", "1"]
     return ["evaluate", "tinymoe", "--plan", found["plan.json"], *texts, *size, "-o", found["eval.json"]]
 
 
@@ -326,13 +326,13 @@ def test_any_of_the_files_will_do(files: dict[str, Path], tmp_path: Path) -> Non
 def synthetic(n_layer: int, n_expert: int, n_node: int, n_domain: int, name: str = "d") -> Sources:
     rng = np.random.default_rng(0)
     model = ModelIdentity(name, name, "0" * 64, n_layer + 1, n_expert, list(range(1, n_layer + 1)))
-    n_seq, shape = 3 * n_domain, (n_layer, n_expert)
+    n_seq, shape = 4 * n_domain, (n_layer, n_expert)
     saliency = rng.gamma(0.5, size=(n_seq, *shape)).astype(np.float32)
     profile = Profile(
         model=model,
         domains=[f"{name} {index}" for index in range(n_domain)],
         layers=np.array(model.moe_layers, dtype=np.int32),
-        domain=np.repeat(np.arange(n_domain, dtype=np.int32), 3),
+        domain=np.repeat(np.arange(n_domain, dtype=np.int32), 4),
         n_tokens=np.full(n_seq, 64, dtype=np.int32),
         count=saliency.astype(np.int32),
         mass=saliency,
@@ -368,6 +368,16 @@ def test_a_layer_without_traffic_is_drawn_too(tmp_path: Path) -> None:
         getattr(sources.profile, what)[:, 1] = 0
     write_report(sources, tmp_path / "r.html")
     assert "nan" not in (folder_of(tmp_path / "r.html") / "heatmap.csv").read_text()
+
+
+def test_monotonous_traffic_is_drawn_too(model: moeshard.Model, tmp_path: Path) -> None:
+    """Of which half of the experts see nothing, and one sequence says nothing of others."""
+    profile = analyze(model, [Domain("a", ("aaaaaaaaaaaaaaaa " * 20,))])
+    assert profile.n_tokens.size == 1
+    write_report(Sources(profile), tmp_path / "r.html")
+    for path in (tmp_path / "r.html", *folder_of(tmp_path / "r.html").glob("*.csv")):
+        assert not re.search(r"\b(nan|inf)", path.read_text(encoding="utf-8"))
+    assert "± unknown" in Reader((tmp_path / "r.html").read_text(encoding="utf-8")).text
 
 
 def test_names_from_files_stay_text(evaluation: Evaluation, tmp_path: Path) -> None:

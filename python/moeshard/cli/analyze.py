@@ -178,7 +178,7 @@ def _report(profile: Profile, found: Verdict, out: Path) -> None:
         profile.layers, concentration(profile, shown), mean_entropy(profile), _most_salient(profile), strict=True
     )
     for layer, row, entropy, (best, share, error) in rows:
-        salient = f"{best}: {share:.1%} ± {error:.1%}"
+        salient = f"{best}: {share:.1%} ± {'unknown' if math.isnan(error) else f'{error:.1%}'}"
         table.add_row(str(layer), *(f"{part:.0%}" for part in row), f"{entropy:.2f}", salient)
     even = [f"{top / profile.n_expert:.0%}" for top in shown]
     table.add_row("even", *even, f"{math.log(profile.n_expert):.2f}", f"{1 / profile.n_expert:.1%}", style="dim")

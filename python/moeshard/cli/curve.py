@@ -40,7 +40,7 @@ def curve(
             "in every layer), contiguous, or another strategy of plan."
         ),
     ] = "ranked",
-    windows: Annotated[int, typer.Option(min=2, help="Windows of each domain.")] = 8,
+    windows: Annotated[int, typer.Option(min=4, help="Windows of each domain.")] = 8,
     window: Annotated[int, typer.Option(min=2, help="Tokens predicted in a window.")] = 256,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens at its beginning that do not count.")] = 64,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write all figures as JSON.")] = None,

@@ -37,7 +37,7 @@ def evaluate(
             "holds most of the experts that it wants. both: by the two together."
         ),
     ] = "both",
-    windows: Annotated[int, typer.Option(min=2, help="Windows of each domain, evenly spread over its text.")] = 16,
+    windows: Annotated[int, typer.Option(min=4, help="Windows of each domain, evenly spread over its text.")] = 16,
     window: Annotated[int, typer.Option(min=2, help="Tokens predicted in a window.")] = 256,
     prompt: Annotated[
         int, typer.Option(min=1, help="Tokens at its beginning that place the session and do not count.")
@@ -48,7 +48,7 @@ def evaluate(
     ] = 4,
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Length of an answer.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of the answers; 0: the likeliest token always.")] = 0.8,
-    seed: Annotated[int, typer.Option(min=0, help="Of the resampling, and the first one of the answers.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The first one of the answers.")] = 0,
     min_quality: Annotated[
         float | None,
         typer.Option(

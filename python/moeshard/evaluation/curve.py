@@ -13,16 +13,17 @@ import numpy as np
 
 from moeshard._core import GGUFMap, MoeshardError
 from moeshard.evaluation.losses import PROMPT, measure_losses
-from moeshard.evaluation.scores import CONFIDENCE, RESAMPLES, Scorer, Scores, scores_from_json
+from moeshard.evaluation.scores import Scorer, Scores, check_windows, scores_from_json
 from moeshard.files.atomic import write_atomically
 from moeshard.files.documents import check_version, expect, parse_named, read_document, take, write_document
 from moeshard.gguf.identity import ModelIdentity, identify, model_from_json, model_to_json
 from moeshard.keep.text import Keep
 from moeshard.planning.planner import ISLANDS, STRATEGY_NAMES, check_profile, choose_experts
+from moeshard.profile.intervals import CONFIDENCE
 from moeshard.profile.record import Profile
 from moeshard.progress import Progress
 from moeshard.traffic.domains import Domain
-from moeshard.traffic.windows import WINDOW
+from moeshard.traffic.windows import WINDOW, cut_windows
 
 if TYPE_CHECKING:
     from moeshard.runtime.model import Model
@@ -58,7 +59,7 @@ class Curve:
     """Of the whole model."""
     settings: dict[str, Any]
     """``n_expert_used`` (experts per token), ``window``, ``prompt``, of each domain ``windows`` and ``texts``
-    (SHA-256), ``confidence``, ``resamples``."""
+    (SHA-256), ``confidence``."""
 
     @property
     def domains(self) -> list[str]:
@@ -142,9 +143,7 @@ def measure_curve(
     n_windows: int | None = None,
     window: int = WINDOW,
     n_prompt: int = PROMPT,
-    resamples: int = RESAMPLES,
     confidence: float = CONFIDENCE,
-    seed: int = 0,
     progress: Progress | None = None,
 ) -> Curve:
     """Measure what keeping few experts costs, all keeps side by side on the same text.
@@ -157,7 +156,7 @@ def measure_curve(
         strategies: of `CURVE_STRATEGIES`, each for a single node.
         n_windows, window, n_prompt, progress: see `moeshard.evaluation.losses.measure_losses`; only tokens after
             the prompt count, so that figures compare with those of plans.
-        resamples, confidence, seed: of intervals; see `moeshard.evaluation.scores.Scorer`.
+        confidence: of intervals.
 
     Raises:
         MoeshardError: the profile is of another model, a size is one that the model cannot have, an unknown strategy,
@@ -169,10 +168,12 @@ def measure_curve(
     sizes = default_sizes(model.n_expert, model.n_expert_used, groups) if sizes is None else sorted(set(sizes))
     _check_choice(model, sizes, strategies)
     keeps = [lone_node(profile, size, name, expert_groups=groups) for name in strategies for size in sizes]
+    # Said before the work, not after it.
+    check_windows([domain.name for domain in domains], cut_windows(model, domains, window, n_windows)[1], window)
     losses = measure_losses(
         model, keeps, domains, n_windows=n_windows, window=window, n_prompt=n_prompt, progress=progress
     )
-    scorer = Scorer(losses, resamples=resamples, confidence=confidence, seed=seed)
+    scorer = Scorer(losses, confidence=confidence)
     points = [Point(sizes[index % len(sizes)], scorer.group(index)) for index in range(len(keeps))]
     return Curve(
         identity,
@@ -185,7 +186,6 @@ def measure_curve(
             "windows": {name: int((losses.domain == index).sum()) for index, name in enumerate(losses.domains)},
             "texts": {domain.name: domain.digest for domain in domains},
             "confidence": confidence,
-            "resamples": resamples,
         },
     )
 

@@ -32,9 +32,8 @@ class Settings:
     seen: list[str]
     """Domains whose text the plan was made from, as far as the plan says: on other text more is lost."""
     confidence: float
-    resamples: int
     seed: int
-    """Of the resampling, and the first one of the answers."""
+    """The first one of the answers."""
     shards: str | None
     """The folder of the shards that were run; None: masks on the model."""
     n_expert_used: dict[str, Any]
@@ -209,7 +208,6 @@ def _settings(value: dict[str, Any]) -> Settings:
         texts={name: expect(digest, str, f"{where}.texts.{name}") for name, digest in texts.items()},
         seen=_list(value, "seen", str, where) if "seen" in value else [],
         confidence=take(value, "confidence", float, where),
-        resamples=take(value, "resamples", int, where),
         seed=take(value, "seed", int, where),
         shards=None if value.get("shards") is None else take(value, "shards", str, where),
         n_expert_used={

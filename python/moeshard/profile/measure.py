@@ -14,6 +14,7 @@ import numpy as np
 from moeshard._core import GGUFMap, MoeshardError
 from moeshard.arrays import Tokens
 from moeshard.gguf.identity import identify
+from moeshard.keep.text import format_ids
 from moeshard.profile.record import Profile, read_profile
 from moeshard.progress import Progress
 from moeshard.runtime.session import Statistics
@@ -198,6 +199,7 @@ def _run(
             session.reset()
             tokens = {seq: plan[index].tokens for seq, index in enumerate(batch)}
             sums = session.measure(tokens, profile.layers.tolist(), scores_are_logits=scores_are_logits)
+            check_finite(model.path, sums, profile.layers.tolist(), profile.domains[plan[batch[0]].domain])
             _add(profile, batch, plan[batch[0]].domain, sums)
             for index in batch:
                 profile.n_tokens[index] = len(plan[index].tokens)
@@ -208,6 +210,24 @@ def _run(
                 profile.facts["seconds"] = time.monotonic() - started
                 profile.save(save_to, force=True)
                 saved = time.monotonic()
+
+
+def check_finite(path: str, sums: Statistics, layers: Sequence[int], domain: str) -> None:
+    """Raise a `MoeshardError` where outputs of experts are not finite, naming the first layer and its experts.
+
+    They cannot be left out: through the residual stream such an output is in all that the model computes after it, and
+    a model that has it once answers nonsense, whatever the other experts are worth.
+    """
+    sick = ~np.isfinite(sums.saliency).all(axis=0) | ~np.isfinite(sums.mass).all(axis=0)
+    for layer, row in zip(layers, sick, strict=True):
+        if row.any():
+            experts = np.flatnonzero(row)
+            named = f"expert {experts[0]}" if experts.size == 1 else f"experts {format_ids(experts)}"
+            raise MoeshardError(
+                f"{path}: layer {layer}, {named}: outputs that are not finite (NaN or infinity), for text '{domain}'; "
+                f"nothing after them can be measured. The file is damaged, or was converted with values that its type "
+                f"cannot hold: get or convert it again"
+            )
 
 
 def _batches(plan: list[_Sequence], profile: Profile, per_batch: int) -> list[list[int]]:
