@@ -14,10 +14,10 @@ import numpy as np
 from moeshard._core import GGUFMap, MoeshardError
 from moeshard.arrays import Tokens
 from moeshard.gguf.identity import identify
-from moeshard.keep.text import format_ids
 from moeshard.profile.record import Profile, read_profile
 from moeshard.progress import Progress
 from moeshard.runtime.session import Statistics
+from moeshard.runtime.trace import check_finite
 from moeshard.traffic.domains import Domain, check_names
 from moeshard.traffic.windows import default_window, sequences
 
@@ -101,10 +101,14 @@ def batch_sequences(window: int) -> int:
 
 def _check_layers(model: Model, layers: Sequence[int] | None) -> list[int]:
     if layers is None:
-        return list(model.moe_layers)
+        return list(model.computed_layers)
     for layer in layers:
         if layer not in model.moe_layers:
             raise MoeshardError(f"layer {layer} routes nothing; the MoE layers are {model.moe_layers}")
+        if layer not in model.computed_layers:
+            raise MoeshardError(
+                f"layer {layer} predicts further tokens and is not computed; there is nothing to measure in it"
+            )
     if not layers:
         raise MoeshardError("no layers to measure; leave out the option for all of them")
     return sorted(set(layers))
@@ -199,7 +203,8 @@ def _run(
             session.reset()
             tokens = {seq: plan[index].tokens for seq, index in enumerate(batch)}
             sums = session.measure(tokens, profile.layers.tolist(), scores_are_logits=scores_are_logits)
-            check_finite(model.path, sums, profile.layers.tolist(), profile.domains[plan[batch[0]].domain])
+            for layer, row in zip(profile.layers, ~np.isfinite(sums.saliency).all(axis=0), strict=True):
+                check_finite(model.path, int(layer), np.flatnonzero(row))
             _add(profile, batch, plan[batch[0]].domain, sums)
             for index in batch:
                 profile.n_tokens[index] = len(plan[index].tokens)
@@ -210,24 +215,6 @@ def _run(
                 profile.facts["seconds"] = time.monotonic() - started
                 profile.save(save_to, force=True)
                 saved = time.monotonic()
-
-
-def check_finite(path: str, sums: Statistics, layers: Sequence[int], domain: str) -> None:
-    """Raise a `MoeshardError` where outputs of experts are not finite, naming the first layer and its experts.
-
-    They cannot be left out: through the residual stream such an output is in all that the model computes after it, and
-    a model that has it once answers nonsense, whatever the other experts are worth.
-    """
-    sick = ~np.isfinite(sums.saliency).all(axis=0) | ~np.isfinite(sums.mass).all(axis=0)
-    for layer, row in zip(layers, sick, strict=True):
-        if row.any():
-            experts = np.flatnonzero(row)
-            named = f"expert {experts[0]}" if experts.size == 1 else f"experts {format_ids(experts)}"
-            raise MoeshardError(
-                f"{path}: layer {layer}, {named}: outputs that are not finite (NaN or infinity), for text '{domain}'; "
-                f"nothing after them can be measured. The file is damaged, or was converted with values that its type "
-                f"cannot hold: get or convert it again"
-            )
 
 
 def _batches(plan: list[_Sequence], profile: Profile, per_batch: int) -> list[list[int]]:

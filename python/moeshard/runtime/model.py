@@ -165,6 +165,12 @@ class Model:
         return self.routing.moe_layers
 
     @property
+    def computed_layers(self) -> list[int]:
+        """Of `moe_layers`, those that every token passes: all but the blocks that predict further tokens, which nothing
+        is measured in and no loss comes from."""
+        return self.routing.computed_layers
+
+    @property
     def n_vocab(self) -> int:
         return self._native.n_vocab
 
@@ -331,7 +337,7 @@ class Model:
         :class:`Trace` for shapes. For texts that should not be held in memory whole, see :meth:`trace_stream`.
         """
         array = as_tokens(tokens)
-        builder = TraceBuilder(self.moe_layers, len(array), self.n_expert_used, self.n_expert, probs=probs, norms=norms)
+        builder = TraceBuilder(self.routing, len(array), self.n_expert_used, probs=probs, norms=norms)
         self.trace_stream(array, builder.add, keep, probs=probs, norms=norms)
         return builder.build()
 
