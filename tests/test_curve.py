@@ -242,9 +242,12 @@ def test_command_line(
     cli: Cli, model: moeshard.Model, profile: Profile, names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     profile.save(tmp_path / "p.npz")
-    (tmp_path / "mine.txt").write_text(embedded_text(names[0])[:4000], encoding="utf-8")
+    texts: list[str | Path] = []
+    for name in names:
+        (tmp_path / f"{name}.txt").write_text(embedded_text(name)[:4000], encoding="utf-8")
+        texts += ["--text", tmp_path / f"{name}.txt"]
     half = model.n_expert // 2
-    base = ("curve", "tinymoe", "--profile", tmp_path / "p.npz", "--text", tmp_path / "mine.txt", "--threads", 1)
+    base = ("curve", "tinymoe", "--profile", tmp_path / "p.npz", "--threads", 1, *texts)
     small = (*base, "--windows", 4, "--window", 64, "--prompt", 16, "--keep", f"{half},{model.n_expert}")
     files = [tmp_path / name for name in ("c.json", "c.csv", "c.png")]
     written = (*small, "-o", files[0], "--csv", files[1], "--png", files[2])
@@ -258,11 +261,11 @@ def test_command_line(
     assert again.code == 1 and "--force" in again.err
     told = json.loads(cli(*small, "--json").out)
     assert [point["keep"] for point in told["strategies"]["ranked"]] == [half, model.n_expert]
-    assert told["domains"] == ["mine"]
+    assert told["domains"] == names
 
     # Text that experts were chosen by says too little of what is lost.
     (tmp_path / "seen.txt").write_text(embedded_text(names[0], "calibration"), encoding="utf-8")
-    seen = cli(*base[:4], "--text", tmp_path / "seen.txt", *small[6:])
+    seen = cli(*base[:6], "--text", tmp_path / "seen.txt", *small[len(base) :])
     assert seen.code == 0 and "experts were chosen by text 'seen' too" in seen.err
     assert "warning" not in done.err
 

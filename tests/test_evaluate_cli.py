@@ -99,7 +99,8 @@ def test_text_that_the_plan_was_made_from_is_told(
     made.parameters["texts"] = {"mail": seen.digest}
     made.write(tmp_path / "plan.json")
     result = cli("evaluate", "tinymoe", "--plan", tmp_path / "plan.json", *texts, *QUICK, "--generate", "0", "--json")
-    assert result.err.count("warning") == 1 and f"by text '{NAMES[0]}' too" in result.err
+    assert result.err.count("warning") == 2 and f"by text '{NAMES[0]}' too" in result.err
+    assert f"experts were not chosen for {NAMES[1]}:" in result.err
     found = json.loads(result.out)
     assert found["settings"]["seen"] == [NAMES[0]]
     assert found["plan"]["file"] == str(tmp_path / "plan.json")

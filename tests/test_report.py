@@ -28,6 +28,7 @@ from moeshard.report.figures.evaluation import comparison
 from moeshard.report.sources import Sources, read_sources
 from moeshard.report.writing import figures, folder_of, write_report
 from moeshard.traffic.domains import Domain
+from moeshard.traffic.likeness import Likeness
 
 NASTY = "<script>alert(1)</script> \"a\" & 'b' $x_1$ ]]>"
 FIGURES = {
@@ -305,9 +306,12 @@ def test_losses_are_those_of_the_evaluation(page: Path, files: dict[str, Path], 
 
 
 def test_text_that_the_plan_was_made_from_is_told(evaluation: Evaluation) -> None:
-    assert "on other text more is lost" not in " ".join(comparison(evaluation).says)
-    told = replace(evaluation, settings=replace(evaluation.settings, seen=["mail"]))
-    assert "from the text of mail too: on other text more is lost" in comparison(told).says[-1]
+    assert "Mind:" not in " ".join(comparison(evaluation).says)
+    likeness = Likeness(["mail"], {"code": 0.41}, ["de"], ["chat"])
+    told = replace(evaluation, settings=replace(evaluation.settings, likeness=likeness))
+    assert len(likeness.sentences()) == 4
+    for sentence in likeness.sentences():
+        assert f"Mind: {sentence}." in comparison(told).says
 
 
 def test_any_of_the_files_will_do(files: dict[str, Path], tmp_path: Path) -> None:

@@ -58,11 +58,12 @@ def curve(
     sizes = None if keep is None else _parse_sizes(keep)
 
     from moeshard.cli.loading import load_model
-    from moeshard.cli.output import check_free, print_json, progress, warn_of_seen
+    from moeshard.cli.output import check_free, print_json, progress, warn_of_text
     from moeshard.evaluation.curve import measure_curve
     from moeshard.files.atomic import write_atomically
     from moeshard.profile.record import read_profile
-    from moeshard.traffic.domains import embedded_traffic, read_texts, texts_seen
+    from moeshard.traffic.domains import embedded_traffic, read_texts
+    from moeshard.traffic.likeness import likeness
 
     check_free(out, csv, png, force=force)
     if png is not None:
@@ -72,7 +73,7 @@ def curve(
     measured = read_profile(profile)
     loaded = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers)
     domains = read_texts(text or [], chat or [], model=loaded) or embedded_traffic("heldout")
-    warn_of_seen(texts_seen(domains, measured.facts.get("texts")))
+    warn_of_text(likeness(domains, measured.facts.get("texts"), measured.facts.get("sketches")))
     with progress() as update:
         found = measure_curve(
             loaded,

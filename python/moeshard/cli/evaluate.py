@@ -73,11 +73,12 @@ def evaluate(
     from moeshard import evaluate as measure
     from moeshard.cli.evaluation_tables import report
     from moeshard.cli.loading import load_model
-    from moeshard.cli.output import check_free, print_json, progress, warn_of_seen
+    from moeshard.cli.output import check_free, print_json, progress, warn_of_text
     from moeshard.placement.probes import PROBES
     from moeshard.planning.plan import read_plan
     from moeshard.runtime.answers import Sampling
-    from moeshard.traffic.domains import embedded_traffic, read_texts, texts_seen
+    from moeshard.traffic.domains import embedded_traffic, read_texts
+    from moeshard.traffic.likeness import likeness
 
     known = {name: name for name in PROBES}
     if probe not in known:
@@ -89,7 +90,7 @@ def evaluate(
     nodes = read_plan(plan)
     loaded = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers)
     domains = read_texts(text or [], chat or [], model=loaded) or embedded_traffic("heldout")
-    warn_of_seen(texts_seen(domains, nodes.parameters.get("texts")))
+    warn_of_text(likeness(domains, nodes.parameters.get("texts"), nodes.extra.get("sketches")))
     with progress() as update:
         found = measure(
             loaded,

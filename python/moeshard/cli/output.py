@@ -6,7 +6,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from moeshard.progress import StageProgress
+    from moeshard.traffic.likeness import Likeness
 
 # What takes no longer than this shows no progress bar.
 PATIENCE_SECONDS = 0.5
@@ -58,10 +59,10 @@ def warn(text: str) -> None:
     typer.secho(f"warning: {text}", fg=typer.colors.YELLOW, err=True)
 
 
-def warn_of_seen(names: Iterable[str]) -> None:
-    """Warn of texts, by the names of their domains, that experts were chosen by: see `texts_seen` in traffic/."""
-    for name in names:
-        warn(f"experts were chosen by text '{name}' too: on other text more is lost than on this")
+def warn_of_text(found: Likeness) -> None:
+    """Warn where figures are of text that is too near to what experts were chosen by, or of other kinds."""
+    for sentence in found.sentences():
+        warn(sentence)
 
 
 def check_free(*paths: Path | None, force: bool) -> None:

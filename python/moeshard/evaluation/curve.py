@@ -6,7 +6,7 @@ import csv
 import io
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from moeshard.profile.intervals import CONFIDENCE
 from moeshard.profile.record import Profile
 from moeshard.progress import Progress
 from moeshard.traffic.domains import Domain
+from moeshard.traffic.likeness import Likeness, likeness, likeness_from_json
 from moeshard.traffic.windows import WINDOW, cut_windows
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Curve:
     """Of the whole model."""
     settings: dict[str, Any]
     """``n_expert_used`` (experts per token), ``window``, ``prompt``, of each domain ``windows`` and ``texts``
-    (SHA-256), ``confidence``."""
+    (SHA-256), ``confidence``, and what `moeshard.traffic.likeness.Likeness` says of them."""
 
     @property
     def domains(self) -> list[str]:
@@ -69,6 +70,11 @@ class Curve:
     def n_expert_used(self) -> int:
         """Experts that a token uses."""
         return int(self.settings["n_expert_used"])
+
+    @property
+    def likeness(self) -> Likeness:
+        """How the text relates to that which experts were chosen by."""
+        return likeness_from_json(self.settings, "settings")
 
     def times_top_k(self, point: Point) -> float:
         """Return how many times as many experts are kept as a token uses."""
@@ -186,6 +192,7 @@ def measure_curve(
             "windows": {name: int((losses.domain == index).sum()) for index, name in enumerate(losses.domains)},
             "texts": {domain.name: domain.digest for domain in domains},
             "confidence": confidence,
+            **asdict(likeness(domains, profile.facts.get("texts"), profile.facts.get("sketches"))),
         },
     )
 
@@ -240,6 +247,7 @@ def curve_from_json(document: dict[str, Any]) -> Curve:
     if not strategies:
         raise MoeshardError("strategies: is empty; expected at least one")
     settings = take(document, "settings", dict)
+    likeness_from_json(settings, "settings")
     if take(settings, "n_expert_used", int, "settings") < 1:
         raise MoeshardError("settings.n_expert_used: is less than 1")
     return Curve(

@@ -19,7 +19,8 @@ from moeshard.planning.plan import Plan, read_plan
 from moeshard.profile.intervals import CONFIDENCE, FEWEST
 from moeshard.progress import StageProgress
 from moeshard.runtime.answers import Sampling
-from moeshard.traffic.domains import Domain, embedded_traffic, texts_seen
+from moeshard.traffic.domains import Domain, embedded_traffic
+from moeshard.traffic.likeness import likeness
 from moeshard.traffic.windows import WINDOW, cut_windows
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def evaluate(
             prompt=n_prompt,
             windows={name: int((losses.domain == index).sum()) for index, name in enumerate(losses.domains)},
             texts={domain.name: domain.digest for domain in texts},
-            seen=texts_seen(texts, planned.parameters.get("texts")),
+            likeness=likeness(texts, planned.parameters.get("texts"), planned.extra.get("sketches")),
             confidence=confidence,
             seed=seed,
             shards=None if shards is None else os.fspath(shards),

@@ -12,6 +12,7 @@ from moeshard.evaluation.scores import Interval, Scores, interval, scores_from_j
 from moeshard.files.atomic import write_atomically
 from moeshard.files.documents import check_version, expect, parse_named, read_document, take, write_document
 from moeshard.gguf.identity import ModelIdentity, model_from_json, model_to_json
+from moeshard.traffic.likeness import Likeness, likeness_from_json
 
 VERSION = 1
 _KEY = "moeshard_evaluation"
@@ -29,8 +30,8 @@ class Settings:
     """Per domain."""
     texts: dict[str, str]
     """SHA-256 of each domain's texts, see `moeshard.traffic.domains.Domain.digest`."""
-    seen: list[str]
-    """Domains whose text the plan was made from, as far as the plan says: on other text more is lost."""
+    likeness: Likeness
+    """How these texts relate to those that the plan was made from, as far as the plan says."""
     confidence: float
     seed: int
     """The first one of the answers."""
@@ -98,7 +99,7 @@ class Evaluation:
             _KEY: VERSION,
             "model": model_to_json(self.model),
             "plan": {"file": self.plan_file, "strategy": self.strategy, "parameters": self.parameters},
-            "settings": asdict(self.settings),
+            "settings": _settings_to_json(self.settings),
             "domains": self.domains,
             "full": self.full.to_json(),
             "groups": [
@@ -197,6 +198,12 @@ def _probe(value: object, where: str) -> ProbeScores:
     return ProbeScores(nll, excess, right, regret, interval(source, "regret_ci", where))
 
 
+def _settings_to_json(settings: Settings) -> dict[str, Any]:
+    found = asdict(settings)
+    told = found.pop("likeness")
+    return {**found, **told}
+
+
 def _settings(value: dict[str, Any]) -> Settings:
     where = "settings"
     windows, texts = take(value, "windows", dict, where), take(value, "texts", dict, where)
@@ -206,7 +213,7 @@ def _settings(value: dict[str, Any]) -> Settings:
         prompt=take(value, "prompt", int, where),
         windows={name: expect(number, int, f"{where}.windows.{name}") for name, number in windows.items()},
         texts={name: expect(digest, str, f"{where}.texts.{name}") for name, digest in texts.items()},
-        seen=_list(value, "seen", str, where) if "seen" in value else [],
+        likeness=likeness_from_json(value, where),
         confidence=take(value, "confidence", float, where),
         seed=take(value, "seed", int, where),
         shards=None if value.get("shards") is None else take(value, "shards", str, where),

@@ -134,9 +134,7 @@ def prompt_losses(model: Model, nodes: Sequence[NodeModel], tokens: Tokens, n_ct
 
 
 def saliency(model: Model, keeps: Sequence[Keep], tokens: Tokens) -> tuple[Doubles, Doubles]:
-    """Trace a prompt through the whole model; return `wanted` and `held` of `by_saliency`.
-
-    """
+    """Trace a prompt through the whole model; return `wanted` and `held` of `by_saliency`."""
     trace = model.trace(tokens, norms=True)
     values = trace.contributions()
     for layer, ids, own in zip(trace.layers, trace.ids, values, strict=True):

@@ -173,7 +173,8 @@ def make_plan(
     }
     if per_layer:
         parameters[PER_LAYER] = True
-    return Plan(nodes, strategy, parameters, replace(identity, facts={"path": model_name(source.path)}))
+    extra = {key: profile.facts[key] for key in ("sketches",) if key in profile.facts}
+    return Plan(nodes, strategy, parameters, replace(identity, facts={"path": model_name(source.path)}), extra)
 
 
 def _facts(profile: Profile, keep: Keep, memory: Memory) -> dict[str, Any]:

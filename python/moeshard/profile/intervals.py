@@ -58,9 +58,7 @@ def estimate(values: npt.NDArray[np.floating], rows: Sequence[Ints]) -> Estimate
     # Of no spread at all there is nothing to be wrong about; any number will do.
     squares = [part**2 / max(1, own.size - 1) for part, own in zip(parts, rows, strict=True)]
     denominator: Doubles = np.sum(squares, axis=0)
-    freedom = np.divide(
-        np.sum(parts, axis=0) ** 2, denominator, out=np.ones_like(denominator), where=denominator > 0
-    )
+    freedom = np.divide(np.sum(parts, axis=0) ** 2, denominator, out=np.ones_like(denominator), where=denominator > 0)
     return Estimate(np.mean(means, axis=0), np.sqrt(variance), freedom)
 
 

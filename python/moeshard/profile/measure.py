@@ -19,6 +19,7 @@ from moeshard.progress import Progress
 from moeshard.runtime.session import Statistics
 from moeshard.runtime.trace import check_finite
 from moeshard.traffic.domains import Domain, check_names
+from moeshard.traffic.likeness import sketch
 from moeshard.traffic.windows import default_window, sequences
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def analyze(
         "n_tokens": n_tokens,
         "n_generate": n_generate,
         "texts": {domain.name: domain.digest for domain in domains},
+        "sketches": {domain.name: sketch(domain) for domain in domains},
     }
     profile = _empty(model, domains, chosen, plan, facts)
     if resume and save_to is not None and os.path.exists(save_to):

@@ -196,9 +196,7 @@ def captured_curve(profile: Profile, sizes: Sequence[int]) -> Doubles:
 
 def _measured(profile: Profile) -> list[Ints]:
     """Indices of the sequences that were measured, of each domain that has any."""
-    rows = [
-        np.flatnonzero((profile.domain == index) & (profile.n_tokens > 0)) for index in range(len(profile.domains))
-    ]
+    rows = [np.flatnonzero((profile.domain == index) & (profile.n_tokens > 0)) for index in range(len(profile.domains))]
     return [own for own in rows if own.size]
 
 

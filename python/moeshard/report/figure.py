@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
+    from moeshard.traffic.likeness import Likeness
+
 Cell = str | int | float
 
 
@@ -105,3 +107,8 @@ def times(value: float) -> str:
 def short_nats(value: float) -> str:
     """Write nats per token for a small cell."""
     return f"{value:.2f}"
+
+
+def warnings(likeness: Likeness) -> list[str]:
+    """Write what is wrong with the text that something was measured on, as sentences of a page."""
+    return [f"Mind: {sentence}." for sentence in likeness.sentences()]

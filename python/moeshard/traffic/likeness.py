@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moeshard.files.documents import expect
 from moeshard.traffic.domains import Domain, texts_seen
 from moeshard.traffic.embedded import embedded_domains, embedded_text
 
@@ -52,7 +53,9 @@ class Likeness:
 
     def sentences(self) -> list[str]:
         """Say what a reader of figures must know; nothing where the text is as it should be."""
-        said = [f"experts were chosen by text '{name}' too: on other text more is lost than on this" for name in self.seen]
+        said = [
+            f"experts were chosen by text '{name}' too: on other text more is lost than on this" for name in self.seen
+        ]
         said += [
             f"about {share:.0%} of text '{name}' stands in the text that experts were chosen by: on other text more is "
             f"lost than on this"
@@ -97,6 +100,19 @@ def likeness(domains: Sequence[Domain], texts: object, sketches: object) -> Like
         foreign=[domain.name for domain in domains if domain.name not in kin and domain.name not in near],
         missing=[name for name, digest in texts.items() if name not in kin and digest not in digests],
     )
+
+
+def likeness_from_json(value: Mapping[str, Any], where: str) -> Likeness:
+    """Read a likeness from among other keys of an object; older files lack some of its own.
+
+    Raises MoeshardError, with the place of what is wrong.
+    """
+    lists = {}
+    for key in ("seen", "foreign", "missing"):
+        names = expect(value.get(key, []), list, f"{where}.{key}")
+        lists[key] = [expect(name, str, f"{where}.{key}[{index}]") for index, name in enumerate(names)]
+    near = expect(value.get("near", {}), dict, f"{where}.near")
+    return Likeness(near={name: expect(share, float, f"{where}.near.{name}") for name, share in near.items()}, **lists)
 
 
 def _is_kin(domain: Domain, texts: Mapping[str, Any]) -> bool:

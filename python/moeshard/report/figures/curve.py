@@ -14,7 +14,7 @@ from moeshard.evaluation.record import Evaluation
 from moeshard.evaluation.scores import Scores
 from moeshard.planning.plan import Plan
 from moeshard.report.drawing import COLOURS, FAINT, INK, MARK, shortened
-from moeshard.report.figure import Cell, Figure, Panel, Table, between, nats, percent, times
+from moeshard.report.figure import Cell, Figure, Panel, Table, between, nats, percent, times, warnings
 from moeshard.report.figures.plan import held
 
 if TYPE_CHECKING:
@@ -158,6 +158,7 @@ def loss_curve(curve: Curve, plan: Plan | None, evaluation: Evaluation | None) -
         f"A rule of thumb says that {RULE[0]} to {RULE[1]} times the experts that a token uses are enough: "
         f"{RULE[0] * used} to {RULE[1] * used} of {n_expert} here. Measured, for one node that serves all domains:",
         *rule_of_thumb(curve),
+        *warnings(curve.likeness),
     ]
     if evaluation is not None and nodes:
         says.append(
