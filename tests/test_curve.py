@@ -228,6 +228,8 @@ def test_bad_requests_are_named(
         ({"sizes": [model.n_expert + 1]}, "cannot hold"),
         ({"sizes": []}, "at least one"),
         ({"strategies": ["best"]}, "unknown strategy 'best'"),
+        ({"strategies": ["snake"]}, "'snake' deals experts out to several nodes.*choose from ranked, reap, islands"),
+        ({"n_windows": 3}, "has 3 windows of"),
         ({"strategies": ["ranked", "ranked"]}, "differ"),
         ({"window": 10**6}, "too short"),
     ):
@@ -271,7 +273,7 @@ def test_command_line(
 
     assert cli(*base, "--keep", "many").code == 2
     wrong = cli(*base, "--strategies", "best")
-    assert wrong.code == 1 and "unknown strategy 'best'" in wrong.err
+    assert wrong.code == 2 and "unknown strategy 'best'" in " ".join(wrong.err.split())
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     missing = cli(*small, "--png", tmp_path / "new.png")
     assert missing.code == 1 and "moeshard[report]" in missing.err and not (tmp_path / "new.png").exists()

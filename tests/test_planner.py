@@ -184,6 +184,53 @@ def test_strategies_by_hand() -> None:
         nodes("best", [4])
 
 
+@pytest.mark.parametrize(
+    ("strategy", "options", "said"),
+    [
+        ("ranked", {"core": 0.5}, "'core' is of strategy shared-core; 'ranked' takes no options"),
+        ("ranked", {"cover": True}, "'cover' is of strategy islands"),
+        ("shared-core", {"seed": 1}, "'seed' is of strategy islands; 'shared-core' takes core"),
+        (
+            "islands",
+            {"core": 0.5},
+            "'core' is of strategy shared-core; 'islands' takes restarts, shrinkage, cover, seed",
+        ),
+        ("islands", {"luck": 1}, "there is no option 'luck'"),
+        # These two never ended, and gave a node more experts than it has room for.
+        ("shared-core", {"core": 1.5}, "'core': must be a number from 0 to 1, got 1.5"),
+        ("shared-core", {"core": -0.5}, "'core': must be a number from 0 to 1, got -0.5"),
+        ("shared-core", {"core": float("nan")}, "'core': must be a number"),
+        ("islands", {"restarts": 0}, "'restarts': must be a whole number of at least 1, got 0"),
+        ("islands", {"restarts": 1.5}, "'restarts': must be a whole number"),
+        ("islands", {"shrinkage": 1.1}, "'shrinkage': must be a number from 0 to 1"),
+        ("islands", {"seed": -1}, "'seed': must be a whole number"),
+        ("islands", {"cover": 1}, "'cover': must be true or false"),
+        ("islands", {"cover": True}, "'cover': 2 nodes have room for 10 experts per layer together, fewer than the 16"),
+    ],
+)
+def test_options_are_the_strategys_own(strategy: str, options: dict[str, object], said: str) -> None:
+    profile, _ = two_kinds()
+    with pytest.raises(MoeshardError, match=f"option {said}|{said}"):
+        choose_experts(profile, [5, 5], strategy, **options)
+
+
+@pytest.mark.parametrize("core", [0, 0.25, 1])
+def test_a_core_is_as_large_as_asked(core: float) -> None:
+    profile, _ = two_kinds()
+    keeps = choose_experts(profile, [8, 8], "shared-core", core=core)
+    assert all((keep.sum(axis=1) == 8).all() for keep in keeps)
+    assert ((keeps[0] & keeps[1]).sum(axis=1) == round(8 * core)).all()
+
+
+def test_what_cannot_be_covered_is_told() -> None:
+    profile, _ = two_kinds()
+    # Super experts are on both nodes, and leave too few places for all others.
+    profile.peak[:, :, :3] = 30
+    with pytest.raises(MoeshardError, match="not every expert found a place"):
+        choose_experts(profile, [8, 8], "islands", cover=True)
+    assert np.logical_or.reduce(choose_experts(profile, [10, 10], "islands", cover=True)).all()
+
+
 def test_coactivation_keeps_together_what_is_used_together() -> None:
     rng = np.random.default_rng(2)
     profile = profile_of(rng.random((8, 1, 8)), [0] * 8, 8)
@@ -258,6 +305,9 @@ def test_command_line(cli: Cli, own_profile: Profile, tmp_path: Path) -> None:
         facts = json.loads(cli(*base, "-o", out, "--groups", 2, "--keep", 64, "--strategy", strategy, "--json").out)
         assert facts["strategy"] == strategy and len(facts["nodes"]) == 2
         assert cli("split", "tinymoe", "-o", tmp_path / "x", "--plan", out, "--dry-run").code == 0
+    few = ("--groups", 2, "--keep", 64, "--restarts", 3)
+    assert cli(*base, "-o", tmp_path / "few.json", *few).code == 0
+    made = moeshard.read_plan(tmp_path / "few.json")
     done = cli(*base, "-o", tmp_path / "n.json", "--nodes", "16MiB,24MiB", "--ctx", 512, "--json")
     sizes = [node["n_expert"] for node in json.loads(done.out)["nodes"]]
     assert 8 <= sizes[0] < sizes[1] <= 128
@@ -267,7 +317,14 @@ def test_command_line(cli: Cli, own_profile: Profile, tmp_path: Path) -> None:
         (("--nodes", "1MiB"), "too few"),
         (("--nodes", "lots"), "not a size"),
         (("--groups", 4, "--keep", 32, "--strategy", "luck"), "unknown strategy"),
+        (("--groups", 4, "--keep", 32, "--core", 0.3), "'core' is of strategy shared-core"),
+        (("--groups", 4, "--keep", 32, "--strategy", "shared-core", "--core", 1.5), "'core': must be a number from 0"),
+        (("--groups", 4, "--keep", 32, "--strategy", "ranked", "--cover"), "'cover' is of strategy islands"),
+        (("--groups", 4, "--keep", 32, "--strategy", "ranked", "--seed", 0), "'seed' is of strategy islands"),
+        (("--groups", 2, "--keep", 32, "--cover"), "room for 64 experts per layer together, fewer than the 128"),
     ):
         done = cli(*base, "-o", tmp_path / "no.json", *options)
         assert done.code != 0 and message in " ".join(done.err.split())
+    assert cli(*base, "-o", tmp_path / "no.json", *options[:4], "--strategy", "ranked", "--cover").code == 2
+    assert made.parameters["restarts"] == 3 and made.parameters["cover"] is False
     assert not (tmp_path / "no.json").exists()

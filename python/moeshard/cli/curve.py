@@ -36,8 +36,8 @@ def curve(
     strategies: Annotated[
         str,
         typer.Option(
-            help="How they are chosen, several after commas: ranked (per layer, by saliency), one-list (the same ids "
-            "in every layer), contiguous, or another strategy of plan."
+            help="How they are chosen, several after commas: ranked (per layer, by saliency), reap, islands (of one "
+            "node), contiguous, one-list (the same ids in every layer)."
         ),
     ] = "ranked",
     windows: Annotated[int, typer.Option(min=4, help="Windows of each domain.")] = 8,
@@ -56,15 +56,22 @@ def curve(
     Held-out text is predicted with all experts and with each number of them, side by side. Intervals are of 95 %.
     """
     sizes = None if keep is None else _parse_sizes(keep)
+    names = [name.strip() for name in strategies.split(",")]
 
+    from moeshard import MoeshardError
     from moeshard.cli.loading import load_model
     from moeshard.cli.output import check_free, print_json, progress, warn_of_text
-    from moeshard.evaluation.curve import measure_curve
+    from moeshard.evaluation.curve import check_curve_strategy, measure_curve
     from moeshard.files.atomic import write_atomically
     from moeshard.profile.record import read_profile
     from moeshard.traffic.domains import embedded_traffic, read_texts
     from moeshard.traffic.likeness import likeness
 
+    try:
+        for name in names:
+            check_curve_strategy(name)
+    except MoeshardError as error:
+        raise typer.BadParameter(f"--strategies: {error}") from error
     check_free(out, csv, png, force=force)
     if png is not None:
         from moeshard.report.drawing import require_matplotlib
@@ -80,7 +87,7 @@ def curve(
             measured,
             domains,
             sizes=sizes,
-            strategies=[name.strip() for name in strategies.split(",")],
+            strategies=names,
             n_windows=windows,
             window=window,
             n_prompt=prompt,

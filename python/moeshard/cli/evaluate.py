@@ -46,8 +46,13 @@ def evaluate(
         int,
         typer.Option(min=0, help="Look for degenerate loops in so many answers per domain and node; 0: in none."),
     ] = 4,
-    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Length of an answer.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Of the answers; 0: the likeliest token always.")] = 0.8,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", "-n", min=1, show_default="128", help="Length of an answer.")
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0.0, show_default="0.8", help="Of the answers; 0: the likeliest token always."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The first one of the answers.")] = 0,
     min_quality: Annotated[
         float | None,
@@ -74,6 +79,7 @@ def evaluate(
     from moeshard.cli.evaluation_tables import report
     from moeshard.cli.loading import load_model
     from moeshard.cli.output import check_free, print_json, progress, warn_of_text
+    from moeshard.evaluation.loops import N_TOKENS
     from moeshard.placement.probes import PROBES
     from moeshard.planning.plan import read_plan
     from moeshard.runtime.answers import Sampling
@@ -85,6 +91,8 @@ def evaluate(
         raise typer.BadParameter(f"--probe '{probe}': choose from {', '.join(PROBES)}")
     if prompt >= window:
         raise typer.BadParameter(f"--prompt {prompt} leaves nothing to predict of --window {window}")
+    if not generate and (tokens is not None or temperature is not None):
+        raise typer.BadParameter("--tokens and --temperature are of answers, of which --generate 0 writes none")
     # All that can be wrong is looked at before the work, not after it.
     check_free(out, force=force)
     nodes = read_plan(plan)
@@ -102,8 +110,8 @@ def evaluate(
             window=window,
             n_prompt=prompt,
             n_answers=generate,
-            n_tokens=tokens,
-            sampling=Sampling(temperature=temperature),
+            n_tokens=N_TOKENS if tokens is None else tokens,
+            sampling=Sampling() if temperature is None else Sampling(temperature=temperature),
             seed=seed,
             progress=update,
         )

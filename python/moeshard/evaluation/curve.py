@@ -18,7 +18,8 @@ from moeshard.files.atomic import write_atomically
 from moeshard.files.documents import check_version, expect, parse_named, read_document, take, write_document
 from moeshard.gguf.identity import ModelIdentity, identify, model_from_json, model_to_json
 from moeshard.keep.text import Keep
-from moeshard.planning.planner import ISLANDS, STRATEGY_NAMES, check_profile, choose_experts
+from moeshard.planning.options import ISLANDS
+from moeshard.planning.planner import STRATEGY_NAMES, check_profile, choose_experts
 from moeshard.profile.intervals import CONFIDENCE
 from moeshard.profile.record import Profile
 from moeshard.progress import Progress
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 VERSION = 1
 ONE_LIST = "one-list"
 """The same ids in every layer, by mass summed over layers: what older tools do."""
-CURVE_STRATEGIES = (ONE_LIST, *(name for name in STRATEGY_NAMES if name != ISLANDS))
-"""Islands of one node are `ranked`, but for super experts."""
+CURVE_STRATEGIES = ("ranked", "reap", ISLANDS, "contiguous", ONE_LIST)
+"""Those that mean something for a lone node. Others deal experts out to several: of one they make another ranking."""
 MULTIPLES = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 """Of the experts that a token uses: what is measured unless told otherwise."""
 RULE = (4, 8)
@@ -203,13 +204,25 @@ def lone_node(profile: Profile, size: int, strategy: str, *, expert_groups: int 
     Raises:
         MoeshardError: a strategy that is none of `CURVE_STRATEGIES`, or a size that the model cannot have.
     """
-    if strategy not in CURVE_STRATEGIES:
-        raise MoeshardError(f"unknown strategy '{strategy}'; choose from {', '.join(CURVE_STRATEGIES)}")
+    check_curve_strategy(strategy)
     if strategy == ONE_LIST:
         mass = profile.mass.sum(axis=1, keepdims=True)
         profile = replace(profile, saliency=np.repeat(mass, profile.layers.size, axis=1))
         strategy = "ranked"
     return choose_experts(profile, [size], strategy, expert_groups=expert_groups)[0]
+
+
+def check_curve_strategy(strategy: str) -> None:
+    """Raise a `MoeshardError` where a strategy is none of `CURVE_STRATEGIES`."""
+    if strategy in CURVE_STRATEGIES:
+        return
+    choose = f"choose from {', '.join(CURVE_STRATEGIES)}"
+    if strategy in STRATEGY_NAMES:
+        raise MoeshardError(
+            f"strategy '{strategy}' deals experts out to several nodes, and a curve is of one that has no others beside "
+            f"it; {choose}"
+        )
+    raise MoeshardError(f"unknown strategy '{strategy}'; {choose}")
 
 
 def _check_choice(model: Model, sizes: Sequence[int], strategies: Sequence[str]) -> None:

@@ -200,7 +200,10 @@ STRATEGIES: dict[str, Strategy] = {
     "balanced": balanced,
     "ranked": ranked,
     "snake": snake,
-    "shared-core": shared_core,
     "reap": reap,
     "coactivation": coactivation,
 }
+"""Those without options."""
+
+CHOOSING: dict[str, Callable[[Profile, Sequence[int], Chooser], list[Rows]]] = {"ranked": ranked, "reap": reap}
+"""Of them, those that a chooser for layers of different size can be given to."""
