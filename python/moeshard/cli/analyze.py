@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,6 +68,7 @@ def analyze(
     from moeshard import write_ranking
     from moeshard.cli.loading import load_model
     from moeshard.cli.output import check_free, print_json, progress, tokens_per_second, warn
+    from moeshard.files.provenance import MADE, stamp
     from moeshard.profile.measure import analyze as measure
     from moeshard.profile.record import RANKINGS
     from moeshard.profile.statistics import verdict
@@ -93,6 +95,7 @@ def analyze(
             resume=resume,
             progress=tokens_per_second(update, "reading"),
         )
+    profile.facts[MADE] = stamp(sys.argv[1:])
     profile.save(out, force=force)
     if export_ranking is not None:
         write_ranking(export_ranking, profile.ranking(ranking), profile.layers.tolist(), force=force)

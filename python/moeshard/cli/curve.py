@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -63,6 +64,7 @@ def curve(
     from moeshard.cli.output import check_free, print_json, progress, warn_of_text
     from moeshard.evaluation.curve import check_curve_strategy, measure_curve
     from moeshard.files.atomic import write_atomically
+    from moeshard.files.provenance import MADE, stamp
     from moeshard.profile.record import read_profile
     from moeshard.traffic.domains import embedded_traffic, read_texts
     from moeshard.traffic.likeness import likeness
@@ -93,6 +95,7 @@ def curve(
             n_prompt=prompt,
             progress=lambda done, total: update("predicting", done / total),
         )
+    found.settings[MADE] = stamp(sys.argv[1:])
     if out is not None:
         found.save(out, force=force)
     if csv is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -80,6 +81,7 @@ def evaluate(
     from moeshard.cli.loading import load_model
     from moeshard.cli.output import check_free, print_json, progress, warn_of_text
     from moeshard.evaluation.loops import N_TOKENS
+    from moeshard.files.provenance import stamp
     from moeshard.placement.probes import PROBES
     from moeshard.planning.plan import read_plan
     from moeshard.runtime.answers import Sampling
@@ -115,7 +117,7 @@ def evaluate(
             seed=seed,
             progress=update,
         )
-    found = replace(found, plan_file=str(plan))
+    found = replace(found, plan_file=str(plan), made=stamp(sys.argv[1:]))
     if out is not None:
         found.save(out, force=force)
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,6 +66,7 @@ def plan(
 
     from moeshard import MoeshardError
     from moeshard.cli.output import check_free, print_json
+    from moeshard.files.provenance import MADE, stamp
     from moeshard.planning.budget import Use
     from moeshard.planning.options import options_of
     from moeshard.planning.planner import check_strategy, make_plan
@@ -90,6 +92,7 @@ def plan(
         per_layer=per_layer,
         **options,
     )
+    made.extra[MADE] = stamp(sys.argv[1:])
     made.write(out, force=force)
     if as_json:
         print_json(

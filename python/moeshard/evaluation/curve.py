@@ -219,8 +219,8 @@ def check_curve_strategy(strategy: str) -> None:
     choose = f"choose from {', '.join(CURVE_STRATEGIES)}"
     if strategy in STRATEGY_NAMES:
         raise MoeshardError(
-            f"strategy '{strategy}' deals experts out to several nodes, and a curve is of one that has no others beside "
-            f"it; {choose}"
+            f"strategy '{strategy}' deals experts out to several nodes, and a curve is of one that stands alone; "
+            f"{choose}"
         )
     raise MoeshardError(f"unknown strategy '{strategy}'; {choose}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from moeshard._core import MoeshardError
@@ -11,6 +11,7 @@ from moeshard.evaluation.loops import Example, Loops, Rate, Thresholds
 from moeshard.evaluation.scores import Interval, Scores, interval, scores_from_json
 from moeshard.files.atomic import write_atomically
 from moeshard.files.documents import check_version, expect, parse_named, read_document, take, write_document
+from moeshard.files.provenance import MADE
 from moeshard.gguf.identity import ModelIdentity, model_from_json, model_to_json
 from moeshard.traffic.likeness import Likeness, likeness_from_json
 
@@ -90,6 +91,8 @@ class Evaluation:
     """Each session on the node that turns out best."""
     probes: dict[str, ProbeScores]
     loops: Loops | None
+    made: dict[str, Any] = field(default_factory=dict)
+    """See `moeshard.files.provenance`; empty where nobody said."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that `read_evaluation` reads from a file."""
@@ -110,6 +113,7 @@ class Evaluation:
             "oracle": self.oracle.to_json(),
             "probes": {name: asdict(probe) for name, probe in self.probes.items()},
             "generation": None if self.loops is None else _loops_to_json(self.loops),
+            **({MADE: self.made} if self.made else {}),
         }
 
     def save(self, path: str | os.PathLike[str], force: bool = False) -> None:
@@ -157,6 +161,7 @@ def evaluation_from_json(document: dict[str, Any]) -> Evaluation:
         oracle=_scores(document, "oracle"),
         probes={name: _probe(value, f"probes.{name}") for name, value in take(document, "probes", dict).items()},
         loops=None if document.get("generation") is None else _loops(take(document, "generation", dict)),
+        made=take(document, MADE, dict) if MADE in document else {},
     )
     _check(found)
     return found

@@ -159,8 +159,8 @@ def saliency_held(model: Model, keeps: Sequence[Keep], prompts: Sequence[Tokens]
             batch = prompts[at : at + per_batch]
             session.reset()
             saliency = session.measure(dict(enumerate(batch)), layers).saliency[: len(batch)]
-            for layer, row in zip(layers, ~np.isfinite(saliency).all(axis=0), strict=True):
-                check_finite(model.path, layer, np.flatnonzero(row))
+            for row, layer in enumerate(layers):
+                check_finite(model.path, layer, np.flatnonzero(~np.isfinite(saliency[:, row]).all(axis=0)))
             share = saliency / np.maximum(saliency.sum(axis=2, keepdims=True), 1e-30)
             found[:, at : at + len(batch)] = np.einsum("gme,sme->gs", held, share) / len(layers)
     return found

@@ -26,6 +26,8 @@ from moeshard.profile.record import Profile
 from moeshard.profile.statistics import captured
 from moeshard.traffic.embedded import model_name
 
+WHOLE_MEMORY = "whole_memory"
+"""Under this key a plan says how many bytes a node with all experts would take."""
 STRATEGY_NAMES = (ISLANDS, *STRATEGIES, SHARED_CORE)
 PER_LAYER_STRATEGIES = (ISLANDS, *CHOOSING)
 
@@ -195,7 +197,8 @@ def make_plan(
     }
     if per_layer:
         parameters[PER_LAYER] = True
-    extra = {key: profile.facts[key] for key in ("sketches",) if key in profile.facts}
+    extra: dict[str, Any] = {WHOLE_MEMORY: memory(layout.n_expert).total}
+    extra |= {key: profile.facts[key] for key in ("sketches",) if key in profile.facts}
     return Plan(nodes, strategy, parameters, replace(identity, facts={"path": model_name(source.path)}), extra)
 
 

@@ -205,8 +205,8 @@ def _run(
             session.reset()
             tokens = {seq: plan[index].tokens for seq, index in enumerate(batch)}
             sums = session.measure(tokens, profile.layers.tolist(), scores_are_logits=scores_are_logits)
-            for layer, row in zip(profile.layers, ~np.isfinite(sums.saliency).all(axis=0), strict=True):
-                check_finite(model.path, int(layer), np.flatnonzero(row))
+            for row, layer in enumerate(profile.layers):
+                check_finite(model.path, int(layer), np.flatnonzero(~np.isfinite(sums.saliency[:, row]).all(axis=0)))
             _add(profile, batch, plan[batch[0]].domain, sums)
             for index in batch:
                 profile.n_tokens[index] = len(plan[index].tokens)

@@ -180,7 +180,7 @@ def _without_idle_layers(profile: Profile) -> Profile:
     ran = np.flatnonzero(profile.count.any(axis=(0, 2)))
     if ran.size == profile.layers.size or not profile.n_tokens.any():
         return profile
-    rows = {
+    rows: dict[str, Any] = {
         key: np.take(getattr(profile, key), ran, axis=axes.index("M")) for key, axes in _AXES.items() if "M" in axes
     }
     return replace(profile, **rows)

@@ -58,9 +58,8 @@ class Verdict:
         """Say it in a sentence or two."""
         if not self.is_known:
             return (
-                f"Whether experts differ is unknown: a domain has a single sequence, which does not say how far another "
-                f"would have been from it. Measure more than these {self.n_tokens} tokens, or in shorter sequences "
-                f"(--window)."
+                f"Whether experts differ is unknown: a domain has a single sequence, which does not say how far others "
+                f"are from it. Measure more than these {self.n_tokens} tokens, or in shorter sequences (--window)."
             )
         if self.is_flat:
             return (

@@ -29,7 +29,8 @@ class Table:
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
         writer.writerow(self.header)
-        writer.writerows([["" if cell != cell else cell for cell in row] for row in self.rows])  # NaN: unknown
+        # NaN: unknown.
+        writer.writerows([["" if cell != cell else cell for cell in row] for row in self.rows])
         return buffer.getvalue()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from moeshard._core import MoeshardError
@@ -24,6 +24,8 @@ class Sources:
     plan: Plan | None = None
     evaluation: Evaluation | None = None
     curve: Curve | None = None
+    files: dict[str, str] = field(default_factory=dict)
+    """Where each was read from, by the names above."""
 
     @property
     def model(self) -> ModelIdentity:
@@ -55,7 +57,7 @@ def read_sources(paths: Sequence[str | os.PathLike[str]]) -> Sources:
                     f"one model"
                 )
         found[kind], names[kind] = value, name
-    sources = Sources(**found)
+    sources = Sources(**found, files=names)
     if sources.plan is not None and sources.evaluation is not None:
         planned, scored = (
             [node.name for node in sources.plan.nodes],

@@ -1,8 +1,9 @@
-"""Writing a report: the page, and beside it a folder with its figures as PNG and their numbers as CSV."""
+"""Writing a report: the page, which holds everything, and beside it a folder with figures as PNG and numbers as CSV."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from moeshard.report.figures.curve import loss_curve
 from moeshard.report.figures.evaluation import comparison, loops, loss_matrix
 from moeshard.report.figures.plan import captured_matrix, keep_curve, overlap
 from moeshard.report.figures.profile import concentrated, heat, outstanding
-from moeshard.report.page import Shown, write_page
+from moeshard.report.origins import origins
+from moeshard.report.page import Head, Shown, write_page
 from moeshard.report.sources import Sources
+from moeshard.report.summary import summary
 
 
 def figures(sources: Sources) -> list[Figure]:
@@ -73,22 +76,39 @@ def write_report(sources: Sources, path: str | os.PathLike[str], *, force: bool 
     if not made:
         raise MoeshardError("there is nothing to show: give a profile as well")
     shown = []
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise MoeshardError(f"cannot make the folder '{folder}': {error.strerror or error}") from error
+    files: dict[str, str | bytes] = {}
     for figure in made:
-        pictures = []
-        for index, panel in enumerate(figure.panels):
-            svg, png = render(panel, figure.stem(index), f"{figure.title}: {panel.label}")
-            pictures.append(svg)
-            write_atomically(folder / f"{figure.stem(index)}.png", png, force=force)
-        write_atomically(folder / f"{figure.name}.csv", figure.data.to_csv(), force=force)
-        shown.append(Shown(figure, pictures))
-    write_atomically(
-        page, write_page(_title(sources), _subtitle(sources), _facts(sources), shown, folder.name), force=force
-    )
+        drawn = [
+            render(panel, figure.stem(index), f"{figure.title}: {panel.label}")
+            for index, panel in enumerate(figure.panels)
+        ]
+        shown.append(Shown(figure, [svg for svg, _ in drawn], [png for _, png in drawn]))
+        files |= {f"{figure.stem(index)}.png": png for index, (_, png) in enumerate(drawn)}
+        files[f"{figure.name}.csv"] = figure.data.to_csv()
+    head = Head(_title(sources), _subtitle(sources), summary(sources), _facts(sources), *origins(sources))
+    _write(page, write_page(head, shown), folder, files, force)
     return made
+
+
+def _write(page: Path, text: str, folder: Path, files: dict[str, str | bytes], force: bool) -> None:
+    """Write all or nothing: what is interrupted leaves no folder that would be in the way of the next report."""
+    if folder.exists():
+        for name, content in files.items():
+            write_atomically(folder / name, content, force=force)
+        write_atomically(page, text, force=force)
+        return
+    new = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        try:
+            new.mkdir()
+        except OSError as error:
+            raise MoeshardError(f"cannot make the folder '{folder}': {error.strerror or error}") from error
+        for name, content in files.items():
+            write_atomically(new / name, content)
+        write_atomically(page, text, force=force)
+        new.rename(folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def _title(sources: Sources) -> str:

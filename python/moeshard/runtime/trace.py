@@ -131,7 +131,7 @@ def check_finite(path: str, layer: int, experts: npt.NDArray[np.integer]) -> Non
     if experts.size:
         named = f"expert {experts[0]}" if experts.size == 1 else f"experts {format_ids(experts)}"
         raise MoeshardError(
-            f"{path}: layer {layer}, {named}: outputs that are not finite (NaN or infinity), so that nothing after them "
-            f"can be measured. The file is damaged, or was converted with values that its type cannot hold: get or "
-            f"convert it again"
+            f"{path}: layer {layer}, {named}: outputs that are not finite (NaN or infinity); nothing after them can be "
+            f"measured. The file is damaged, or was converted with values that its type cannot hold: get or convert it "
+            f"again"
         )

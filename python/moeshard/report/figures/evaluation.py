@@ -9,7 +9,8 @@ import numpy as np
 
 from moeshard.evaluation.record import Evaluation
 from moeshard.evaluation.scores import Scores
-from moeshard.report.drawing import COLOURS, FAINT, MARK, intervals, matrix
+from moeshard.report.colours import COLOURS, FAINT, MARK
+from moeshard.report.drawing import intervals, matrix
 from moeshard.report.figure import (
     Cell,
     Figure,
