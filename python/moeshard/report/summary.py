@@ -89,13 +89,13 @@ def _size(n_bytes: float) -> str:
 
 
 def _change(ratio: float) -> str:
-    """Write what a ratio of perplexities changes: ``+16 %``; a large one as ``5.2 times``."""
-    return f"{100 * (ratio - 1):+.0f} %" if ratio < 3 else f"{ratio:.1f} times"
+    """Write what a ratio of perplexities changes: ``+16%``; a large one as ``5.2 times``."""
+    return f"{100 * (ratio - 1):+.0f}%" if ratio < 3 else f"{ratio:.1f} times"
 
 
 def _lost(scores: Scores) -> str:
     low, high = scores.ratio_ci
-    text = f"perplexity {_change(scores.ratio)} (95 % interval: {_interval((low, high))})"
+    text = f"perplexity {_change(scores.ratio)} (95% interval: {_interval((low, high))})"
     if low <= 1 <= high:
         text += ", no difference that this much text could show"
     if scores.agreement is not None:

@@ -118,7 +118,7 @@ def _title(sources: Sources) -> str:
 def _subtitle(sources: Sources) -> str:
     model = sources.model
     routing = f"{counted(len(model.moe_layers), 'layer')} with {counted(model.n_expert, 'expert')} each"
-    return f"{model.arch}, {routing}; fingerprint {model.fingerprint}"
+    return f"{model.arch}, {routing}"
 
 
 def _facts(sources: Sources) -> list[tuple[str, str]]:
