@@ -301,7 +301,7 @@ class Model(ModelFacts):
         :class:`Trace` for shapes. For texts that should not be held in memory whole, see :meth:`trace_stream`.
         """
         array = as_tokens(tokens)
-        builder = TraceBuilder(self.moe_layers, len(array), self.n_expert_used, self.n_expert, probs=probs, norms=norms)
+        builder = TraceBuilder(self.routing, len(array), self.n_expert_used, probs=probs, norms=norms)
         self.trace_stream(array, builder.add, keep, probs=probs, norms=norms)
         return builder.build()
 
