@@ -17,7 +17,7 @@ from moeshard._core import MoeshardError
 from moeshard.arrays import TokensLike
 from moeshard.runtime.contexts import ContextPool
 from moeshard.runtime.generation import Generation
-from moeshard.runtime.origin import find_origin
+from moeshard.runtime.origin import Origin, find_origin
 from moeshard.runtime.session import Session, as_tokens
 from moeshard.runtime.trace import ChunkSink, Trace, TraceBuilder
 
@@ -35,7 +35,7 @@ class Model:
 
     def __init__(
         self,
-        path: str | os.PathLike[str] | None = None,
+        path: str | os.PathLike[str] | Origin | None = None,
         *,
         keep: KeepSpec | None = None,
         trunk: str | os.PathLike[str] | None = None,
@@ -52,7 +52,7 @@ class Model:
         """Load a model.
 
         Args:
-            path: a GGUF file, or the first part (``-00001-of-0000N.gguf``) of one.
+            path: a GGUF file, or the first part (``-00001-of-0000N.gguf``) of one; or segments of files.
             keep: load only these experts, as `moeshard.split` would write them but without a file: only their bytes are
                 read, and the memory used is that of the shard. The model then has that many experts, numbered anew in
                 their order: see `expert_ids`. Layers may keep different numbers of them.
