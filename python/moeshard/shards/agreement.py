@@ -111,12 +111,14 @@ class Comparison:
     """Tokens whose logits were compared."""
     same_likeliest: int
     """Of these tokens."""
+    finite: bool = True
+    """Whether all logits of both are numbers."""
 
     @property
     def exact(self) -> bool:
         """Whether the two are the same to the last bit."""
         spreads = [*self.numbers.values(), *([self.logits] if self.logits else [])]
-        return not self.swaps and all(spread.largest == 0 for spread in spreads)
+        return self.finite and not self.swaps and all(spread.largest == 0 for spread in spreads)
 
 
 def compare(whole: Run, shard: Run, routers: Routers) -> Comparison:
@@ -145,6 +147,7 @@ def compare(whole: Run, shard: Run, routers: Routers) -> Comparison:
             size = float(np.maximum(np.nanmax(ours[token, swapped]), least[token, 0]))
             swaps.append(Swap(layer, int(token), gap / size, float(np.nanmax(apart, initial=0.0))))
         agree &= ~np.repeat(other.reshape(-1, whole.length).any(axis=1), whole.length)
+    finite = bool(np.isfinite(whole.logits).all() and np.isfinite(shard.logits).all())
     ours, theirs = whole.logits[agree], shard.logits[agree]
     logits = None
     if agree.any():
@@ -152,7 +155,7 @@ def compare(whole: Run, shard: Run, routers: Routers) -> Comparison:
         apart = np.abs(ours - theirs).max(axis=1) / (largest or 1.0)
         logits = Spread(float(np.median(apart)), float(apart.max()))
     same = int((ours.argmax(axis=1) == theirs.argmax(axis=1)).sum())
-    return Comparison(n_tokens, n_choices, tuple(swaps), numbers, logits, int(agree.sum()), same)
+    return Comparison(n_tokens, n_choices, tuple(swaps), numbers, logits, int(agree.sum()), same, finite)
 
 
 def judge(found: Comparison, rounding: Sequence[Comparison]) -> str | None:
@@ -162,6 +165,8 @@ def judge(found: Comparison, rounding: Sequence[Comparison]) -> str | None:
         found: of a shard.
         rounding: of two runs that differ by rounding.
     """
+    if not found.finite:
+        return "some logits are no numbers"
     for (layer, what), spread in found.numbers.items():
         measured = [other.numbers[layer, what] for other in rounding if (layer, what) in other.numbers]
         if measured and (why := _beyond(spread, measured)):

@@ -9,6 +9,7 @@ import numpy as np
 import moeshard._core as _core
 from moeshard._core import GGUFMap, MoeLayout, SegmentList, ShardFacts
 from moeshard.arrays import Floats
+from moeshard.keep.text import Keep
 from moeshard.runtime.model import Model
 from moeshard.runtime.origin import Origin
 from moeshard.shards.agreement import Comparison, Routers, allowed_gap, compare, judge, limit
@@ -63,7 +64,7 @@ def compare_logits(
     layout = source.moe_layout()
     routers = Routers(layout, selection_biases(source, layout))
     shard = Model(file.path, n_threads=n_threads)
-    probes = make_probes(shard, facts, layout)
+    probes = make_probes(shard, np.array(facts.keep), layout)
     ours = [run(shard, probe) for probe in probes]
     del shard
     whole = whole_model(file, source, n_threads)
@@ -76,10 +77,9 @@ def compare_logits(
     return summary(found, rounding)
 
 
-def make_probes(shard: Model, facts: ShardFacts, layout: MoeLayout) -> list[Probe]:
+def make_probes(shard: Model, keep: Keep, layout: MoeLayout) -> list[Probe]:
     """Return the tokens under the shard's keep and, where expert groups allow it, under parts of it."""
     tokens = random_tokens(shard)
-    keep = np.array(facts.keep)
     narrow = nothing_to_choose(keep, layout, shard.routing.n_expert_used)
     keeps = [np.repeat(keep[None], len(tokens), axis=0), *([] if narrow is None else [narrow])]
     return [Probe(tokens, each) for each in keeps]
