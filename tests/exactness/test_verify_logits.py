@@ -13,6 +13,7 @@ from sharding import THREADS
 
 import moeshard
 from moeshard import GGUFMap, _core
+from moeshard.cli.verify import lines
 from moeshard.runtime.origin import Origin
 from moeshard.shards.agreement import Comparison, Routers, Spread, Swap, compare
 from moeshard.shards.jitter import jittered
@@ -76,7 +77,7 @@ def test_experts_that_share_a_chunk(make: Make, tmp_path: Path) -> None:
 def test_near_ties_are_no_faults(tinymoe: Path, tmp_path: Path) -> None:
     """A router of 128 experts has so many near-ties that some are tipped in nearly every shard."""
     first = np.tile(np.arange(128) < 62, (5, 1))
-    keeps = [first, *(random_keep(GGUFMap(tinymoe), 9 + 17 * seed, seed) for seed in range(6))]
+    keeps = [first, *(random_keep(GGUFMap(tinymoe), 9 + 17 * seed, seed) for seed in range(4))]
     found = [check(tinymoe, keep, tmp_path) for keep in keeps]
     # Where logits are far apart, a token went elsewhere; where it did not, they are close.
     for each in found:
@@ -165,7 +166,7 @@ def test_the_sound_shard_passes(bench: Bench) -> None:
 
 # The highest byte of a number: its exponent. f32 has it fourth of four, f16 second of two; a block of q8_0 is 34 bytes
 # long and begins with its scale in f16.
-@pytest.mark.parametrize("layer", [0, 2, 4])
+@pytest.mark.parametrize("layer", [0, 3])
 @pytest.mark.parametrize(
     ("tensor", "at", "bits"),
     [
@@ -184,7 +185,7 @@ def test_a_wrong_byte(bench: Bench, layer: int, tensor: str, at: int, bits: int)
     assert found.problem is not None
 
 
-@pytest.mark.parametrize("layer", [0, 1, 3])
+@pytest.mark.parametrize("layer", [0, 2])
 @pytest.mark.parametrize("tensor", ["ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"])
 def test_experts_in_the_wrong_place(bench: Bench, layer: int, tensor: str) -> None:
     found = bench.judge(bench.swapped(f"blk.{layer}.{tensor}.weight", 20, 21))
@@ -275,6 +276,19 @@ def test_what_is_no_number_is_no_agreement(bench: Bench) -> None:
 def test_nothing_compared_is_no_agreement() -> None:
     found = replace(quiet(1e-5), swaps=(Swap(0, 3, 0.0, 1e-5),), logits=None, n_compared=0)
     assert "no logits could be compared" in (summary([found], [quiet(1e-5)]).problem or "")
+
+
+def test_the_words_for_it() -> None:
+    found = replace(quiet(1e-3), swaps=(Swap(0, 3, 2e-3, 1e-3),), n_compared=16)
+    routing, logits = lines(summary([found], [quiet(1e-2)]))
+    assert routing == (
+        "routing: 1 of 32 choices of experts differ, each between scores within 2.0e-03 of each other "
+        "(rounding explains 8.0e-03)"
+    )
+    assert logits.startswith(
+        "logits of the 16 of 32 tokens whose experts are the same: those of the masked model, within"
+    )
+    assert "bit for bit" in lines(summary([quiet(0)], []))[1]
 
 
 # Layers that use different numbers of experts per token.

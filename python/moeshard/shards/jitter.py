@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moeshard._core import SegmentList
+from moeshard._core import MoeshardError, SegmentList
 
 # Relative. An eighth of the step of the half-precision numbers that a KV cache, the table of GELU and many weights are
 # made of, and much more than the float32 rounding by which a sound shard begins to differ from the masked model
@@ -22,4 +22,6 @@ def jittered(segments: SegmentList) -> SegmentList:
             weights = np.frombuffer(segments.read(info.offset, info.nbytes), dtype="<f4")
             factors = 1 + rng.uniform(-JITTER, JITTER, weights.size)
             replaced.append((info.offset, (weights * factors).astype("<f4").tobytes()))
+    if not replaced:
+        raise MoeshardError("has no norms in single precision, by which it could be measured what rounding does")
     return segments.with_bytes(replaced)
