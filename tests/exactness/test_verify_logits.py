@@ -278,6 +278,12 @@ def test_nothing_compared_is_no_agreement() -> None:
     assert "no logits could be compared" in (summary([found], [quiet(1e-5)]).problem or "")
 
 
+def test_what_was_not_measured_is_no_agreement() -> None:
+    unmeasured = replace(quiet(1e-3), logits=None, n_compared=0)
+    assert "could not be measured" in (summary([quiet(1e-5)], [unmeasured]).problem or "")
+    assert summary([quiet(1e-5)], [unmeasured, quiet(1e-3)]).problem is None
+
+
 def test_the_words_for_it() -> None:
     found = replace(quiet(1e-3), swaps=(Swap(0, 3, 2e-3, 1e-3),), n_compared=16)
     routing, logits = lines(summary([found], [quiet(1e-2)]))

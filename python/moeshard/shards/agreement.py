@@ -123,6 +123,7 @@ class Comparison:
 
 def compare(whole: Run, shard: Run, routers: Routers) -> Comparison:
     """Compare two runs of the same probe: the masked whole model's, and another one's."""
+    assert whole.layers == shard.layers
     n_tokens = whole.logits.shape[0]
     agree = np.ones(n_tokens, dtype=bool)
     swaps: list[Swap] = []
@@ -179,7 +180,11 @@ def judge(found: Comparison, rounding: Sequence[Comparison]) -> str | None:
                 f"apart, of their size; rounding explains {allowed:.1e}"
             )
     logits = [other.logits for other in rounding if other.logits]
-    if found.logits and logits and (why := _beyond(found.logits, logits)):
+    if found.logits and not logits:
+        return (
+            "what rounding does to the logits could not be measured: it sent a token of each sequence to other experts"
+        )
+    if found.logits and (why := _beyond(found.logits, logits)):
         return f"the logits are {why}"
     return None
 
