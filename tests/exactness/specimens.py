@@ -49,6 +49,7 @@ VARIANTS = {
 # Fixtures that hold experts but are of no use in the table.
 UNUSED = {
     "deepseek2+wide": "made for shards of every type",
+    "nemotron_h_moe+own-numbers": "made for layers that use different numbers of experts",
     "llama-embed": "an embedding model: it has no logits to compare",
     "qwen3moe+4096-tokens": "made for routing statistics",
     "refact": "llama.cpp loads experts for it and never routes to them",

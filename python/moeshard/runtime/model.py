@@ -20,7 +20,7 @@ from moeshard.runtime.contexts import ContextPool
 from moeshard.runtime.facts import ModelFacts
 from moeshard.runtime.generation import Generation, generation_options
 from moeshard.runtime.limits import MAX_INT32
-from moeshard.runtime.origin import find_origin
+from moeshard.runtime.origin import Origin, find_origin
 from moeshard.runtime.session import Session, as_tokens
 from moeshard.runtime.template import Message
 from moeshard.runtime.trace import ChunkSink, Trace, TraceBuilder
@@ -37,7 +37,7 @@ class Model(ModelFacts):
 
     def __init__(
         self,
-        path: str | os.PathLike[str] | None = None,
+        path: str | os.PathLike[str] | Origin | None = None,
         *,
         keep: KeepSpec | None = None,
         trunk: str | os.PathLike[str] | None = None,
@@ -54,7 +54,7 @@ class Model(ModelFacts):
         """Load a model.
 
         Args:
-            path: a GGUF file, or the first part (``-00001-of-0000N.gguf``) of one.
+            path: a GGUF file, or the first part (``-00001-of-0000N.gguf``) of one; or segments of files.
             keep: load only these experts, as `moeshard.split` would write them but without a file: only their bytes are
                 read, and the memory used is that of the shard. The model then has that many experts, numbered anew in
                 their order: see `expert_ids`. Layers may keep different numbers of them.
