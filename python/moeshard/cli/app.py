@@ -22,6 +22,7 @@ from moeshard.cli.merge import merge
 from moeshard.cli.place import place
 from moeshard.cli.plan import plan
 from moeshard.cli.report import report
+from moeshard.cli.serve import serve
 from moeshard.cli.split import split
 from moeshard.cli.verify import verify
 
@@ -90,6 +91,7 @@ app.command(short_help="Measure what is lost by how many experts are kept.")(cur
 app.command(short_help="Choose the experts of each node by a profile.")(plan)
 app.command(short_help="Measure what the nodes of a plan lose.")(evaluate)
 app.command(short_help="Say which node should have a session.")(place)
+app.command(short_help="Serve a model to OpenAI's clients.")(serve)
 app.command(short_help="Draw what was measured, on one page.")(report)
 app.command(short_help="Write shards: GGUF files with some of the experts.")(split)
 app.command(short_help="Compare a shard with the model it was taken from.")(verify)
