@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from moeshard.cli.analyze import analyze
+from moeshard.cli.chat import chat
 from moeshard.cli.curve import curve
 from moeshard.cli.demo import demo
 from moeshard.cli.evaluate import evaluate
@@ -86,6 +87,7 @@ def moeshard(
 
 app.command(short_help="Show architecture, routing and sizes of a model.")(inspect)
 app.command(short_help="Generate text with all experts or some.")(generate)
+app.command(short_help="Chat in the terminal.")(chat)
 app.command(short_help="Measure which experts some text uses.")(analyze)
 app.command(short_help="Measure what is lost by how many experts are kept.")(curve)
 app.command(short_help="Choose the experts of each node by a profile.")(plan)

@@ -130,7 +130,7 @@ def serve(
 
 
 def load_local(
-    model: str, plan: Path | None, options: LocalOptions, threads: int, gpu_layers: int
+    model: str, plan: Path | None, options: LocalOptions, threads: int, gpu_layers: int, keep: str | None = None
 ) -> tuple[Local, Plan | None]:
     """Load a model and, where there is one, its plan, and make the engine that answers by them."""
     from moeshard.cli.loading import load_model
@@ -139,7 +139,8 @@ def load_local(
 
     nodes = None if plan is None else read_plan(plan)
     loaded: Model = load_model(model, n_ctx=options.n_ctx, n_threads=threads, n_gpu_layers=gpu_layers)
-    return serve_locally(loaded, nodes, options), nodes
+    mask = None if keep is None else loaded.keep(keep)
+    return serve_locally(loaded, nodes, options, mask), nodes
 
 
 def _describe(local: Local, parallel: int) -> str:

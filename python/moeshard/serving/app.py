@@ -53,6 +53,13 @@ def build(
         finally:
             await service.stop()
 
+    async def on_error(http: HttpRequest, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        service.metrics.failed(error.status)
+        if error.is_ours:
+            _log.warning("%s %s: %s", http.method, http.url.path, error.message)
+        return Json(error.to_json(), error.status, error.headers)
+
     endpoints = Api(service, settings, tokenizer).endpoints()
     return Starlette(
         routes=[
@@ -63,7 +70,7 @@ def build(
             Middleware(Hosts, settings.hosts),
             Middleware(BodyLimit, settings.max_body),
         ],
-        exception_handlers={ApiError: _on_error, HTTPException: _on_http, ClientGone: _on_gone},
+        exception_handlers={ApiError: on_error, HTTPException: _on_http, ClientGone: _on_gone},
         lifespan=lifespan,
     )
 
@@ -83,13 +90,6 @@ def _guarded(endpoint: Endpoint, keys: Keys) -> Callable[[HttpRequest], Awaitabl
             raise failed("The server failed; its log says why.") from error
 
     return call
-
-
-async def _on_error(http: HttpRequest, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    if error.is_ours:
-        _log.warning("%s %s: %s", http.method, http.url.path, error.message)
-    return Json(error.to_json(), error.status, error.headers)
 
 
 async def _on_http(http: HttpRequest, error: Exception) -> Response:

@@ -33,7 +33,7 @@ class Job:
         """No more will come; set in the event loop."""
         self._updates: deque[_core.Progress | ApiError] = deque()
         self._news = asyncio.Event()
-        self._cancel = cancel
+        self._tell_engine = cancel
 
     def add(self, update: _core.Progress | ApiError) -> None:
         """Take what came of a step; called in the event loop."""
@@ -65,10 +65,14 @@ class Job:
                 if found[-1].over:
                     return
         finally:
-            if not self.ended:
-                self.ended = True
-                self.lane.jobs.discard(self)
-                self._cancel(self)
+            self.cancel()
+
+    def cancel(self) -> None:
+        """End the request, if it is not over: within a step nothing of it is computed any more."""
+        if not self.ended:
+            self.ended = True
+            self.lane.jobs.discard(self)
+            self._tell_engine(self)
 
 
 class Lane:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import codecs
 import re
 from collections.abc import AsyncGenerator, Sequence
@@ -10,28 +9,20 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
-
 import moeshard._core as _core
 from moeshard._core import MoeshardError
-from moeshard.arrays import Doubles, Tokens
 from moeshard.keep.text import Keep
-from moeshard.placement.decision import MIN_TOKENS
 from moeshard.placement.nodes import by_model, plan_nodes
 from moeshard.planning.plan import Plan
 from moeshard.runtime.model import Model
 from moeshard.serving.backends import FULL, Ask, Event, Finish, Load, Scored
 from moeshard.serving.engine import Engine, Job, Lane
-from moeshard.serving.errors import busy, invalid, too_long
-from moeshard.serving.placer import Losses
-from moeshard.serving.protocol import Message, Options, Prompt
-from moeshard.serving.rendering import Rendered, Renderer
+from moeshard.serving.errors import invalid, too_long
+from moeshard.serving.probing import LocalProber
+from moeshard.serving.protocol import Options
+from moeshard.serving.rendering import Rendered, Renderer, rendered
 
 _FINISH: dict[str, Finish] = {"end": "stop", "stop": "stop", "length": "length", "context": "length"}
-# What one lane predicts for: nodes by their number (None: the whole model), each under a keep.
-_Part = tuple[Lane, list[tuple[int | None, Keep | None]]]
-# Of longer prompts the tokens are made beside the event loop, which others wait for.
-_LONG_TEXT = 10_000
 
 
 @dataclass(frozen=True)
@@ -91,20 +82,20 @@ class LocalBackend:
 
     async def stream(self, ask: Ask) -> AsyncGenerator[Event, None]:
         """Answer; see `Backend`."""
-        rendered = await _rendered(self._renderer, ask.prompt)
+        prompt = await rendered(self._renderer, ask.prompt)
         options = ask.options
-        if not rendered.tokens.size:
+        if not prompt.tokens.size:
             raise invalid("The prompt is empty.", "prompt")
-        if rendered.tokens.size > self._lane.n_ctx:
-            raise too_long(rendered.tokens.size, self._lane.n_ctx)
+        if prompt.tokens.size > self._lane.n_ctx:
+            raise too_long(prompt.tokens.size, self._lane.n_ctx)
         job = self._engine.submit(
             self._lane,
             self._seconds,
-            prompt=rendered.tokens,
+            prompt=prompt.tokens,
             keep=self._keep,
             scope=ask.scope,
             max_tokens=options.max_tokens,
-            stop=[*options.stop, *rendered.stop],
+            stop=[*options.stop, *prompt.stop],
             ignore_end=options.ignore_end,
             n_logprobs=options.n_logprobs,
             prompt_logprobs=options.echo and options.n_logprobs >= 0,
@@ -112,7 +103,7 @@ class LocalBackend:
         )
         self._jobs.add(job)
         steps = job.steps()
-        reading = _Reading(self._bytes, rendered, ask)
+        reading = _Reading(self._bytes, prompt, ask)
         try:
             async for found in steps:
                 event = reading.event(found)
@@ -186,71 +177,6 @@ class _Reading:
         return b"".join(pieces).decode("utf-8", errors="replace")
 
 
-class LocalProber:
-    """Predicts the first turn of a session on the whole model and on every node, in batches of their own.
-
-    One session after the other, each from empty sequences: what is found hangs on nothing but plan and turn.
-    """
-
-    def __init__(self, engine: Engine, parts: Sequence[_Part], renderer: Renderer, options: LocalOptions, n_nodes: int):
-        """Predict for `n_nodes` nodes, by the engine's lanes in `parts`."""
-        self._engine, self._parts, self._renderer = engine, parts, renderer
-        self._options, self._n_nodes = options, n_nodes
-        self._turn = asyncio.Lock()
-        self._n_waiting = 0
-
-    async def losses(self, prompt: Prompt) -> Losses:
-        """Predict a prompt.
-
-        Raises:
-            ApiError: too many sessions wait to be placed, or the engine failed.
-        """
-        if self._n_waiting > self._options.n_waiting:
-            raise busy(1)
-        tokens = (await _rendered(self._renderer, prompt, answer=False)).tokens
-        seen = tokens[-self._options.n_probe :]
-        if seen.size < MIN_TOKENS:
-            return Losses(np.empty((self._n_nodes, 0)), np.empty(0), n_tokens=seen.size, n_cut=0)
-        # Not cancelled by one who leaves: the next probe begins with all slots free, in the same order.
-        found = await asyncio.shield(asyncio.ensure_future(self._in_turn(seen)))
-        return Losses(found[1:], found[0], n_tokens=seen.size, n_cut=tokens.size - seen.size)
-
-    async def _in_turn(self, tokens: Tokens) -> Doubles:
-        self._n_waiting += 1
-        try:
-            async with self._turn:
-                return await self._probe(tokens)
-        finally:
-            self._n_waiting -= 1
-
-    async def _probe(self, tokens: Tokens) -> Doubles:
-        jobs: dict[int, Job] = {}
-        for lane, nodes in self._parts:
-            for index, keep in nodes:
-                jobs[0 if index is None else 1 + index] = self._engine.submit(
-                    lane, self._options.seconds, prompt=tokens, keep=keep, max_tokens=0, prompt_logprobs=True
-                )
-        found = np.empty((len(jobs), tokens.size - 1))
-        for row, job in jobs.items():
-            found[row] = [-entry.logprob async for steps in job.steps() for step in steps for entry in step.logprobs]
-        return found
-
-
-async def _rendered(renderer: Renderer, prompt: Prompt, *, answer: bool = True) -> Rendered:
-    try:
-        if _size(prompt) > _LONG_TEXT:
-            return await asyncio.to_thread(renderer.render, prompt, answer=answer)
-        return renderer.render(prompt, answer=answer)
-    except MoeshardError as error:
-        raise invalid(str(error), "messages") from error
-
-
-def _size(prompt: Prompt) -> int:
-    if isinstance(prompt, str):
-        return len(prompt)
-    return sum(len(part.content) if isinstance(part, Message) else 1 for part in prompt)
-
-
 def _sampling(options: Options) -> _core.SamplingParams:
     return _core.SamplingParams(
         temperature=options.temperature,
@@ -279,9 +205,23 @@ class Local:
     renderer: Renderer
     model: Model
 
+    async def start(self) -> None:
+        """Begin to compute for the running event loop."""
+        self.engine.start()
 
-def serve_locally(model: Model, plan: Plan | None, options: LocalOptions) -> Local:
+    async def stop(self) -> None:
+        """End what runs."""
+        await self.engine.stop()
+
+
+def serve_locally(model: Model, plan: Plan | None, options: LocalOptions, keep: Keep | None = None) -> Local:
     """Make the engine for a model and the nodes of a plan.
+
+    Args:
+        model: the whole model.
+        plan: its nodes; None: there is nothing but the model.
+        options: of the engine.
+        keep: without a plan: the experts that the model may use.
 
     Raises:
         MoeshardError: the plan is of another model, or names a node ``full``.
@@ -297,14 +237,24 @@ def serve_locally(model: Model, plan: Plan | None, options: LocalOptions) -> Loc
     for shared, own in by_model(model, nodes):
         lane = Lane(shared.batcher(options.n_slots, options.n_ctx), options.n_waiting)
         serving.append(lane)
-        for index, keep in own:
-            name = FULL if index is None else names[index]
-            position = -1 if index is None else index
-            backends[position] = LocalBackend(name, engine, lane, shared, renderer, keep, options.seconds)
+        for index, mask in own:
+            own_keep = mask if nodes else keep
+            backends[-1 if index is None else index] = LocalBackend(
+                FULL if index is None else names[index], engine, lane, shared, renderer, own_keep, options.seconds
+            )
         if nodes:
             # A step of a probe is what all others wait for: a part of the prompt of one node.
             probe = Lane(shared.batcher(len(own), options.n_probe, n_prefill=options.n_probe), 0)
             probing.append((probe, own))
     engine.lanes = [*serving, *(lane for lane, _ in probing)]
-    prober = LocalProber(engine, probing, renderer, options, len(nodes)) if nodes else None
+    prober = None
+    if nodes:
+        prober = LocalProber(
+            engine,
+            probing,
+            renderer,
+            n_probe=options.n_probe,
+            n_waiting=options.n_waiting,
+            seconds=options.seconds,
+        )
     return Local([backends[position] for position in sorted(backends)], prober, engine, renderer, model)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from moeshard._core import MoeshardError
 from moeshard.runtime.model import Model
 from moeshard.runtime.session import as_tokens
+from moeshard.serving.errors import invalid
 from moeshard.serving.protocol import Message, Prompt
+
+_LONG_TEXT = 10_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,3 +62,23 @@ class Renderer:
         lines = [f"{message.role}: {message.content}" for message in messages]
         text = "\n".join([*lines, "assistant:"] if answer else lines)
         return Rendered(self._model.tokenize(text), ("\nuser:", "\nsystem:", "\nassistant:"))
+
+
+async def rendered(renderer: Renderer, prompt: Prompt, *, answer: bool = True) -> Rendered:
+    """Return what is read for a prompt; a long one's tokens are made beside the event loop, which others wait for.
+
+    Raises:
+        ApiError: llama.cpp does not know the chat template.
+    """
+    try:
+        if _size(prompt) > _LONG_TEXT:
+            return await asyncio.to_thread(renderer.render, prompt, answer=answer)
+        return renderer.render(prompt, answer=answer)
+    except MoeshardError as error:
+        raise invalid(str(error), "messages") from error
+
+
+def _size(prompt: Prompt) -> int:
+    if isinstance(prompt, str):
+        return len(prompt)
+    return sum(len(part.content) if isinstance(part, Message) else 1 for part in prompt)

@@ -97,7 +97,8 @@ class Api:
         replies = Replies(request, request.model or self._service.model, decision)
         headers = _placement_headers(decision)
         if request.stream:
-            return EventStream(self._chunks(request, decision, client, replies), headers, self._settings.ping_seconds)
+            chunks = self._chunks(request, decision, client, replies)
+            return EventStream(chunks, headers, self._settings.ping_seconds, self._service.metrics.failed)
         return Json(
             await until_disconnect(http.receive, self._whole(request, decision, client, replies)), headers=headers
         )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from moeshard.serving.backends import FULL, Ask, Backend, Event
-from moeshard.serving.errors import ApiError, unavailable, unknown_model
+from moeshard.serving.errors import unavailable, unknown_model
 from moeshard.serving.metrics import Metrics, Reading
 from moeshard.serving.placer import Decision, Placer, State, session_key
 from moeshard.serving.protocol import Request
@@ -23,6 +23,8 @@ class Client:
     """Of its API key; see `moeshard.serving.auth.Keys.scope`."""
     headers: Mapping[str, str]
     """Names in lower case."""
+    begin: float = field(default_factory=time.monotonic)
+    """When it asked."""
 
 
 class Service:
@@ -89,14 +91,13 @@ class Service:
         """Yield what comes of each prompt of a request, with the prompt's number."""
         backend = self.backends[decision.backend]
         asks = [Ask(prompt, request.options, client.scope) for prompt in request.prompts]
-        streams = [self._counted(backend.stream(ask)) for ask in asks]
+        streams = [self._counted(backend.stream(ask), client.begin) for ask in asks]
         async with aclosing(merged(streams, backend.load.slots)) as events:
             async for event in events:
                 yield event
 
-    async def _counted(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
-        begin = before = time.monotonic()
-        last = Event()
+    async def _counted(self, events: AsyncGenerator[Event, None], begin: float) -> AsyncGenerator[Event, None]:
+        before, last = begin, Event()
         try:
             async with aclosing(events):
                 async for event in events:
@@ -108,9 +109,6 @@ class Service:
                         self.metrics.next_tokens(n, now - before)
                     before, last = now, event
                     yield event
-        except ApiError as error:
-            self.metrics.failed(error.status)
-            raise
         finally:
             reason = last.finish or "abort"
             self.metrics.ended(before - begin, last.n_prompt, last.n_cached, last.n_generated, reason)

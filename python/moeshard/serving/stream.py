@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from typing import Any, Generic, TypeVar
 
 from starlette.types import Message, Receive, Scope, Send
@@ -93,8 +93,15 @@ class EventStream:
     ``error``, and no ``[DONE]`` follows.
     """
 
-    def __init__(self, chunks: AsyncGenerator[dict[str, Any], None], headers: Mapping[str, str], ping_seconds: float):
-        self._chunks, self._ping_seconds = Patient(chunks), ping_seconds
+    def __init__(
+        self,
+        chunks: AsyncGenerator[dict[str, Any], None],
+        headers: Mapping[str, str],
+        ping_seconds: float,
+        on_error: Callable[[int], None],
+    ):
+        """Answer by `chunks`; `on_error` is told the status that a late failure would have had."""
+        self._chunks, self._ping_seconds, self._on_error = Patient(chunks), ping_seconds, on_error
         self._headers = {
             "content-type": "text/event-stream; charset=utf-8",
             "cache-control": "no-store",
@@ -110,23 +117,33 @@ class EventStream:
 
     async def _send_all(self, send: Send) -> None:
         try:
-            found = await self._chunks.get(self._ping_seconds)
+            try:
+                found = await self._chunks.get(self._ping_seconds)
+            except ApiError:
+                raise
+            except Exception as error:
+                raise self._told(error) from error
             await send(self._start())
             while not isinstance(found, _End):
                 await send(_body(b": still computing\n\n" if isinstance(found, _Waiting) else _event(found)))
                 try:
                     found = await self._chunks.get(self._ping_seconds)
-                except ApiError as error:
-                    _log.warning("a stream failed: %s", error.message)
-                    await send(_body(_event(error.to_json()), more=False))
-                    return
-                except Exception:
-                    _log.exception("a stream failed")
-                    await send(_body(_event(failed("The answer failed.").to_json()), more=False))
+                except Exception as error:
+                    await send(_body(_event(self._told(error).to_json()), more=False))
                     return
             await send(_body(b"data: [DONE]\n\n", more=False))
         finally:
             await self._chunks.aclose()
+
+    def _told(self, error: Exception) -> ApiError:
+        if isinstance(error, ApiError):
+            _log.warning("a stream failed: %s", error.message)
+            told = error
+        else:
+            _log.error("a stream failed", exc_info=error)
+            told = failed("The answer failed.")
+        self._on_error(told.status)
+        return told
 
     def _start(self) -> Message:
         headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in self._headers.items()]
