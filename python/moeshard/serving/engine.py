@@ -214,6 +214,9 @@ class Engine:
                 job.id = lane.batcher.submit(**job.options)
             except MoeshardError as error:
                 refused.append((job, invalid(f"{error}")))
+            except Exception as error:  # of this request alone
+                _log.exception("a request could not be begun")
+                refused.append((job, failed(f"The request could not be begun: {error}")))
             else:
                 lane.running[job.id] = job
         self._deliver(refused)

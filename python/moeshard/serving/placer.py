@@ -254,4 +254,4 @@ def _as_text(turn: Prompt) -> list[str]:
 
 
 def _sentence(reason: str) -> str:
-    return f"{reason[:1].upper()}{reason[1:]}."
+    return f"{reason}."
