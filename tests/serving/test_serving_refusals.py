@@ -212,7 +212,7 @@ def test_a_broken_engine_is_said_and_seen(application: Application) -> None:
         body = {"prompt": "Once", "max_tokens": 100, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", url, json=body, timeout=60) as answer:
             lines = [line for line in answer.iter_lines() if line]
-        assert answer.status_code == 200 and len(lines) == 6
+        assert answer.status_code == 200 and 2 <= len(lines) <= 6
         assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "engine_failed"
         assert "the device is gone" in error_of(httpx.get(f"{running.url}/health"), 503)["message"]
         assert httpx.get(f"{running.url}/live").status_code == 200
