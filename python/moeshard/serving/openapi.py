@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from moeshard.serving.fields import MAX_INT
-from moeshard.serving.protocol import MAX_PROMPTS, MAX_STOPS, MAX_TOP_LOGPROBS, ROLES
+from moeshard.serving.protocol import MAX_PROMPTS, MAX_STOPS, MAX_TOP_LOGPROBS, MIN_PENALTY, ROLES
 
 _TEXT = {"type": "string"}
 _BOOL = {"type": ["boolean", "null"]}
@@ -39,12 +39,18 @@ class Described(Protocol):
     def public(self) -> bool: ...
 
 
-def describe(models: Sequence[str], endpoints: Sequence[Described], has_keys: bool) -> dict[str, Any]:
-    """Return the OpenAPI document of a server that serves these models and endpoints."""
+def describe(
+    models: Sequence[str], n_vocab: int | None, endpoints: Sequence[Described], has_keys: bool
+) -> dict[str, Any]:
+    """Return the OpenAPI document of a server that serves these models and endpoints.
+
+    `n_vocab` is the number of tokens, None where that is not known.
+    """
+    token = {"type": "integer", "minimum": 0, "maximum": MAX_INT if n_vocab is None else n_vocab - 1}
     paths: dict[str, Any] = {}
     for endpoint in endpoints:
         path = endpoint.path.replace(":path", "")
-        operation = _operation(path, models)
+        operation = _operation(path, models, token)
         if has_keys and not endpoint.public:
             operation["security"] = [{"bearer": []}, {"header": []}]
             operation["responses"]["401"] = _failure("No API key, or an unknown one.")
@@ -61,11 +67,11 @@ def describe(models: Sequence[str], endpoints: Sequence[Described], has_keys: bo
     }
 
 
-def _operation(path: str, models: Sequence[str]) -> dict[str, Any]:
+def _operation(path: str, models: Sequence[str], token: dict[str, Any]) -> dict[str, Any]:
     if path == "/v1/chat/completions":
         return _post("Answer a chat.", _chat_body(models), _completion("message"), stream=True)
     if path == "/v1/completions":
-        return _post("Continue a text.", _completion_body(models), _completion("text"), stream=True)
+        return _post("Continue a text.", _completion_body(models, token), _completion("text"), stream=True)
     if path == "/v1/embeddings":
         return {
             "summary": "There are none.",
@@ -76,7 +82,7 @@ def _operation(path: str, models: Sequence[str]) -> dict[str, Any]:
         body = _object({"content": _TEXT, "add_special": _BOOL, "parse_special": _BOOL}, "content")
         return _post("Make tokens of a text.", body, _object({"tokens": _array({"type": "integer"})}, "tokens"))
     if path == "/detokenize":
-        body = _object({"tokens": _array({"type": "integer", "minimum": 0, "maximum": 0})}, "tokens")
+        body = _object({"tokens": _array(token)}, "tokens")
         return _post("Make text of tokens.", body, _object({"content": _TEXT}, "content"))
     if path == "/v1/models/{name}":
         operation = _get("One of the models.", _model())
@@ -110,7 +116,7 @@ def _post(summary: str, body: dict[str, Any], schema: dict[str, Any], stream: bo
         "500": _failure("The engine failed."),
     }
     if stream:
-        success["content"]["text/event-stream"] = {"schema": _TEXT}
+        success["content"]["text/event-stream"] = {"schema": _object({"data": _TEXT}, "data")}
         success["headers"] = {
             "x-moeshard-node": {"description": "Who answers.", "schema": _TEXT},
             "x-moeshard-reason": {"description": "Why.", "schema": _TEXT},
@@ -143,8 +149,8 @@ def _array(items: dict[str, Any], **limits: int) -> dict[str, Any]:
     return {"type": "array", "items": items, **limits}
 
 
-def _number(low: float, high: float, kind: str = "number", above: bool = False) -> dict[str, Any]:
-    return {"type": [kind, "null"], "exclusiveMinimum" if above else "minimum": low, "maximum": high}
+def _number(low: float, high: float, kind: str = "number") -> dict[str, Any]:
+    return {"type": [kind, "null"], "minimum": low, "maximum": high}
 
 
 def _model() -> dict[str, Any]:
@@ -162,17 +168,17 @@ def _options(models: Sequence[str]) -> dict[str, Any]:
     }
     biases = {
         "type": ["object", "null"],
-        "propertyNames": {"pattern": "^[0-9]{1,2}$"},
+        "propertyNames": {"pattern": "^(0|[1-9][0-9]{0,9})$"},
         "additionalProperties": _number(-100, 100),
     }
     return {
         "model": {"enum": [*models, None]},
         "max_tokens": _number(-1, MAX_INT, "integer"),
         "temperature": _number(0, 100),
-        "top_p": _number(0, 1, above=True),
+        "top_p": _number(0, 1),
         "top_k": _number(0, MAX_INT, "integer"),
         "min_p": _number(0, 1),
-        "repeat_penalty": _number(0, 100, above=True),
+        "repeat_penalty": _number(MIN_PENALTY, 100),
         "repeat_last_n": _number(0, MAX_INT, "integer"),
         "frequency_penalty": _number(-2, 2),
         "presence_penalty": _number(-2, 2),
@@ -200,10 +206,11 @@ def _chat_body(models: Sequence[str]) -> dict[str, Any]:
     return _object({**_options(models), **own}, "messages")
 
 
-def _completion_body(models: Sequence[str]) -> dict[str, Any]:
-    ids = _array({"type": "integer", "minimum": 0, "maximum": MAX_INT}, minItems=1)
+def _completion_body(models: Sequence[str], token: dict[str, Any]) -> dict[str, Any]:
+    ids = _array(token, minItems=1)
     many = {"minItems": 1, "maxItems": MAX_PROMPTS}
-    prompt = {"anyOf": [_TEXT, _array(_TEXT, **many), ids, _array(ids, **many)]}
+    text = {"type": "string", "minLength": 1}
+    prompt = {"anyOf": [text, _array(text, **many), ids, _array(ids, **many)]}
     own = {"prompt": prompt, "echo": _BOOL, "logprobs": _number(0, MAX_TOP_LOGPROBS, "integer")}
     return _object({**_options(models), **own}, "prompt")
 

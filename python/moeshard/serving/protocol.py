@@ -18,6 +18,9 @@ from moeshard.serving.schema import schema_grammar
 MAX_STOPS = 4
 MAX_TOP_LOGPROBS = 20
 MAX_PROMPTS = 256
+MIN_PENALTY = 0.01
+LEAST_TOP_P = 1e-6
+"""What the engine is told for 0: the likeliest token alone."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 _log = logging.getLogger("moeshard.serving")
@@ -141,9 +144,9 @@ def _request(
             stop=_stops(fields),
             temperature=fields.number("temperature", Options.temperature, 0, 100),
             top_k=fields.integer("top_k", Options.top_k),
-            top_p=_above_zero(fields, "top_p", Options.top_p, 1),
+            top_p=max(fields.number("top_p", Options.top_p, 0, 1), LEAST_TOP_P),
             min_p=fields.number("min_p", Options.min_p, 0, 1),
-            repeat_penalty=_above_zero(fields, "repeat_penalty", Options.repeat_penalty, 100),
+            repeat_penalty=fields.number("repeat_penalty", Options.repeat_penalty, MIN_PENALTY, 100),
             repeat_last_n=fields.integer("repeat_last_n", Options.repeat_last_n),
             frequency_penalty=fields.number("frequency_penalty", 0, -2, 2),
             presence_penalty=fields.number("presence_penalty", 0, -2, 2),
@@ -206,7 +209,7 @@ def _prompts(fields: Fields) -> tuple[Prompt, ...]:
         return (value,)
     if not isinstance(value, list) or not value:
         raise invalid("prompt must be a string, strings, token ids, or arrays of token ids.", "prompt")
-    if isinstance(value[0], int):
+    if isinstance(value[0], (int, float)):
         return (_ids(fields, value),)
     if len(value) > MAX_PROMPTS:
         raise invalid(f"prompt: at most {MAX_PROMPTS} at once.", "prompt")
@@ -229,13 +232,6 @@ def _stops(fields: Fields) -> tuple[str, ...]:
     if len(stops) > MAX_STOPS:
         raise invalid(f"stop: at most {MAX_STOPS} texts.", "stop")
     return tuple(stop for stop in stops if stop)
-
-
-def _above_zero(fields: Fields, name: str, default: float, high: float) -> float:
-    value = fields.number(name, default, 0, high)
-    if value == 0:
-        raise invalid(f"{name} must be above 0.", name)
-    return value
 
 
 def _seed(fields: Fields) -> int | None:

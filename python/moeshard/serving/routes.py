@@ -184,7 +184,8 @@ class Api:
         return Response(self._service.metrics.text(), headers={"content-type": MEDIA_TYPE})
 
     async def _openapi(self, http: HttpRequest, client: Client) -> ASGIApp:
-        return Json(describe(self._service.models(), self.endpoints(), bool(self._settings.keys)))
+        n_vocab = None if self._tokenizer is None else self._tokenizer.n_vocab
+        return Json(describe(self._service.models(), n_vocab, self.endpoints(), bool(self._settings.keys)))
 
     async def _show_page(self, http: HttpRequest, client: Client) -> ASGIApp:
         return Response(self._page, media_type="text/html", headers=page_headers(self._page))
