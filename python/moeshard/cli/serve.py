@@ -92,16 +92,16 @@ def serve(
 
     require_serving()
 
+    from moeshard.cli.output import warn
     from moeshard.serving.app import build
     from moeshard.serving.auth import read_keys
-    from moeshard.serving.limits import LOOPBACK
     from moeshard.serving.local import LocalOptions
     from moeshard.serving.placer import Placer
-    from moeshard.serving.server import address_of, listen, run
+    from moeshard.serving.server import address_of, is_loopback, listen, run
     from moeshard.serving.settings import Settings
 
     keys = read_keys(api_key_file)
-    hosts = None if keys else {*LOOPBACK, host, *(allow_host or ())}
+    hosts = None if keys else {"localhost", host, *(allow_host or ())}
     sock = listen(host, port)
     options = LocalOptions(
         n_slots=parallel,
@@ -120,7 +120,10 @@ def serve(
         Settings(keys=keys, hosts=hosts, metrics=metrics),  # type: ignore[arg-type]
         local.model,
     )
-    _warn(host, bool(keys), local)
+    if not keys and not is_loopback(sock):
+        warn(f"everybody who reaches {host} can use this server; give it API keys (--api-key-file)")
+    if local.renderer.is_plain:
+        warn("the model has no chat template; chats are written as plain lines 'role: text' (or use --chat-template)")
 
     def ready() -> None:
         typer.echo(f"{address_of(sock)} serves {known}: {_describe(local, parallel)}")
@@ -147,13 +150,3 @@ def _describe(local: Local, parallel: int) -> str:
     names = [backend.name for backend in local.backends[1:]]
     nodes = f"{len(names)} nodes ({', '.join(names)}) and the whole model" if names else "the whole model"
     return f"{nodes}, {parallel} requests at once of {local.backends[0].n_ctx} tokens"
-
-
-def _warn(host: str, has_keys: bool, local: Local) -> None:
-    from moeshard.cli.output import warn
-    from moeshard.serving.limits import LOOPBACK
-
-    if not has_keys and host not in {*LOOPBACK, "::1"}:
-        warn(f"everybody who reaches {host} can use this server; give it API keys (--api-key-file)")
-    if local.renderer.is_plain:
-        warn("the model has no chat template; chats are written as plain lines 'role: text' (or use --chat-template)")

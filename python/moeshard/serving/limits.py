@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import secrets
 from collections.abc import Collection
@@ -13,7 +14,6 @@ from moeshard.serving.errors import ApiError, too_large
 from moeshard.serving.stream import encode
 
 _ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}", re.ASCII)
-LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
 class RequestId:
@@ -42,21 +42,29 @@ class Hosts:
     """Refuses requests that call the server by a name that is not its own.
 
     A page in a browser can make its own name mean this machine (DNS rebinding) and would then read the answers of a
-    server that only listens here.
+    server that only listens here. An address in numbers is no name.
     """
 
     def __init__(self, app: ASGIApp, hosts: Collection[str] | None):
-        """`hosts` are the names, without port; None: any."""
+        """`hosts` are the names beside addresses in numbers, without port; None: any."""
         self._app, self._hosts = app, None if hosts is None else {host.lower() for host in hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._hosts is not None:
             host = re.sub(r":\d*$", "", Headers(scope=scope).get("host", "")).lower()
-            if host not in self._hosts:
+            if host not in self._hosts and not _is_address(host):
                 message = f"The host '{host[:200]}' is not known here; allow it with --allow-host, or set API keys."
                 await refuse(ApiError(403, message, code="unknown_host"), send)
                 return
         await self._app(scope, receive, send)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return False
+    return True
 
 
 class BodyLimit:

@@ -69,7 +69,7 @@ class Metrics:
             self._between.labels(self._model).observe(seconds / n)
 
     def ended(self, seconds: float, n_prompt: int, n_cached: int, n_generated: int, reason: str) -> None:
-        """Count an answer; `reason` is ``abort`` where nobody waited for its end."""
+        """Count an answer; `reason` is ``abort`` where nobody waited for its end, ``error`` where it failed."""
         self._whole.labels(self._model).observe(seconds)
         self._prompt_tokens.labels(self._model).inc(n_prompt)
         self._queries.labels(self._model).inc(n_prompt)

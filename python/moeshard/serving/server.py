@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -36,6 +37,11 @@ def listen(host: str, port: int) -> socket.socket:
     return sock
 
 
+def is_loopback(sock: socket.socket) -> bool:
+    """Whether only this machine reaches a socket."""
+    return ipaddress.ip_address(sock.getsockname()[0]).is_loopback
+
+
 def address_of(sock: socket.socket) -> str:
     """Return the URL of a socket."""
     host, port = sock.getsockname()[:2]
@@ -62,6 +68,7 @@ def run(app: ASGIApp, sock: socket.socket, ready: Callable[[], None] = lambda: N
         lifespan="on",
         timeout_graceful_shutdown=DRAIN_SECONDS,
         server_header=False,
+        ws="none",
         proxy_headers=False,
     )
     server = _Server(config, ready)

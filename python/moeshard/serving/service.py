@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from moeshard.serving.backends import FULL, Ask, Backend, Event
-from moeshard.serving.errors import unavailable, unknown_model
+from moeshard.serving.errors import ApiError, unavailable, unknown_model
 from moeshard.serving.metrics import Metrics, Reading
 from moeshard.serving.placer import Decision, Placer, State, session_key
 from moeshard.serving.protocol import Request
@@ -97,7 +97,7 @@ class Service:
                 yield event
 
     async def _counted(self, events: AsyncGenerator[Event, None], begin: float) -> AsyncGenerator[Event, None]:
-        before, last = begin, Event()
+        before, last, reason = begin, Event(), "abort"
         try:
             async with aclosing(events):
                 async for event in events:
@@ -107,10 +107,12 @@ class Service:
                         self.metrics.first_token(now - begin)
                     elif n:
                         self.metrics.next_tokens(n, now - before)
-                    before, last = now, event
+                    before, last, reason = now, event, event.finish or "abort"
                     yield event
+        except ApiError:
+            reason = "error"
+            raise
         finally:
-            reason = last.finish or "abort"
             self.metrics.ended(before - begin, last.n_prompt, last.n_cached, last.n_generated, reason)
 
     def _states(self) -> dict[str, State]:
