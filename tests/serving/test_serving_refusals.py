@@ -68,6 +68,12 @@ def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
             "contradict",
         ),
         ("chat/completions", {**CHAT, "stream": "yes"}, "stream", "true or false"),
+        (
+            "chat/completions",
+            {**CHAT, "stream_options": {"include_usage": 1}},
+            "stream_options.include_usage",
+            "true or false",
+        ),
         ("completions", {}, "prompt", "string, strings"),
         ("completions", {"prompt": ""}, "prompt", "empty"),
         ("completions", {"prompt": [[]]}, "prompt", "empty"),

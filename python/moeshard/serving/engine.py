@@ -90,10 +90,6 @@ class Lane:
         self.waiting: deque[Job] = deque()
         self.running: dict[int, Job] = {}
 
-    @property
-    def n_running(self) -> int:
-        return sum(job.id >= 0 for job in self.jobs)
-
 
 class Engine:
     """A thread and its lanes."""

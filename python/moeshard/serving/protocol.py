@@ -135,6 +135,7 @@ def _request(
     fields.refuse("n", "one answer is written for each prompt; ask again for another.", 1)
     stream = fields.flag("stream")
     stream_options = fields.inner("stream_options")
+    usage = stream_options is not None and stream_options.flag("include_usage")
     for name in _HARMLESS:
         fields.raw(name)
     request = Request(
@@ -160,7 +161,7 @@ def _request(
         model=fields.text("model"),
         is_chat=is_chat,
         stream=stream,
-        include_usage=stream and stream_options is not None and stream_options.flag("include_usage"),
+        include_usage=stream and usage,
         prompt_cache_key=fields.text("prompt_cache_key"),
         ignored=tuple(fields.left()),
     )
