@@ -122,9 +122,17 @@ class Model(ModelFacts):
         """Return the text of the tokens; bytes that are no UTF-8 become U+FFFD. `special` shows control tokens."""
         return self._native.detokenize(as_tokens(tokens), special).decode("utf-8", errors="replace")
 
+    def token_bytes(self, token: int) -> bytes:
+        """Return what a token reads, a control token too; a piece of a character, maybe."""
+        return self._native.detokenize([token], True)
+
     def is_end(self, token: int) -> bool:
         """Whether the model ends its answer with this token."""
         return self._native.is_end_of_generation(token)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._native.has_chat_template
 
     def chat_prompt(self, messages: Sequence[Message], *, template: str = "", answer: bool = True) -> str:
         """Format messages ``{"role": …, "content": …}`` as the model's chat template does, as transformers renders it.
