@@ -36,7 +36,7 @@ class Renderer:
     """
 
     def __init__(self, model: Model, template: str = ""):
-        """`template` is one that llama.cpp knows, by name or text, and goes before the model's own."""
+        """`template` is Jinja, or the name of one that llama.cpp knows, and goes before the model's own."""
         self._model, self._template = model, template
         self.is_plain = not template and not model.has_chat_template
 
@@ -44,7 +44,7 @@ class Renderer:
         """Return what is read for a prompt; `answer` says whether an answer is to follow.
 
         Raises:
-            MoeshardError: llama.cpp does not know the template.
+            MoeshardError: the template fails, or there is none of that name.
         """
         if isinstance(prompt, str):
             return Rendered(self._model.tokenize(prompt, parse=True))
@@ -55,8 +55,7 @@ class Renderer:
 
     def _templated(self, messages: Sequence[Message], answer: bool) -> Rendered:
         as_dicts = [{"role": message.role, "content": message.content} for message in messages]
-        text = self._model.chat_prompt(as_dicts, template=self._template, answer=answer)
-        return Rendered(self._model.tokenize(text, parse=True))
+        return Rendered(self._model.chat_tokens(as_dicts, template=self._template, answer=answer))
 
     def _plain(self, messages: Sequence[Message], answer: bool) -> Rendered:
         lines = [f"{message.role}: {message.content}" for message in messages]
@@ -68,7 +67,7 @@ async def rendered(renderer: Renderer, prompt: Prompt, *, answer: bool = True) -
     """Return what is read for a prompt; a long one's tokens are made beside the event loop, which others wait for.
 
     Raises:
-        ApiError: llama.cpp does not know the chat template.
+        ApiError: the chat template fails.
     """
     try:
         if _size(prompt) > _LONG_TEXT:
