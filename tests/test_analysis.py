@@ -289,18 +289,15 @@ def test_standard_errors_are_those_of_other_samples(profile: Profile) -> None:
     assert 0.8 < said.mean() / scatter.mean() < 1.25
 
 
-def test_chats_end_where_they_end(tmp_path: Path) -> None:
-    class Chatty:
-        def chat_prompt(self, messages: list[dict[str, str]], *, answer: bool) -> str:
-            return "+".join(message["role"] for message in messages) + ("+?" if answer else "")
-
+def test_chats_end_where_they_end(model: moeshard.Model, tmp_path: Path) -> None:
     lines = [["user"], ["user", "assistant"]]
     path = tmp_path / "chat.jsonl"
     path.write_text(
         "\n".join(json.dumps({"messages": [{"role": role, "content": "x"} for role in line]}) for line in lines)
     )
-    (domain,) = read_texts([], [path], model=Chatty())  # type: ignore[arg-type]
-    assert domain.texts == ("user+?", "user+assistant")
+    (domain,) = read_texts([], [path], model=model, template="chatml")
+    asked, answered = domain.texts
+    assert asked.endswith("<|im_end|>\n<|im_start|>assistant\n") and answered.endswith("assistant\nx<|im_end|>\n")
 
 
 def test_bad_traffic_is_named(model: moeshard.Model, tmp_path: Path) -> None:

@@ -269,7 +269,7 @@ def test_command_line(
 
     assert cli(*base, "--keep", "many").code == 2
     wrong = cli(*base, "--strategies", "best")
-    assert wrong.code == 1 and "unknown strategy 'best'" in wrong.err
+    assert wrong.code == 2 and "'best' is unknown; choose from " in wrong.err
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     missing = cli(*small, "--png", tmp_path / "new.png")
     assert missing.code == 1 and "moeshard[report]" in missing.err and not (tmp_path / "new.png").exists()

@@ -158,8 +158,8 @@ def test_quality_becomes_an_exit_code(run: Callable[..., Any], tmp_path: Path) -
     result = run("--generate", "0", "--json", "--min-quality", "0.99", "-o", out)
     found = json.loads(result.out)
     assert result.code == 1 and found["placed"]["ratio"] > 1 / 0.99
-    assert result.err.splitlines()[-1] == (
-        f"error: placed.ratio: placed by both, perplexity is {found['placed']['ratio']:.3f} times the whole model's, a "
+    assert json.loads(result.err.splitlines()[-1])["error"] == (
+        f"placed.ratio: placed by both, perplexity is {found['placed']['ratio']:.3f} times the whole model's, a "
         f"quality of {np.exp(-found['placed']['excess']):.3f}, below the 0.99 of --min-quality"
     )
     assert read_evaluation(out).placed.nll == found["placed"]["nll"]

@@ -340,11 +340,17 @@ def test_command_line(cli: Cli, island_plan: Plan, tmp_path: Path) -> None:
     assert refused.code == 3 and json.loads(refused.out)["node"] is None
     for arguments, said in (
         (("-p", text, "--chat"), "chat template"),
-        (("-p", text, "--probe", "luck"), "choose both, loss or saliency"),
         (("-p", ""), "the prompt is empty"),
         (("no/such.gguf", "-p", text), "no/such.gguf"),
     ):
         wrong = cli(*base, *arguments)
         assert wrong.code == 1 and said in wrong.err and wrong.out == ""
-    for usage in ((), ("-p", "a", "-f", "b"), ("-p", "a", "--system", "b"), ("-p", "a", "--min-quality", 2)):
+    assert "choose from both, loss, saliency" in cli(*base, "-p", text, "--probe", "luck").err
+    for usage in (
+        (),
+        ("-p", text, "--probe", "luck"),
+        ("-p", "a", "-f", "b"),
+        ("-p", "a", "--system", "b"),
+        ("-p", "a", "--min-quality", 2),
+    ):
         assert cli(*base, *usage).code == 2

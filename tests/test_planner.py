@@ -246,7 +246,7 @@ def test_command_line(cli: Cli, own_profile: Profile, tmp_path: Path) -> None:
         (("--groups", 4, "--keep", 32, "--nodes", "1GiB"), "--nodes"),
         (("--nodes", "1MiB"), "too few"),
         (("--nodes", "lots"), "not a size"),
-        (("--groups", 4, "--keep", 32, "--strategy", "luck"), "unknown strategy"),
+        (("--groups", 4, "--keep", 32, "--strategy", "luck"), "'luck' is unknown; choose from"),
     ):
         done = cli(*base, "-o", tmp_path / "no.json", *options)
         assert done.code != 0 and message in " ".join(done.err.split())

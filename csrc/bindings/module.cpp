@@ -1,7 +1,9 @@
 #include "bindings/register.hpp"
+#include "moeshard/process.hpp"
 
 PYBIND11_MODULE(_core, m) {
     m.doc() = "The native core of moeshard.";
+    moeshard::take_over_engine_callbacks();
     register_error(m);
     register_layout(m);
     register_gguf(m);

@@ -136,6 +136,8 @@ void register_context(py::module_& m) {
         .def(py::init(&make), py::arg("model"), py::kw_only(), py::arg("n_ctx") = 0, py::arg("n_batch") = 2048,
              py::arg("n_ubatch") = 512, py::arg("n_seq_max") = 1, py::arg("n_threads") = 0)
         .def_property_readonly("n_ctx", &Context::n_ctx)
+        .def_property_readonly("capacity", &Context::capacity)
+        .def("limit", &Context::limit, py::arg("n_ctx"))
         .def_property_readonly("n_seq_max", &Context::n_seq_max)
         .def_property_readonly("n_graph_reuses", &Context::n_graph_reuses)
         .def_property_readonly(

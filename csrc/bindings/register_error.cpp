@@ -1,4 +1,5 @@
 #include <exception>
+#include <string>
 
 #include "bindings/interrupt.hpp"
 #include "bindings/register.hpp"
@@ -21,6 +22,13 @@ void register_error(py::module_& m) {
             // A signal handler or a callback that raised is why the core gave up: its exception is the better one.
             // It may name a file whose name is no UTF-8.
             if (!PyErr_Occurred()) PyErr_SetObject(error.ptr(), to_str(e.what()).ptr());
+        } catch (const py::builtin_exception&) {
+            throw;  // what the bindings themselves say of arguments
+        } catch (const py::error_already_set&) {
+            throw;
+        } catch (const std::exception& e) {
+            // The engine throws what it likes: std::out_of_range from a tokenizer, std::bad_alloc.
+            if (!PyErr_Occurred()) py::set_error(error, (std::string("inside llama.cpp: ") + e.what()).c_str());
         }
     });
 }

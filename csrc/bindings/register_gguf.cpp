@@ -184,7 +184,7 @@ void register_mappings(py::module_& m) {
 }
 
 py::bytes read_part(const Part& part, uint64_t offset, uint64_t size) {
-    const uint64_t end = part.mapping->bytes().size;
+    const uint64_t end = part.mapping->size();
     if (offset > end || size > end - offset) {
         throw moeshard::Error(part.path + ": a read of " + std::to_string(size) + " bytes at " +
                               std::to_string(offset) + " reaches past the end of the file, " + std::to_string(end) +
@@ -214,7 +214,7 @@ void register_infos(py::module_& m) {
         });
     py::class_<Part>(m, "GGUFPart", "One file of a model.")
         .def_property_readonly("path", [](const Part& part) { return path_to_str(part.path); })
-        .def_property_readonly("size", [](const Part& part) { return part.mapping->bytes().size; })
+        .def_property_readonly("size", [](const Part& part) { return part.mapping->size(); })
         .def_property_readonly("version", [](const Part& part) { return part.directory.version; })
         .def_property_readonly("alignment", [](const Part& part) { return part.directory.alignment; })
         .def_property_readonly("data_offset", [](const Part& part) { return part.directory.data_offset; })

@@ -11,6 +11,7 @@
 #include "bindings/register.hpp"
 #include "bindings/text.hpp"
 #include "moeshard/model.hpp"
+#include "moeshard/process.hpp"
 
 using moeshard::Model;
 using moeshard::ModelParams;
@@ -32,7 +33,8 @@ std::shared_ptr<Model> load(const std::filesystem::path& path, const moeshard::S
         if (PyErr_CheckSignals() != 0) return false;
         if (!progress) return true;
         try {
-            return py::cast<bool>((*progress)(fraction));
+            // False alone stops: what print or a progress bar returns is no answer.
+            return !(*progress)(fraction).is(py::bool_(false));
         } catch (py::error_already_set& error) {
             error.restore();  // llama.cpp would swallow it
             return false;
@@ -42,9 +44,16 @@ std::shared_ptr<Model> load(const std::filesystem::path& path, const moeshard::S
     return segments == nullptr ? Model::load(path.string(), params) : Model::load(*segments, path.string(), params);
 }
 
+std::optional<py::bytes> as_bytes(const std::optional<std::string>& text) {
+    if (!text) return std::nullopt;
+    return py::bytes(*text);
+}
+
 }  // namespace
 
 void register_model(py::module_& m) {
+    m.def("default_threads", &moeshard::default_threads, py::arg("root") = "",
+          "How many threads are used where nobody says: see csrc/files/threads.hpp. `root` is for tests.");
     py::class_<Routing>(m, "Routing", "What of a model decides which keeps fit it.")
         .def_readonly("n_layer", &Routing::n_layer)
         .def_readonly("n_expert", &Routing::n_expert)
@@ -94,7 +103,33 @@ void register_model(py::module_& m) {
             },
             py::arg("tokens"), py::arg("special") = false)
         .def("apply_chat_template", &Model::apply_chat_template, py::arg("messages"), py::arg("add_assistant") = true,
-             py::arg("source") = "");
+             py::arg("source") = "")
+        .def_property_readonly("chat_templates",
+                               [](const Model& model) {
+                                   py::dict found;  // bytes: a file may hold what is no UTF-8
+                                   for (const auto& [name, source] : model.chat_templates()) {
+                                       found[py::bytes(name)] = py::bytes(source);
+                                   }
+                                   return found;
+                               })
+        .def_static("known_chat_templates", &Model::known_chat_templates)
+        .def_property_readonly("control_tokens",
+                               [](const Model& model) {
+                                   py::dict found;
+                                   for (const auto& [token, text] : model.control_tokens()) {
+                                       found[py::int_(token)] = py::bytes(text);
+                                   }
+                                   return found;
+                               })
+        .def_property_readonly("bos_text", [](const Model& model) { return as_bytes(model.bos_text()); })
+        .def_property_readonly("eos_text", [](const Model& model) { return as_bytes(model.eos_text()); })
+        .def_property_readonly("adds_bos", &Model::adds_bos);
+    py::class_<moeshard::SystemInfo>(m, "SystemInfo", "What the core computes with.")
+        .def_readonly("llama_cpp", &moeshard::SystemInfo::llama_cpp)
+        .def_readonly("backends", &moeshard::SystemInfo::backends)
+        .def_readonly("devices", &moeshard::SystemInfo::devices)
+        .def_readonly("features", &moeshard::SystemInfo::features);
+    m.def("system_info", &moeshard::system_info);
     m.def(
         "check_keep", [](const KeepArray& keep, const Routing& routing) { to_keep(keep)->check(routing); },
         py::arg("keep"), py::arg("routing"),

@@ -12,6 +12,10 @@ struct llama_model;
 
 namespace moeshard::hook {
 
+// Whether exceptions may pass through calls of llama.cpp on this thread: where C++ that expects them made the call.
+// Returns what was so before.
+bool exceptions_pass(bool pass);
+
 Routing routing_of(const llama_model& model);
 
 // Masks sequence `seq` of `ctx` (all sequences without a mask of their own: seq < 0) from the next decode on; null

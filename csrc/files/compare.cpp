@@ -19,10 +19,10 @@ uint64_t common_hole(const SegmentList& list, const Segment& segment, uint64_t a
     const gguf::Mapping& source = *list.sources()[segment.source];
     if (!source.is_sparse()) return 0;
     const uint64_t from = segment.from + at;
-    const uint64_t hole = files::next_data(source.fd(), from, segment.from + segment.size).offset - from;
+    const uint64_t hole = files::next_data(source, from, segment.from + segment.size).offset - from;
     if (hole == 0) return 0;
     const uint64_t begin = segment.offset + at;
-    return files::next_data(file.fd(), begin, begin + hole).offset - begin;
+    return files::next_data(file, begin, begin + hole).offset - begin;
 }
 
 }  // namespace
@@ -30,7 +30,7 @@ uint64_t common_hole(const SegmentList& list, const Segment& segment, uint64_t a
 std::optional<uint64_t> first_difference(const SegmentList& segments, const std::string& path,
                                          const ByteProgress& progress) {
     const gguf::Mapping file(path);
-    const uint64_t size = std::min<uint64_t>(file.bytes().size, segments.size());
+    const uint64_t size = std::min(file.size(), segments.size());
     std::vector<uint8_t> wanted(kBlockBytes);
     std::vector<uint8_t> found(kBlockBytes);
     for (const Segment& segment : segments.segments()) {
@@ -51,7 +51,7 @@ std::optional<uint64_t> first_difference(const SegmentList& segments, const std:
         }
     }
     if (progress) progress(segments.size(), segments.size());
-    if (file.bytes().size != segments.size()) return size;
+    if (file.size() != segments.size()) return size;
     return std::nullopt;
 }
 

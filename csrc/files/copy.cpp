@@ -7,6 +7,7 @@
 #endif
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstring>
 
@@ -45,31 +46,25 @@ bool copies_elsewhere(int fd) {
 #endif
 }
 
-// The kernel copies, or shares extents. False where it cannot between these files: nothing was written then.
-bool copy_by_kernel(const gguf::Mapping& from, uint64_t from_offset, int fd, const std::string& path, uint64_t offset,
-                    uint64_t size) {
+// The kernel copies, or shares extents. Returns how many bytes it did: fewer than asked for where it cannot, or says
+// that it cannot. Network file systems and FUSE fail here with all kinds of errors, or copy nothing, of files that can
+// be read and written well; what is really wrong shows when the rest is.
+uint64_t copy_by_kernel(const gguf::Mapping& from, uint64_t from_offset, int fd, uint64_t offset, uint64_t size) {
 #ifdef __linux__
     auto in = static_cast<off64_t>(from_offset);
     auto out = static_cast<off64_t>(offset);
-    const off64_t begin = in;
-    while (size > 0) {
-        const ssize_t n = ::copy_file_range(from.fd(), &in, fd, &out, static_cast<size_t>(size), 0);
-        if (n > 0) {
-            size -= static_cast<uint64_t>(n);
-            start_flush(fd, static_cast<uint64_t>(out - n), static_cast<uint64_t>(n));
-        } else if (n == 0) {
-            throw Error(from.path() + ": became shorter while it was read");
-        } else if (errno != EINTR) {
-            const bool impossible = errno == EXDEV || errno == EINVAL || errno == ENOSYS || errno == EOPNOTSUPP ||
-                                    errno == EPERM || errno == ETXTBSY;
-            if (impossible && in == begin) return false;
-            fail_write(path, errno);
-        }
+    uint64_t done = 0;
+    while (done < size) {
+        const ssize_t n = ::copy_file_range(from.fd(), &in, fd, &out, static_cast<size_t>(size - done), 0);
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0) break;
+        done += static_cast<uint64_t>(n);
+        start_flush(fd, static_cast<uint64_t>(out - n), static_cast<uint64_t>(n));
     }
-    return true;
+    return done;
 #else
-    (void)from, (void)from_offset, (void)fd, (void)path, (void)offset, (void)size;
-    return false;
+    (void)from, (void)from_offset, (void)fd, (void)offset, (void)size;
+    return 0;
 #endif
 }
 
@@ -109,7 +104,12 @@ void Copier::copy_data(const gguf::Mapping& from, uint64_t from_offset, int fd, 
     // Where blocks cannot be shared the kernel copies too, but with two pages to look up for each that it writes: half
     // as fast. Nor is it written from the map, of which each page would have to be mapped first.
     const bool by_kernel = may_share(from_offset, offset, size) || copies_elsewhere(fd);
-    if (by_kernel && copy_by_kernel(from, from_offset, fd, path, offset, size)) return;
+    if (by_kernel) {
+        const uint64_t done = copy_by_kernel(from, from_offset, fd, offset, size);
+        from_offset += done;
+        offset += done;
+        size -= done;
+    }
     while (size > 0) {
         // Up to a boundary, so that no page is written in two pieces.
         const uint64_t n = std::min(size, kPieceBytes - offset % kPieceBytes);
@@ -130,7 +130,7 @@ void Copier::copy_range(const gguf::Mapping& from, uint64_t from_offset, int fd,
     }
     const uint64_t end = from_offset + size;
     for (uint64_t at = from_offset; at < end;) {
-        const gguf::ByteRange data = next_data(from.fd(), at, end);
+        const gguf::ByteRange data = next_data(from, at, end);
         copy_data(from, data.offset, fd, path, offset + (data.offset - from_offset), data.size);
         at = data.end();
     }
@@ -145,7 +145,9 @@ void read_ahead(const gguf::Mapping& from, uint64_t offset, uint64_t size) {
 #endif
 }
 
-gguf::ByteRange next_data(int fd, uint64_t offset, uint64_t end) {
+namespace {
+
+gguf::ByteRange claimed_data(int fd, uint64_t offset, uint64_t end) {
     const off_t data = ::lseek(fd, static_cast<off_t>(offset), SEEK_DATA);
     if (data < 0) {
         // ENXIO: nothing but a hole up to the end. Other errors: no holes are known, all is data.
@@ -155,6 +157,30 @@ gguf::ByteRange next_data(int fd, uint64_t offset, uint64_t end) {
     const off_t hole = ::lseek(fd, data, SEEK_HOLE);
     const uint64_t stop = hole < 0 ? end : std::min(static_cast<uint64_t>(hole), end);
     return {begin, stop - begin};
+}
+
+// Looks at pieces of what is said to be a hole. File systems that compress were seen to call data a hole that was just
+// written; of weights there is no such piece that is zero throughout.
+bool is_zero(const gguf::Mapping& file, uint64_t begin, uint64_t end) {
+    constexpr uint64_t kPieceOfHole = 512;
+    constexpr uint64_t kStride = 128 << 10;
+    std::array<uint8_t, kPieceOfHole> piece;
+    for (uint64_t at = begin; at < end; at += kStride) {
+        const uint64_t n = std::min(kPieceOfHole, end - at);
+        file.read(at, piece.data(), n);
+        if (std::any_of(piece.begin(), piece.begin() + static_cast<std::ptrdiff_t>(n),
+                        [](uint8_t b) { return b != 0; }))
+            return false;
+    }
+    return true;
+}
+
+}  // namespace
+
+gguf::ByteRange next_data(const gguf::Mapping& file, uint64_t offset, uint64_t end) {
+    const gguf::ByteRange data = claimed_data(file.fd(), offset, end);
+    if (data.offset > offset && !is_zero(file, offset, data.offset)) return {offset, end - offset};
+    return data;
 }
 
 }  // namespace moeshard::files

@@ -39,7 +39,8 @@ private:
 // Has the bytes read from the disk before they are asked for.
 void read_ahead(const gguf::Mapping& from, uint64_t offset, uint64_t size);
 
-// Where the next data of the file begins, at or after `offset`, and where it ends; `end` twice if there is none before.
-gguf::ByteRange next_data(int fd, uint64_t offset, uint64_t end);
+// Where the next data of the file begins, at or after `offset`, and where it ends; `end` and 0 bytes if there is none
+// before. A hole is believed where pieces of it are zero.
+gguf::ByteRange next_data(const gguf::Mapping& file, uint64_t offset, uint64_t end);
 
 }  // namespace moeshard::files

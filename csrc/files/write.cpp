@@ -15,11 +15,14 @@
 #include <memory>
 #include <mutex>
 #include <set>
+#include <string>
+#include <system_error>
 #include <thread>
 
 #include "files/copy.hpp"
 #include "files/pending_file.hpp"
 #include "files/place.hpp"
+#include "files/threads.hpp"
 
 namespace moeshard {
 
@@ -139,8 +142,20 @@ public:
         std::vector<std::thread> threads;
         {
             std::unique_lock<std::mutex> lock(mutex_);
-            running_ = jobs;
-            for (int i = 0; i < jobs; ++i) threads.emplace_back([this] { work(); });
+            try {
+                for (int i = 0; i < jobs; ++i) {
+                    threads.emplace_back([this] { work(); });
+                    ++running_;
+                }
+            } catch (const std::system_error&) {
+                // Fewer do it too; where there is none, this one does it.
+                if (threads.empty()) {
+                    ++running_;
+                    lock.unlock();
+                    work();
+                    lock.lock();
+                }
+            }
             while (running_ > 0) {
                 changed_.wait_for(lock, std::chrono::milliseconds(50));
                 lock.unlock();
@@ -239,8 +254,8 @@ void write_files(const std::vector<Output>& outputs, const WriteParams& params) 
         files.push_back(std::make_unique<PendingFile>(std::move(places[i]), outputs[i].segments->size()));
         reserve(*outputs[i].segments, *files.back());
     }
-    const int processors = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
-    Crew(outputs, files).run(params.jobs > 0 ? params.jobs : std::min(processors, kMostJobs), params.progress);
+    const int jobs = files::threads_wanted(params.jobs, "jobs");
+    Crew(outputs, files).run(params.jobs > 0 ? jobs : std::min(jobs, kMostJobs), params.progress);
     for (const auto& file : files) file->flush();
     for (const Output& output : outputs) output.segments->check_sources();
     std::set<std::string> folders;

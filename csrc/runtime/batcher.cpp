@@ -7,6 +7,7 @@
 
 #include "moeshard/error.hpp"
 #include "runtime/guard.hpp"
+#include "runtime/owner.hpp"
 #include "runtime/text_output.hpp"
 
 namespace moeshard {
@@ -98,6 +99,7 @@ struct Batcher::Impl {
     int64_t next_id = 0;
     uint64_t clock = 0;
     size_t first = 0;  // of the slots, whose prompt comes first in the next step
+    Owner owner{"batcher"};
 };
 
 Batcher::Impl::Impl(std::shared_ptr<const Model> of, const BatcherParams& wanted)
@@ -345,13 +347,26 @@ int32_t Batcher::n_held() const {
     return static_cast<int32_t>(held);
 }
 
-int64_t Batcher::submit(Request request) { return impl_->submit(std::move(request)); }
-void Batcher::cancel(int64_t id) { impl_->cancel(id); }
-std::vector<Progress> Batcher::step() { return impl_->step(); }
+int64_t Batcher::submit(Request request) {
+    const Owner::Use use(impl_->owner);
+    return impl_->submit(std::move(request));
+}
+
+void Batcher::cancel(int64_t id) {
+    const Owner::Use use(impl_->owner);
+    impl_->cancel(id);
+}
+
+std::vector<Progress> Batcher::step() {
+    const Owner::Use use(impl_->owner);
+    return impl_->step();
+}
+
 void Batcher::abort() { impl_->context.abort(); }
 void Batcher::set_interrupt(std::function<bool()> check) { impl_->context.set_interrupt(std::move(check)); }
 
 void Batcher::forget() {
+    const Owner::Use use(impl_->owner);
     for (size_t i = 0; i < impl_->slots.size(); ++i) {
         Slot& slot = impl_->slots[i];
         if (slot.running) continue;

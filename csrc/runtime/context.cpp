@@ -2,15 +2,17 @@
 
 #include <algorithm>
 #include <atomic>
+#include <limits>
 #include <set>
 #include <string>
-#include <thread>
 #include <utility>
 
 #include "engine/control.hpp"
+#include "files/threads.hpp"
 #include "ggml-cpu.h"
 #include "llama.h"
 #include "runtime/guard.hpp"
+#include "runtime/owner.hpp"
 
 namespace moeshard {
 
@@ -51,7 +53,8 @@ struct Context::Impl {
     Impl(const Impl&) = delete;
     Impl& operator=(const Impl&) = delete;
 
-    int32_t n_ctx() const { return static_cast<int32_t>(llama_n_ctx_seq(ctx)); }
+    int32_t capacity() const { return static_cast<int32_t>(llama_n_ctx_seq(ctx)); }
+    int32_t n_ctx() const { return limit; }
     int32_t n_past(int32_t seq) const;
     void decode(const std::vector<Input>& inputs, const LogitsSink& sink);
     void trace(const std::vector<Input>& inputs, const TraceOptions& options, TraceSink sink);
@@ -68,7 +71,9 @@ struct Context::Impl {
     ContextParams params;
     llama_context* ctx = nullptr;
     ggml_threadpool* pool = nullptr;
+    int32_t limit = 0;
     std::vector<int32_t> past;
+    Owner owner{"context"};
     std::atomic<bool> aborted{false};
     std::function<bool()> interrupt;
     int64_t next_interrupt_us = 0;
@@ -77,18 +82,26 @@ struct Context::Impl {
 
 Context::Impl::Impl(std::shared_ptr<const Model> of, const ContextParams& wanted)
     : model(std::move(of)), params(wanted) {
-    if (params.n_ctx < 0 || params.n_batch < 1 || params.n_ubatch < 1 || params.n_seq_max < 1 || params.n_threads < 0) {
-        throw Error("context parameters must be positive (n_ctx and n_threads may be 0)");
+    if (params.n_ctx < 0 || params.n_batch < 1 || params.n_ubatch < 1 || params.n_seq_max < 1) {
+        throw Error("context parameters must be positive (n_ctx may be 0)");
     }
     if (params.n_ctx == 0) params.n_ctx = std::max(model->n_ctx_train(), 1);
     const auto most = static_cast<int32_t>(llama_max_parallel_sequences());
     if (params.n_seq_max > most) throw Error("at most " + std::to_string(most) + " sequences fit in one context");
     if (model->is_diffusion()) params.n_batch = params.n_ubatch = params.n_ctx;
-    if (params.n_threads == 0) params.n_threads = std::max(1U, std::thread::hardware_concurrency());
+    params.n_threads = files::threads_wanted(params.n_threads, "n_threads");
+    // The engine ends the process where it cannot start one.
+    params.n_threads = 1 + files::startable_threads(params.n_threads - 1);
 
+    const uint64_t n_total = static_cast<uint64_t>(params.n_ctx) * static_cast<uint64_t>(params.n_seq_max);
+    // The engine rounds up, and counts positions in 32 bits.
+    if (n_total > static_cast<uint64_t>(std::numeric_limits<int32_t>::max()) - 1024) {
+        throw Error(std::to_string(params.n_seq_max) + " sequences of " + std::to_string(params.n_ctx) +
+                    " tokens are more than a context can count; use fewer of them or a smaller n_ctx");
+    }
     const Guard guard;
     llama_context_params native = llama_context_default_params();
-    native.n_ctx = static_cast<uint32_t>(params.n_ctx) * static_cast<uint32_t>(params.n_seq_max);
+    native.n_ctx = static_cast<uint32_t>(n_total);
     native.n_batch = static_cast<uint32_t>(params.n_batch);
     native.n_ubatch = static_cast<uint32_t>(params.n_ubatch);
     native.n_seq_max = static_cast<uint32_t>(params.n_seq_max);
@@ -105,11 +118,12 @@ Context::Impl::Impl(std::shared_ptr<const Model> of, const ContextParams& wanted
     if (pool) llama_attach_threadpool(ctx, pool, pool);
     hook::enable_masks(ctx);
     past.assign(static_cast<size_t>(params.n_seq_max), 0);
+    limit = std::min(params.n_ctx, capacity());
 }
 
 Context::Impl::~Impl() {
-    // After an abort the engine's threads may still wait for one that will not come; leaking is all that is safe.
-    if (broken) return;
+    // What an abort left half done, and what belongs to threads of another process: leaking is all that is safe.
+    if (broken || !owner.is_own_process()) return;
     llama_free(ctx);
     if (pool) ggml_threadpool_free(pool);
 }
@@ -149,6 +163,8 @@ void Context::Impl::decode(const std::vector<Input>& inputs, const LogitsSink& s
         compute(inputs, sink);
     } catch (const EngineAbort&) {
         broken = true;
+        // The other threads wait for this one, spinning; a stopped pool lets them go.
+        if (pool) ggml_threadpool_free(std::exchange(pool, nullptr));
         throw;
     } catch (...) {
         roll_back(before);
@@ -293,19 +309,42 @@ int32_t Context::n_past(int32_t seq) const { return impl_->n_past(seq); }
 int32_t Context::n_graph_reuses() const { return llama_perf_context(impl_->ctx).n_reused; }
 MemoryUse Context::memory() const { return hook::memory_of(impl_->ctx); }
 
+int32_t Context::capacity() const { return impl_->capacity(); }
+
+void Context::limit(int32_t n_ctx) {
+    const Owner::Use use(impl_->owner);
+    if (n_ctx < 1 || n_ctx > impl_->capacity()) {
+        throw Error("a limit of " + std::to_string(n_ctx) + " tokens: this context has room for " +
+                    std::to_string(impl_->capacity()));
+    }
+    impl_->limit = n_ctx;
+}
+
 void Context::set_keep(const Keep* keep, int32_t seq) {
+    const Owner::Use use(impl_->owner);
     if (seq >= 0) n_past(seq);  // exists
     hook::set_mask(impl_->ctx, seq, keep);
 }
 
-void Context::decode(const std::vector<Input>& inputs, const LogitsSink& sink) { impl_->decode(inputs, sink); }
+void Context::decode(const std::vector<Input>& inputs, const LogitsSink& sink) {
+    const Owner::Use use(impl_->owner);
+    impl_->decode(inputs, sink);
+}
 
 void Context::trace(const std::vector<Input>& inputs, const TraceOptions& options, TraceSink sink) {
+    const Owner::Use use(impl_->owner);
     impl_->trace(inputs, options, std::move(sink));
 }
 
-void Context::reset(int32_t seq) { impl_->reset(seq); }
-int32_t Context::truncate(int32_t seq, int32_t n) { return impl_->truncate(seq, n); }
+void Context::reset(int32_t seq) {
+    const Owner::Use use(impl_->owner);
+    impl_->reset(seq);
+}
+
+int32_t Context::truncate(int32_t seq, int32_t n) {
+    const Owner::Use use(impl_->owner);
+    return impl_->truncate(seq, n);
+}
 void Context::abort() { impl_->aborted = true; }
 void Context::set_interrupt(std::function<bool()> check) { impl_->interrupt = std::move(check); }
 

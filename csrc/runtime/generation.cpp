@@ -4,6 +4,7 @@
 
 #include "llama.h"
 #include "moeshard/error.hpp"
+#include "runtime/owner.hpp"
 #include "runtime/text_output.hpp"
 
 namespace moeshard {
@@ -24,6 +25,7 @@ struct Generation::Impl {
     StopReason reason = StopReason::kRunning;
     int64_t prompt_us = 0;
     int64_t generation_us = 0;
+    Owner owner{"generation"};
 };
 
 Generation::Impl::Impl(std::shared_ptr<Context> on, std::vector<int32_t> first, const GenerationParams& wanted,
@@ -83,7 +85,10 @@ Generation::Generation(std::shared_ptr<Context> context, std::vector<int32_t> pr
 
 Generation::~Generation() = default;
 
-std::optional<std::string> Generation::next() { return impl_->next(); }
+std::optional<std::string> Generation::next() {
+    const Owner::Use use(impl_->owner);
+    return impl_->next();
+}
 StopReason Generation::stop_reason() const { return impl_->reason; }
 const std::vector<int32_t>& Generation::prompt() const { return impl_->prompt; }
 const std::vector<int32_t>& Generation::tokens() const { return impl_->tokens; }

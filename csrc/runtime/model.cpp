@@ -68,16 +68,18 @@ struct Model::Impl {
 };
 
 std::shared_ptr<Model> Model::load(const std::string& path, const ModelParams& params) {
-    check_file(path);
+    const CheckedFile file = check_file(path);
     const Guard guard;
-    const std::shared_ptr<Model> loaded(new Model(path));
+    const std::shared_ptr<Model> loaded(new Model(file.first_part));
     llama_model_params mapped = native(params);
+    // The engine maps shared, or not at all.
+    if (!file.can_be_mapped) mapped.load_mode = LLAMA_LOAD_MODE_NONE;
     std::vector<llama_model_kv_override> overrides;
     if (params.n_expert_used != 0) {
         overrides = override_used(path, params.n_expert_used);
         mapped.kv_overrides = overrides.data();
     }
-    loaded->impl_->native = llama_model_load_from_file(path.c_str(), mapped);
+    loaded->impl_->native = llama_model_load_from_file(file.first_part.c_str(), mapped);
     if (!loaded->impl_->native) throw guard.error(path + ": could not be loaded");
     loaded->impl_->routing = hook::routing_of(*loaded->impl_->native);
     return loaded;

@@ -54,7 +54,7 @@ NewTensor gather_table(const Holder& holder, const ExpertTensor& facts, const ui
     uint32_t n_in = static_cast<uint32_t>(tensor.ne[0]);
     if (original != nullptr) {
         const gguf::Part& part = holder.map().parts().front();
-        const auto at = static_cast<uint64_t>(original->value.data - part.mapping->bytes().data);
+        const auto at = part.mapping->offset_of(original->value.data);
         n_in = static_cast<uint32_t>(original->value.size / (rows * sizeof(int32_t)));
         if (n_in == 0 || original->type != gguf::ValueType::kInt32 || original->count != rows * n_in) {
             throw Error(holder.map().path() + ": '" + gguf::printable(original->key) +

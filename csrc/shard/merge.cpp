@@ -168,7 +168,7 @@ std::vector<SegmentList> merge_segments(const std::vector<const GGUFMap*>& shard
     const std::vector<uint32_t> used(first.n_layer, first.n_expert);
     NewFile file = put_together(*provider, facts_of(*provider), holders, all, used);
     for (const Entry& entry : provider->metadata().entries) {
-        if (is_of_file(entry.key)) continue;
+        if (is_of_file(entry.key, *provider, max_file_size)) continue;
         const Entry* original = original_of(*provider, first, entry);
         if (original == nullptr) {
             file.entries.push_back(carried(*provider, entry));
@@ -193,7 +193,7 @@ SegmentList join_segments(const GGUFMap& trunk, const GGUFMap& experts) {
     const std::vector<Holder> holders{{experts, facts.keep, facts.n_expert}};
     NewFile file = put_together(trunk, trunk_facts, holders, facts.keep, holders.front().layout().n_expert_used);
     for (const Entry& entry : trunk.metadata().entries) {
-        if (is_of_file(entry.key)) continue;
+        if (is_of_file(entry.key, trunk, 0)) continue;
         const Entry* own = experts.metadata().find(entry.key);
         file.entries.push_back(own == nullptr ? carried(trunk, entry) : carried(experts, *own));
     }

@@ -55,7 +55,7 @@ struct Progress {
     bool over() const { return reason != StopReason::kRunning || !error.empty(); }
 };
 
-// Not for use by two threads at once.
+// For one thread at a time, except abort(): another one gets an Error.
 class Batcher {
 public:
     Batcher(std::shared_ptr<const Model> model, const BatcherParams& params = {});

@@ -44,8 +44,8 @@ struct Input {
 // Receives the logits (n_vocab floats, valid during the call) after token `token` of input `input`.
 using LogitsSink = std::function<void(size_t input, size_t token, const float* logits)>;
 
-// Not for use by two threads at once, except abort(). A failed call leaves every sequence as it was before, or empty
-// where the model's memory cannot be rolled back.
+// For one thread at a time, except abort(), and not in a process that was forked off: both throw Error. A failed call
+// leaves every sequence as it was before, or empty where the model's memory cannot be rolled back (recurrent layers).
 class Context {
 public:
     Context(std::shared_ptr<const Model> model, const ContextParams& params = {});
@@ -54,7 +54,10 @@ public:
     Context& operator=(const Context&) = delete;
 
     const Model& model() const;
-    int32_t n_ctx() const;  // per sequence
+    int32_t n_ctx() const;     // tokens that each sequence may hold
+    int32_t capacity() const;  // that there is room for, which the engine rounds up
+    // Makes n_ctx() another number, up to capacity().
+    void limit(int32_t n_ctx);
     int32_t n_seq_max() const;
     int32_t n_past(int32_t seq) const;  // tokens that the sequence holds
     // Of this context and its model. A model that was loaded with ModelParams::simulate says what it would take.

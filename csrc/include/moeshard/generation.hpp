@@ -33,7 +33,8 @@ enum class StopReason {
     context = kContext,
 };
 
-// One answer, token by token. Uses sequence `seq` of the context alone, from what it already holds on.
+// One answer, token by token, for one thread at a time. Uses sequence `seq` of the context alone, from what it already
+// holds on.
 class Generation {
 public:
     // Throws Error where the prompt is empty or does not fit.

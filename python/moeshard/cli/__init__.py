@@ -8,8 +8,8 @@ from moeshard.cli.process import orderly_exit, warnings_told
 def main() -> None:
     """Run the command line of this process and exit.
 
-    Exit codes: 0 done, 1 a MoeshardError, 2 wrong usage, 3 (``place``) no node is good enough, 130 interrupted, 129
-    hung up, 143 terminated.
+    Exit codes: 0 done, 1 an error (also: stdout cannot be written), 2 wrong usage, 3 (``place``) no node is good
+    enough, 129 hung up, 130 interrupted, 141 the reader of stdout has left, 143 terminated.
     """
     try:
         with orderly_exit(), warnings_told():

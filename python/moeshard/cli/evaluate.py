@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from moeshard.cli.options import (
     ChatsOption,
+    ChatTemplateOption,
     ForceOption,
     GpuLayersOption,
     HeldOutOption,
     JsonOption,
     ModelArgument,
     ThreadsOption,
+    check_template,
+    one_of,
 )
 
 if TYPE_CHECKING:
     from moeshard import Evaluation
+    from moeshard.placement.probes import Probe
 
 
 def evaluate(
@@ -27,14 +31,16 @@ def evaluate(
     plan: Annotated[Path, typer.Option(help="The nodes: what `moeshard plan` or `moeshard split` wrote.")],
     text: HeldOutOption = None,
     chat: ChatsOption = None,
+    chat_template: ChatTemplateOption = None,
     shards: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Run the shards in this folder instead of masks on the model.")
     ] = None,
     probe: Annotated[
         str,
         typer.Option(
+            **one_of("moeshard.placement.probes:PROBES"),
             help="What places a session by its prompt. loss: the node that predicts it best. saliency: the one that "
-            "holds most of the experts that it wants. both: by the two together."
+            "holds most of the experts that it wants. both: by the two together.",
         ),
     ] = "both",
     windows: Annotated[int, typer.Option(min=2, help="Windows of each domain, evenly spread over its text.")] = 16,
@@ -73,28 +79,27 @@ def evaluate(
 
     The exit code is 0, or 1 for an error or a quality under --min-quality.
     """
+    check_template(chat, chat_template)
     from moeshard import evaluate as measure
     from moeshard.cli.evaluation_tables import report
     from moeshard.cli.files import STDOUT, Results, check_files, files_read
     from moeshard.cli.loading import load_model
-    from moeshard.cli.output import print_json, progress, warn_of_seen
-    from moeshard.placement.probes import PROBES
+    from moeshard.cli.output import progress, warn_of_seen
+    from moeshard.cli.terminal import command, note, print_json
     from moeshard.planning.plan import read_plan
     from moeshard.runtime.answers import Sampling
     from moeshard.traffic.domains import embedded_traffic, read_texts, texts_seen
 
-    known = {name: name for name in PROBES}
-    if probe not in known:
-        raise typer.BadParameter(f"--probe '{probe}': choose from {', '.join(PROBES)}")
     if prompt >= window:
         raise typer.BadParameter(f"--prompt {prompt} leaves nothing to predict of --window {window}")
     # All that can be wrong is looked at before the work, not after it.
-    read = files_read(model, plan, *(chat or []), texts=text, folder=shards)
+    read = files_read(model, plan, *(chat or []), chat_template, texts=text, folder=shards)
     check_files(out, inputs=read, force=force, as_json=as_json)
     results = Results(force=force)
     nodes = read_plan(plan)
     loaded = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers)
-    domains = read_texts(text or [], chat or [], model=loaded) or embedded_traffic("heldout")
+    given = read_texts(text or [], chat or [], model=loaded, template=chat_template or "")
+    domains = given or embedded_traffic("heldout")
     warn_of_seen(texts_seen(domains, nodes.parameters.get("texts")))
     with progress() as update:
         found = measure(
@@ -102,7 +107,7 @@ def evaluate(
             nodes,
             domains,
             shards=shards,
-            probe=known[probe],
+            probe=cast("Probe", probe),
             n_windows=windows,
             window=window,
             n_prompt=prompt,
@@ -119,7 +124,7 @@ def evaluate(
     elif out != STDOUT:
         report(found)
         if out is not None:
-            typer.secho(f"[{out}; show it with: moeshard report {out}]", dim=True, err=True)
+            note(f"{out}; show it with: {command('moeshard', 'report', out)}")
     results.finish()
     if min_quality is not None:
         _demand(found, min_quality)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import typer
 
+from moeshard.cli.terminal import pour
+
 STDOUT = Path("-")
 """As an output: stdout."""
 
@@ -48,7 +50,7 @@ def check_files(
 
 
 def files_read(
-    model: str | None = None, *files: Path | None, texts: Iterable[str] | None = None, folder: Path | None = None
+    model: str | None = None, *files: Path | str | None, texts: Iterable[str] | None = None, folder: Path | None = None
 ) -> list[str]:
     """Return the files that a command reads.
 
@@ -84,10 +86,7 @@ class Results:
     def write(self, path: Path | None, data: str | bytes) -> None:
         """Write one file, or to stdout; None: nowhere."""
         if path == STDOUT:
-            if isinstance(data, bytes):
-                sys.stdout.buffer.write(data)
-            else:
-                sys.stdout.write(data)
+            pour(data)
         elif path is not None:
             self._write(path, data)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeshard.cli.options import ForceOption, JsonOption, ModelArgument, parse_size
+from moeshard.cli.options import ForceOption, JsonOption, ModelArgument, one_of, parse_size
 
 if TYPE_CHECKING:
     from moeshard import Plan
@@ -32,7 +32,10 @@ def plan(
     ] = False,
     strategy: Annotated[
         str,
-        typer.Option(help="islands, contiguous, balanced, ranked, snake, shared-core, reap or coactivation."),
+        typer.Option(
+            **one_of("moeshard.planning.planner:STRATEGY_NAMES"),
+            help="islands, contiguous, balanced, ranked, snake, shared-core, reap or coactivation.",
+        ),
     ] = "islands",
     ctx: Annotated[int, typer.Option(min=1, help="Tokens of context that a node has room for, per sequence.")] = 4096,
     parallel: Annotated[int, typer.Option(min=1, help="Sequences at once on a node.")] = 1,
@@ -56,7 +59,7 @@ def plan(
         raise typer.BadParameter("give either --groups with --keep, or --nodes")
 
     from moeshard.cli.files import STDOUT, Results, check_files, files_read
-    from moeshard.cli.output import print_json
+    from moeshard.cli.terminal import print_json
     from moeshard.planning.budget import Use
     from moeshard.planning.planner import make_plan
     from moeshard.profile.record import read_profile
@@ -86,7 +89,8 @@ def plan(
             {"plan": str(out), "strategy": strategy, "nodes": [_facts(made, index) for index in range(len(made.nodes))]}
         )
     elif out != STDOUT:
-        _report(made, out)
+        _report(made, model, out)
+    _say_what_fits(made)
     results.finish()
 
 
@@ -102,8 +106,21 @@ def _held(facts: dict[str, Any], n_expert: int) -> str:
     return f"{facts['n_expert']} of {n_expert}" if held is None else span(held["fewest"], held["most"])
 
 
-def _report(made: Plan, out: Path) -> None:
-    from moeshard.cli.output import console, plain_table, size
+def _say_what_fits(made: Plan) -> None:
+    """Tell who has the memory for the whole model that there is nothing to divide."""
+    from moeshard.cli.terminal import warn
+
+    whole = [node.name for node in made.nodes if "budget" in node.facts and node.keep[made.model.moe_layers].all()]
+    if whole and len(whole) == len(made.nodes):
+        warn("the whole model fits, no plan is needed: every node can run it as it is")
+    elif whole:
+        warn(f"the whole model fits on {', '.join(whole)}, which can run it as it is")
+
+
+def _report(made: Plan, model: str, out: Path) -> None:
+    from moeshard.cli.output import plain_table, show
+    from moeshard.cli.terminal import command, note
+    from moeshard.sizes import size
 
     domains = list(made.nodes[0].facts["captured"])
     table = plain_table("What each node holds, and its share of each domain's saliency")
@@ -114,7 +131,6 @@ def _report(made: Plan, out: Path) -> None:
         facts = _facts(made, index)
         shares = [f"{facts['captured'][name]:.0%}" for name in domains]
         table.add_row(node.name, _held(facts, made.model.n_expert), size(facts["memory"]["total"]), *shares)
-    console().print(table)
-    typer.secho(
-        f"[{made.strategy}; {out}; write the shards with: moeshard split MODEL -o DIR --plan {out}]", dim=True, err=True
-    )
+    show(table)
+    split = command("moeshard", "split", model, "-o", "shards", "--plan", out)
+    note(f"{made.strategy}; {out}; write the shards with: {split}")

@@ -54,7 +54,7 @@ def warnings_told() -> Iterator[None]:
 
         def tell(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
             if category.__module__.partition(".")[0] == "moeshard":
-                from moeshard.cli.output import warn
+                from moeshard.cli.terminal import warn
 
                 warn(str(message))
             else:

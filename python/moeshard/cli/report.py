@@ -29,6 +29,7 @@ def report(
     Beside it, in a folder such as report_files, is every figure as PNG and its numbers as CSV. Needs matplotlib.
     """
     from moeshard.cli.files import STDOUT, Results
+    from moeshard.cli.terminal import note, say
     from moeshard.report.figure import counted
     from moeshard.report.sources import read_sources
     from moeshard.report.writing import folder_of, report_page, write_report
@@ -37,5 +38,5 @@ def report(
         Results(force=force).write(out, report_page(read_sources(files)))
         return
     made = write_report(read_sources(files), out, force=force)
-    typer.echo(f"{out}")
-    typer.secho(f"[{counted(len(made), 'figure')}; as PNG and CSV in {folder_of(out)}]", dim=True, err=True)
+    say(out)
+    note(f"{counted(len(made), 'figure')}; as PNG and CSV in {folder_of(out)}")

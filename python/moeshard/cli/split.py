@@ -15,6 +15,7 @@ from moeshard.cli.options import (
     JsonOption,
     MaxFileSizeOption,
     ModelArgument,
+    one_of,
 )
 
 if TYPE_CHECKING:
@@ -29,7 +30,11 @@ def split(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write to; with --keep, the file.")],
     groups: Annotated[int | None, typer.Option(min=1, help="Deal the experts out to so many shards.")] = None,
     mode: Annotated[
-        str, typer.Option(help="How: contiguous, balanced, tiers or snake. The last two need --ranking.")
+        str,
+        typer.Option(
+            **one_of("moeshard.planning.deal:MODES"),
+            help="How: contiguous, balanced, tiers or snake. The last two need --ranking.",
+        ),
     ] = "contiguous",
     ranking: Annotated[
         Path | None, typer.Option(help="What experts are worth: CSV 'layer,expert,score', or a profile.")
@@ -91,7 +96,8 @@ def split(
     from moeshard import split as write_shards
     from moeshard._core import GGUFMap
     from moeshard.cli.files import files_read, no_stdout
-    from moeshard.cli.output import print_json, progress
+    from moeshard.cli.output import progress
+    from moeshard.cli.terminal import print_json
     from moeshard.planning.plan import read_plan
     from moeshard.planning.planner import plan_groups
     from moeshard.traffic.embedded import resolve_model
@@ -142,6 +148,7 @@ def split(
 
 def _read_keep(source: GGUFMap, text: str, balance: bool) -> Keep:
     from moeshard import balanced_keep, parse_keep
+    from moeshard.cli.terminal import note
     from moeshard.keep.text import expert_layers
 
     layout = source.moe_layout()
@@ -151,7 +158,7 @@ def _read_keep(source: GGUFMap, text: str, balance: bool) -> Keep:
         return keep
     nearest = balanced_keep(keep, layers, expert_groups=layout.n_expert_groups, n_used=max(layout.n_expert_used))
     dropped, added = int((keep & ~nearest).sum()), int((nearest & ~keep).sum())
-    typer.secho(f"[balanced: {dropped} experts dropped, {added} added]", dim=True, err=True)
+    note(f"balanced: {dropped} experts dropped, {added} added")
     return nearest
 
 
@@ -162,7 +169,9 @@ def _plan_path(out: Path) -> Path:
 
 
 def _report(source: GGUFMap, written: list[ShardFile], seconds: float, dry_run: bool) -> None:
-    from moeshard.cli.output import console, plain_table, size, span
+    from moeshard.cli.output import plain_table, show, span
+    from moeshard.cli.terminal import note
+    from moeshard.sizes import size
 
     whole = sum(part.size for part in source.parts)
     n_expert = source.moe_layout().n_expert
@@ -175,13 +184,13 @@ def _report(source: GGUFMap, written: list[ShardFile], seconds: float, dry_run: 
         name = first if not others else f"{first} and {len(others)} more"
         experts = f"{span(shard.n_expert_fewest, shard.n_expert)} of {n_expert}" if shard.n_expert else ""
         table.add_row(name, experts, size(shard.bytes), f"{shard.bytes / whole:.0%}")
-    console().print(table)
+    show(table)
     total = sum(shard.bytes for shard in written)
     if dry_run:
-        typer.secho(f"[{size(total)} in {_count(written)}; nothing was written]", dim=True, err=True)
+        note(f"{size(total)} in {_count(written)}; nothing was written")
     else:
         speed = f"{size(total / max(seconds, 1e-9))}/s"
-        typer.secho(f"[{size(total)} in {_count(written)}, {seconds:.1f} s, {speed}]", dim=True, err=True)
+        note(f"{size(total)} in {_count(written)}, {seconds:.1f} s, {speed}")
 
 
 def _count(written: list[ShardFile]) -> str:

@@ -26,7 +26,9 @@ def verify(
     """
     from moeshard import MoeshardError
     from moeshard import verify as check
-    from moeshard.cli.output import print_json, progress, size, span
+    from moeshard.cli.output import progress, span
+    from moeshard.cli.terminal import print_json, say
+    from moeshard.sizes import size
     from moeshard.traffic.embedded import resolve_model
 
     with progress() as update:
@@ -42,11 +44,11 @@ def verify(
     else:
         experts = f"{span(found.n_expert_fewest, found.n_expert)} of {found.n_expert_source} experts per layer"
         held = f", {experts}" if found.n_expert else ""
-        typer.echo(f"{found.path}: a {found.kind} of {source}{held}: all {size(found.bytes)} are the model's own")
+        say(f"{found.path}: a {found.kind} of {source}{held}: all {size(found.bytes)} are the model's own")
         if found.logits is not None:
             difference = found.logits.largest_difference
             how = "bit for bit" if difference == 0 else f"within {difference:.1e} of the largest"
-            typer.echo(
+            say(
                 f"logits of {found.logits.n_tokens} tokens: those of the masked model, {how}; "
                 f"{found.logits.same_choice:.1%} the same likeliest token"
             )

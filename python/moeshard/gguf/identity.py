@@ -108,3 +108,9 @@ def check_model(model: ModelIdentity) -> None:
             f"model.moe_layers: must be ascending layers from 0 to {model.n_layer - 1}, each once, got {layers}"
         )
     check_other(model.facts, _MODEL_KEYS, "model.facts")
+
+
+def no_experts(path: str, identity: ModelIdentity) -> MoeshardError:
+    """Return the error that says of a file without experts why it has none."""
+    trunk = f"it is part of a model with {identity.n_expert} per layer, which are in other files"
+    return MoeshardError(f"{path}: has no experts to take out: {trunk if identity.n_expert else 'it is a dense model'}")

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from moeshard._core import GGUFMap, MoeshardError
 from moeshard.arrays import Rows
-from moeshard.gguf.identity import ModelIdentity, identify
+from moeshard.gguf.identity import ModelIdentity, identify, no_experts
 from moeshard.keep.text import Keep, held_range
 from moeshard.planning.budget import Memory, Use, fit, largest_keep, shard_memory
 from moeshard.planning.deal import group_experts
@@ -208,7 +208,7 @@ def plan_groups(
     source = model if isinstance(model, GGUFMap) else GGUFMap(model)
     identity = identify(source)
     if not identity.moe_layers:
-        raise MoeshardError(f"{source.path}: has no experts to take out: it is a dense model, or a trunk")
+        raise no_experts(source.path, identity)
     shape = (identity.n_layer, identity.n_expert, identity.moe_layers)
     keeps = group_experts(
         mode,

@@ -95,6 +95,21 @@ def render(panel: Panel, name: str, title: str = "") -> tuple[str, bytes]:
     return _embeddable(svg.getvalue(), name, panel.label), png.getvalue()
 
 
+def picture(panel: Panel, title: str, form: str) -> bytes:
+    """Draw a panel as a file of its own, on white: ``png``, ``svg`` or ``pdf``."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure as Canvas
+
+    data = io.BytesIO()
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": title}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        canvas = Canvas(figsize=(WIDTH, panel.height), layout="constrained")
+        panel.draw(canvas)
+        canvas.text(0.01, 1.02, title, fontsize=9, va="bottom")
+        canvas.savefig(data, format=form, dpi=160, facecolor="white", bbox_inches="tight", pad_inches=0.08)
+    return data.getvalue()
+
+
 def _embeddable(text: str, name: str, label: str) -> str:
     """Make an SVG file an element of a page."""
     root = ElementTree.fromstring(text)

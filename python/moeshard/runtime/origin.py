@@ -34,7 +34,7 @@ class Origin:
         return (self.segments or GGUFMap(self.path)).moe_layout()
 
     def load(
-        self, n_gpu_layers: int, mmap: bool, n_expert_used: int, progress: Callable[[float], bool] | None
+        self, n_gpu_layers: int, mmap: bool, n_expert_used: int, progress: Callable[[float], object] | None
     ) -> _core.Model:
         """Load it into the engine."""
         return _core.Model(
@@ -69,7 +69,7 @@ def _file(path: str) -> Origin:
         file = GGUFMap(path)
     except MoeshardError:
         return Origin(path, None, None)
-    return Origin(path, None, _held(file))
+    return Origin(file.path, None, _held(file))
 
 
 def _part_of(path: str, keep: KeepSpec, n_expert_used: int) -> Origin:
@@ -78,7 +78,7 @@ def _part_of(path: str, keep: KeepSpec, n_expert_used: int) -> Origin:
     file = GGUFMap(path)
     layout = file.moe_layout()
     held = parse_keep(keep, layout.n_layer, layout.n_expert, moe_layers=expert_layers(layout))
-    return Origin(path, _core.shard_segments(file, held, n_expert_used=n_expert_used, per_layer=True)[0], held)
+    return Origin(file.path, _core.shard_segments(file, held, n_expert_used=n_expert_used, per_layer=True)[0], held)
 
 
 def _held(file: GGUFMap) -> Keep | None:

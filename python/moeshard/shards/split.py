@@ -17,7 +17,7 @@ import numpy as np
 import moeshard._core as _core
 from moeshard._core import GGUFMap, MoeshardError, SegmentList
 from moeshard.files.atomic import made_folder
-from moeshard.gguf.identity import ModelIdentity, identify
+from moeshard.gguf.identity import ModelIdentity, identify, no_experts
 from moeshard.keep.text import Keep, KeepSpec, held_range, parse_keep
 from moeshard.planning.plan import Plan, PlanNode
 from moeshard.progress import Progress
@@ -111,7 +111,7 @@ def split(
     source = model if isinstance(model, GGUFMap) else GGUFMap(model)
     identity = identify(source)
     if not identity.moe_layers:
-        raise MoeshardError(f"{source.path}: has no experts to take out: it is a dense model, or a trunk")
+        raise no_experts(source.path, identity)
     single = not isinstance(keeps, Plan) and not _is_list(keeps)
     if single and trunk_once:
         raise MoeshardError("trunk_once needs several keeps, or a folder to write to; give a list of keeps")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeshard._core import MoeshardError
+from moeshard.arrays import Tokens
 from moeshard.files.text import readable
 from moeshard.traffic.embedded import Part, embedded_domains, embedded_text
 
@@ -22,6 +23,23 @@ if TYPE_CHECKING:
 
 class TextWarning(UserWarning):
     """Something of a chat was not read."""
+
+
+class Conversation(str):
+    """A document made of messages in a model's chat template, and how that model reads it."""
+
+    tokens: Tokens
+    """int32 (n,): control tokens are those of the template, not what a message looks like."""
+
+    def __new__(cls, text: str, tokens: Tokens) -> Conversation:
+        made = super().__new__(cls, text)
+        made.tokens = tokens
+        return made
+
+
+def tokens_of(model: Model, document: str) -> Tokens:
+    """Return int32 (n,): a document of a domain as a model reads it."""
+    return document.tokens if isinstance(document, Conversation) else model.tokenize(document)
 
 
 @dataclass(frozen=True)
@@ -50,7 +68,11 @@ def check_names(domains: Sequence[Domain]) -> None:
 
 
 def read_texts(
-    files: Sequence[str], chats: Sequence[str | os.PathLike[str]] = (), *, model: Model | None = None
+    files: Sequence[str],
+    chats: Sequence[str | os.PathLike[str]] = (),
+    *,
+    model: Model | None = None,
+    template: str = "",
 ) -> list[Domain]:
     """Read text files, each written ``FILE`` or ``NAME=FILE``, and chats; several files may make one domain.
 
@@ -60,6 +82,7 @@ def read_texts(
             document in the model's chat template. A content may also be a list of parts, of which those of type
             ``text`` are read, or null beside tool calls.
         model: for the template.
+        template: instead of the model's own; see `moeshard.Model.chat_prompt`.
 
     Warns:
         TextWarning: of what was not read of a chat, such as images and tool calls.
@@ -75,7 +98,7 @@ def read_texts(
             raise MoeshardError(f"text '{path}' is empty")
         found.setdefault(readable(name), []).append(text)
     for chat in chats:
-        found.setdefault(readable(Path(chat).stem), []).extend(_read_chat(os.fspath(chat), model))
+        found.setdefault(readable(Path(chat).stem), []).extend(_read_chat(os.fspath(chat), model, template))
     return [Domain(name, tuple(texts)) for name, texts in found.items()]
 
 
@@ -115,8 +138,8 @@ def _read(path: str) -> str:
         raise MoeshardError(f"cannot read text '{path}': {getattr(error, 'strerror', None) or error}") from error
 
 
-def _read_chat(path: str, model: Model | None) -> list[str]:
-    documents = []
+def _read_chat(path: str, model: Model | None, template: str) -> list[str]:
+    documents: list[str] = []
     skipped: Counter[str] = Counter()
     # Only there: JSON strings may hold other line separators, such as U+2028.
     for number, line in enumerate(_read(path).split("\n"), 1):
@@ -130,7 +153,9 @@ def _read_chat(path: str, model: Model | None) -> list[str]:
             raise MoeshardError(f"chat '{path}' needs a model, whose chat template it is written in")
         try:
             # A conversation that ends with the model's answer is whole: no other answer begins.
-            documents.append(model.chat_prompt(messages, answer=messages[-1]["role"] != "assistant"))
+            answer = messages[-1]["role"] != "assistant"
+            text = model.chat_prompt(messages, template=template, answer=answer)
+            documents.append(Conversation(text, model.chat_tokens(messages, template=template, answer=answer)))
         except MoeshardError as error:
             raise MoeshardError(f"{path}, line {number}: {error}") from error
     if not documents:
