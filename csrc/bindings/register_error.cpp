@@ -28,7 +28,8 @@ void register_error(py::module_& m) {
             throw;
         } catch (const std::exception& e) {
             // The engine throws what it likes: std::out_of_range from a tokenizer, std::bad_alloc.
-            if (!PyErr_Occurred()) py::set_error(error, (std::string("inside llama.cpp: ") + e.what()).c_str());
+            const std::string said = std::string("inside llama.cpp: ") + e.what();
+            if (!PyErr_Occurred()) PyErr_SetObject(error.ptr(), to_str(said).ptr());
         }
     });
 }

@@ -128,12 +128,34 @@ py::bytes read_bytes(const SegmentList& list, uint64_t offset, uint64_t size) {
     return bytes;
 }
 
+SegmentList with_bytes(const SegmentList& list, const std::vector<std::pair<uint64_t, py::bytes>>& replacements) {
+    SegmentList out = list;
+    for (const auto& [offset, bytes] : replacements) out = out.with_bytes(offset, std::string_view(bytes));
+    return out;
+}
+
+// What the header says, and the bytes that it was read from.
+struct Header {
+    explicit Header(const SegmentList& list) : bytes(list.header_size()), name(list.sources().front()->path()) {
+        list.read(0, bytes.data(), bytes.size());
+        directory = moeshard::gguf::parse({bytes.data(), bytes.size()}, name, list.size());
+    }
+
+    std::vector<uint8_t> bytes;
+    std::string name;
+    moeshard::gguf::Directory directory;
+};
+
 moeshard::MoeLayout layout_of(const SegmentList& list) {
-    std::vector<uint8_t> header(list.header_size());
-    list.read(0, header.data(), header.size());
-    const std::string name = list.sources().front()->path();
-    const auto directory = moeshard::gguf::parse({header.data(), header.size()}, name, list.size());
-    return moeshard::moe_layout(directory, directory.tensors, name);
+    const Header header(list);
+    return moeshard::moe_layout(header.directory, header.directory.tensors, header.name);
+}
+
+std::optional<std::pair<uint64_t, uint64_t>> entry_range(const SegmentList& list, const std::string& key) {
+    const Header header(list);
+    const auto* entry = header.directory.find(key);
+    if (entry == nullptr) return std::nullopt;
+    return std::pair(entry->range.offset, entry->range.size);
 }
 
 }  // namespace
@@ -162,6 +184,13 @@ void register_files(py::module_& m) {
             "paths of the files that ranges are read from")
         .def("read", &read_bytes, py::arg("offset"), py::arg("size"),
              "Return bytes of the file that the segments make.")
+        .def("with_bytes", &with_bytes, py::arg("replacements"),
+             "Return the same file with other bytes, each (offset, bytes).")
+        .def_property_readonly(
+            "tensor_infos", [](const SegmentList& list) { return Header(list).directory.tensors; },
+            "list of TensorInfo, in the order of the file")
+        .def("entry_range", &entry_range, py::arg("key"),
+             "Return (offset, size) of a metadata entry; None where there is none.")
         .def("moe_layout", &layout_of, "How the tensors of the file depend on its experts.");
 
     py::class_<PendingFile>(m, "PendingFile", "A file that appears under its name when it is complete.")

@@ -9,7 +9,7 @@ def main() -> None:
     """Run the command line of this process and exit.
 
     Exit codes: 0 done, 1 an error (also: stdout cannot be written), 2 wrong usage, 3 (``place``) no node is good
-    enough, 129 hung up, 130 interrupted, 141 the reader of stdout has left, 143 terminated.
+    enough, 130 interrupted, 129 hung up, 143 terminated, 141 the reader of stdout has left.
     """
     try:
         with orderly_exit(), warnings_told():

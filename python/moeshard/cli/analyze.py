@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -79,6 +80,7 @@ def analyze(
     from moeshard.cli.loading import load_model
     from moeshard.cli.output import progress, tokens_per_second
     from moeshard.cli.terminal import print_json, warn
+    from moeshard.files.provenance import MADE, stamp
     from moeshard.profile.measure import analyze as measure
     from moeshard.profile.statistics import verdict
     from moeshard.traffic.domains import embedded_traffic, read_texts
@@ -108,6 +110,7 @@ def analyze(
             resume=resume,
             progress=tokens_per_second(update, "reading"),
         )
+    profile.facts[MADE] = stamp(sys.argv[1:])
     try:
         profile.save(out, force=force)
     except MoeshardError as error:
@@ -198,7 +201,7 @@ def _report(profile: Profile, found: Verdict, out: Path) -> None:
         profile.layers, concentration(profile, shown), mean_entropy(profile), _most_salient(profile), strict=True
     )
     for layer, row, entropy, (best, share, error) in rows:
-        salient = f"{best}: {share:.1%} ± {error:.1%}"
+        salient = f"{best}: {share:.1%} ± {'unknown' if math.isnan(error) else f'{error:.1%}'}"
         table.add_row(str(layer), *(f"{part:.0%}" for part in row), f"{entropy:.2f}", salient)
     even = [f"{top / profile.n_expert:.0%}" for top in shown]
     table.add_row("even", *even, f"{math.log(profile.n_expert):.2f}", f"{1 / profile.n_expert:.1%}", style="dim")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,11 +42,11 @@ def curve(
         str,
         typer.Option(
             **one_of("moeshard.evaluation.curve:CURVE_STRATEGIES", several=True),
-            help="How they are chosen, several after commas: ranked (per layer, by saliency), one-list (the same ids "
-            "in every layer), contiguous, or another strategy of plan.",
+            help="How they are chosen, several after commas: ranked (per layer, by saliency), reap, islands (of one "
+            "node), contiguous, one-list (the same ids in every layer).",
         ),
     ] = "ranked",
-    windows: Annotated[int, typer.Option(min=2, help="Windows of each domain.")] = 8,
+    windows: Annotated[int, typer.Option(min=4, help="Windows of each domain.")] = 8,
     window: Annotated[int, typer.Option(min=2, help="Tokens predicted in a window.")] = 256,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens at its beginning that do not count.")] = 64,
     out: Annotated[
@@ -67,16 +68,25 @@ def curve(
     """
     check_template(chat, chat_template)
     sizes = None if keep is None else _parse_sizes(keep)
+    names = [name.strip() for name in strategies.split(",")]
     form = "png" if png is None else _picture_form(png)
 
+    from moeshard import MoeshardError
     from moeshard.cli.files import STDOUT, Results, check_files, files_read
     from moeshard.cli.loading import load_model
-    from moeshard.cli.output import progress, warn_of_seen
+    from moeshard.cli.output import progress, warn_of_text
     from moeshard.cli.terminal import print_json
-    from moeshard.evaluation.curve import measure_curve
+    from moeshard.evaluation.curve import check_curve_strategy, measure_curve
+    from moeshard.files.provenance import MADE, stamp
     from moeshard.profile.record import read_profile
-    from moeshard.traffic.domains import embedded_traffic, read_texts, texts_seen
+    from moeshard.traffic.domains import embedded_traffic, read_texts
+    from moeshard.traffic.likeness import likeness
 
+    try:
+        for name in names:
+            check_curve_strategy(name)
+    except MoeshardError as error:
+        raise typer.BadParameter(f"--strategies: {error}") from error
     read = files_read(model, profile, *(chat or []), chat_template, texts=text)
     check_files(out, csv, binary=png, inputs=read, force=force, as_json=as_json)
     results = Results(force=force)
@@ -88,19 +98,20 @@ def curve(
     loaded = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers)
     given = read_texts(text or [], chat or [], model=loaded, template=chat_template or "")
     domains = given or embedded_traffic("heldout")
-    warn_of_seen(texts_seen(domains, measured.facts.get("texts")))
+    warn_of_text(likeness(domains, measured.facts.get("texts"), measured.facts.get("sketches")))
     with progress() as update:
         found = measure_curve(
             loaded,
             measured,
             domains,
             sizes=sizes,
-            strategies=[name.strip() for name in strategies.split(",")],
+            strategies=names,
             n_windows=windows,
             window=window,
             n_prompt=prompt,
             progress=lambda done, total: update("predicting", done / total),
         )
+    found.settings[MADE] = stamp(sys.argv[1:])
     results.write(out, found.to_text())
     results.write(csv, found.to_csv())
     if png is not None:

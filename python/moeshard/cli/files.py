@@ -11,8 +11,6 @@ from pathlib import Path
 
 import typer
 
-from moeshard.cli.terminal import pour
-
 STDOUT = Path("-")
 """As an output: stdout."""
 
@@ -86,7 +84,12 @@ class Results:
     def write(self, path: Path | None, data: str | bytes) -> None:
         """Write one file, or to stdout; None: nowhere."""
         if path == STDOUT:
-            pour(data)
+            from moeshard.cli.terminal import pour, pour_bytes
+
+            if isinstance(data, bytes):
+                pour_bytes(data)
+            else:
+                pour(data)
         elif path is not None:
             self._write(path, data)
 

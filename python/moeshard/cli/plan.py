@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,11 +44,19 @@ def plan(
         int | None, typer.Option(min=1, show_default="as the model", help="Experts per token on every node.")
     ] = None,
     cover: Annotated[bool, typer.Option("--cover", help="islands: every expert lives on some node.")] = False,
-    restarts: Annotated[int, typer.Option(min=1, help="islands: random beginnings, of which the best counts.")] = 16,
-    seed: Annotated[int, typer.Option(min=0, help="islands: of these beginnings.")] = 0,
+    restarts: Annotated[
+        int | None,
+        typer.Option(show_default="16", help="islands: random beginnings, of which the best counts."),
+    ] = None,
+    shrinkage: Annotated[
+        float | None,
+        typer.Option(show_default="0.1", help="islands: how far nodes are drawn to what all traffic needs, 0 to 1."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(show_default="0", help="islands: of these beginnings.")] = None,
     core: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="shared-core: part of a node that is the same everywhere.")
-    ] = 0.5,
+        float | None,
+        typer.Option(show_default="0.5", help="shared-core: part of a node that is the same everywhere, 0 to 1."),
+    ] = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -58,20 +67,25 @@ def plan(
     if (nodes is None) == (groups is None or keep is None) or (nodes is not None and (groups or keep)):
         raise typer.BadParameter("give either --groups with --keep, or --nodes")
 
+    from moeshard import MoeshardError
     from moeshard.cli.files import STDOUT, Results, check_files, files_read
     from moeshard.cli.terminal import print_json
+    from moeshard.files.provenance import MADE, stamp
     from moeshard.planning.budget import Use
-    from moeshard.planning.planner import make_plan
+    from moeshard.planning.options import options_of
+    from moeshard.planning.planner import check_strategy, make_plan
     from moeshard.profile.record import read_profile
     from moeshard.traffic.embedded import resolve_model
 
+    given = {"cover": cover or None, "restarts": restarts, "shrinkage": shrinkage, "seed": seed, "core": core}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    try:
+        check_strategy(strategy)
+        options_of(strategy, options)
+    except MoeshardError as error:
+        raise typer.BadParameter(str(error)) from error
     check_files(out, inputs=files_read(model, profile), force=force, as_json=as_json)
     results = Results(force=force)
-    options: dict[str, Any] = {}
-    if strategy == "islands":
-        options = {"restarts": restarts, "seed": seed, "cover": cover}
-    elif strategy == "shared-core":
-        options = {"core": core}
     made = make_plan(
         resolve_model(model),
         read_profile(profile),
@@ -83,6 +97,7 @@ def plan(
         per_layer=per_layer,
         **options,
     )
+    made.extra[MADE] = stamp(sys.argv[1:])
     results.write(out, made.to_json())
     if as_json:
         print_json(
@@ -90,7 +105,8 @@ def plan(
         )
     elif out != STDOUT:
         _report(made, model, out)
-    _say_what_fits(made)
+    if out != STDOUT:
+        _say_what_fits(made)
     results.finish()
 
 

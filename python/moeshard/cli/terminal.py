@@ -67,13 +67,18 @@ def say(text: object = "", *, nl: bool = True, **style: Any) -> None:
         typer.echo(typer.style(shown, **style) if style else shown, nl=nl)
 
 
-def pour(result: str | bytes) -> None:
-    """Write to stdout what is the result itself, at once; text bare unless a terminal would act on it."""
+def pour(text: str) -> None:
+    """Write text to stdout that is the result itself, at once; bare unless a terminal would act on it."""
     with writing_stdout():
-        if isinstance(result, bytes):
-            sys.stdout.buffer.write(result)
-        else:
-            sys.stdout.write(printable(result, lines=True) if sys.stdout.isatty() else result)
+        sys.stdout.write(printable(text, lines=True) if sys.stdout.isatty() else text)
+        sys.stdout.flush()
+
+
+def pour_bytes(data: bytes) -> None:
+    """Write to stdout what is no text."""
+    with writing_stdout():
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
         sys.stdout.flush()
 
 

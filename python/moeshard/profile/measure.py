@@ -17,7 +17,9 @@ from moeshard.gguf.identity import identify
 from moeshard.profile.record import Profile, read_profile
 from moeshard.progress import Progress
 from moeshard.runtime.session import Statistics
+from moeshard.runtime.trace import check_finite
 from moeshard.traffic.domains import Domain, check_names
+from moeshard.traffic.likeness import sketch
 from moeshard.traffic.windows import default_window, sequences
 
 if TYPE_CHECKING:
@@ -81,6 +83,7 @@ def analyze(
         "n_tokens": n_tokens,
         "n_generate": n_generate,
         "texts": {domain.name: domain.digest for domain in domains},
+        "sketches": {domain.name: sketch(domain) for domain in domains},
     }
     profile = _empty(model, domains, chosen, plan, facts)
     if resume and save_to is not None and os.path.exists(save_to):
@@ -100,10 +103,14 @@ def batch_sequences(window: int) -> int:
 
 def _check_layers(model: Model, layers: Sequence[int] | None) -> list[int]:
     if layers is None:
-        return list(model.moe_layers)
+        return list(model.computed_layers)
     for layer in layers:
         if layer not in model.moe_layers:
             raise MoeshardError(f"layer {layer} routes nothing; the MoE layers are {model.moe_layers}")
+        if layer not in model.computed_layers:
+            raise MoeshardError(
+                f"layer {layer} predicts further tokens and is not computed; there is nothing to measure in it"
+            )
     if not layers:
         raise MoeshardError("no layers to measure; leave out the option for all of them")
     return sorted(set(layers))
@@ -198,6 +205,8 @@ def _run(
             session.reset()
             tokens = {seq: plan[index].tokens for seq, index in enumerate(batch)}
             sums = session.measure(tokens, profile.layers.tolist(), scores_are_logits=scores_are_logits)
+            for row, layer in enumerate(profile.layers):
+                check_finite(model.path, int(layer), np.flatnonzero(~np.isfinite(sums.saliency[:, row]).all(axis=0)))
             _add(profile, batch, plan[batch[0]].domain, sums)
             for index in batch:
                 profile.n_tokens[index] = len(plan[index].tokens)

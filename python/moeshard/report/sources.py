@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moeshard._core import MoeshardError
@@ -25,8 +25,8 @@ class Sources:
     plan: Plan | None = None
     evaluation: Evaluation | None = None
     curve: Curve | None = None
-    files: tuple[str, ...] = ()
-    """That it was read from."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Where each was read from, by the names above."""
 
     @property
     def model(self) -> ModelIdentity:
@@ -58,7 +58,7 @@ def read_sources(paths: Sequence[str | os.PathLike[str]]) -> Sources:
                     f"one model"
                 )
         found[kind], names[kind] = value, name
-    sources = Sources(**found, files=tuple(os.fspath(path) for path in paths))
+    sources = Sources(**found, files=names)
     if sources.plan is not None and sources.evaluation is not None:
         planned, scored = (
             [node.name for node in sources.plan.nodes],

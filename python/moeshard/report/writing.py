@@ -1,4 +1,4 @@
-"""Writing a report: the page, and beside it a folder with its figures as PNG and their numbers as CSV."""
+"""Writing a report: the page, which holds everything, and beside it a folder with figures as PNG and numbers as CSV."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from moeshard.report.figures.curve import loss_curve
 from moeshard.report.figures.evaluation import comparison, loops, loss_matrix
 from moeshard.report.figures.plan import captured_matrix, keep_curve, overlap
 from moeshard.report.figures.profile import concentrated, heat, outstanding
-from moeshard.report.page import Shown, write_page
+from moeshard.report.origins import origins
+from moeshard.report.page import Head, Shown, write_page
 from moeshard.report.sources import Sources
+from moeshard.report.summary import summary
 
 
 def figures(sources: Sources) -> list[Figure]:
@@ -65,23 +67,28 @@ def write_report(sources: Sources, path: str | os.PathLike[str], *, force: bool 
     """
     made = _some_figures(sources)
     page, folder = Path(path), folder_of(path)
-    check_outputs([page], sources.files, force=force)
+    check_outputs([page], sources.files.values(), force=force)
     if folder.is_dir():
-        check_outputs([folder / name for name in _names(made)], sources.files, force=force)
+        check_outputs([folder / name for name in _names(made)], sources.files.values(), force=force)
     elif os.path.lexists(folder):
         raise MoeshardError(f"{folder}: is not a folder; figures are to be written into it: choose another name")
     shown, files = _draw(made)
-    text = write_page(_title(sources), _subtitle(sources), _facts(sources), shown, folder.name)
+    text = _page(sources, shown)
     with made_folder(folder):
         places: dict[StrPath, bytes | str] = {folder / name: data for name, data in files.items()}
-        write_together(places | {page: text}, inputs=sources.files, force=force)
+        write_together(places | {page: text}, inputs=sources.files.values(), force=force)
     return made
 
 
 def report_page(sources: Sources) -> str:
     """Return the page alone: see `write_report`."""
     shown, _ = _draw(_some_figures(sources))
-    return write_page(_title(sources), _subtitle(sources), _facts(sources), shown, None)
+    return _page(sources, shown)
+
+
+def _page(sources: Sources, shown: Sequence[Shown]) -> str:
+    head = Head(_title(sources), _subtitle(sources), summary(sources), _facts(sources), *origins(sources))
+    return write_page(head, shown)
 
 
 def _some_figures(sources: Sources) -> list[Figure]:
@@ -104,13 +111,12 @@ def _draw(made: Sequence[Figure]) -> tuple[list[Shown], dict[str, bytes | str]]:
     shown = []
     files: list[bytes | str] = []
     for figure in made:
-        pictures = []
-        for index, panel in enumerate(figure.panels):
-            svg, png = render(panel, figure.stem(index), f"{figure.title}: {panel.label}")
-            pictures.append(svg)
-            files.append(png)
-        files.append(figure.data.to_csv())
-        shown.append(Shown(figure, pictures))
+        drawn = [
+            render(panel, figure.stem(index), f"{figure.title}: {panel.label}")
+            for index, panel in enumerate(figure.panels)
+        ]
+        shown.append(Shown(figure, [svg for svg, _ in drawn], [png for _, png in drawn]))
+        files += [*(png for _, png in drawn), figure.data.to_csv()]
     return shown, dict(zip(_names(made), files, strict=True))
 
 
@@ -121,7 +127,7 @@ def _title(sources: Sources) -> str:
 def _subtitle(sources: Sources) -> str:
     model = sources.model
     routing = f"{counted(len(model.moe_layers), 'layer')} with {counted(model.n_expert, 'expert')} each"
-    return f"{model.arch}, {routing}; fingerprint {model.fingerprint}"
+    return f"{model.arch}, {routing}"
 
 
 def _facts(sources: Sources) -> list[tuple[str, str]]:

@@ -20,7 +20,7 @@ from moeshard.runtime.contexts import ContextPool
 from moeshard.runtime.facts import ModelFacts
 from moeshard.runtime.generation import Generation, generation_options
 from moeshard.runtime.limits import MAX_INT32
-from moeshard.runtime.origin import find_origin
+from moeshard.runtime.origin import Origin, find_origin
 from moeshard.runtime.session import Session, as_tokens
 from moeshard.runtime.template import Message
 from moeshard.runtime.trace import ChunkSink, Trace, TraceBuilder
@@ -37,7 +37,7 @@ class Model(ModelFacts):
 
     def __init__(
         self,
-        path: str | os.PathLike[str] | None = None,
+        path: str | os.PathLike[str] | Origin | None = None,
         *,
         keep: KeepSpec | None = None,
         trunk: str | os.PathLike[str] | None = None,
@@ -54,7 +54,7 @@ class Model(ModelFacts):
         """Load a model.
 
         Args:
-            path: a GGUF file, or the first part (``-00001-of-0000N.gguf``) of one.
+            path: a GGUF file, or the first part (``-00001-of-0000N.gguf``) of one; or segments of files.
             keep: load only these experts, as `moeshard.split` would write them but without a file: only their bytes are
                 read, and the memory used is that of the shard. The model then has that many experts, numbered anew in
                 their order: see `expert_ids`. Layers may keep different numbers of them.
@@ -122,9 +122,17 @@ class Model(ModelFacts):
         """Return the text of the tokens; bytes that are no UTF-8 become U+FFFD. `special` shows control tokens."""
         return self._native.detokenize(as_tokens(tokens), special).decode("utf-8", errors="replace")
 
+    def token_bytes(self, token: int) -> bytes:
+        """Return what a token reads, a control token too; a piece of a character, maybe."""
+        return self._native.detokenize([token], True)
+
     def is_end(self, token: int) -> bool:
         """Whether the model ends its answer with this token."""
         return self._native.is_end_of_generation(token)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._native.has_chat_template
 
     def chat_prompt(self, messages: Sequence[Message], *, template: str = "", answer: bool = True) -> str:
         """Format messages ``{"role": …, "content": …}`` as the model's chat template does, as transformers renders it.
@@ -301,7 +309,7 @@ class Model(ModelFacts):
         :class:`Trace` for shapes. For texts that should not be held in memory whole, see :meth:`trace_stream`.
         """
         array = as_tokens(tokens)
-        builder = TraceBuilder(self.moe_layers, len(array), self.n_expert_used, self.n_expert, probs=probs, norms=norms)
+        builder = TraceBuilder(self.routing, len(array), self.n_expert_used, probs=probs, norms=norms)
         self.trace_stream(array, builder.add, keep, probs=probs, norms=norms)
         return builder.build()
 

@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from moeshard.runtime.model import Model
 
 
-class TextWarning(UserWarning):
-    """Something of a chat was not read."""
-
-
 class Conversation(str):
     """A document made of messages in a model's chat template, and how that model reads it."""
 
@@ -40,6 +36,10 @@ class Conversation(str):
 def tokens_of(model: Model, document: str) -> Tokens:
     """Return int32 (n,): a document of a domain as a model reads it."""
     return document.tokens if isinstance(document, Conversation) else model.tokenize(document)
+
+
+class TextWarning(UserWarning):
+    """Something of a chat was not read."""
 
 
 @dataclass(frozen=True)
