@@ -7,10 +7,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from command_line import Cli
+from model_copy import copy_with
 
 import moeshard
 from moeshard import MoeshardError
@@ -20,17 +20,18 @@ from moeshard.traffic.domains import TextWarning, name_and_path, read_texts
 PROGRAM = [sys.executable, "-c", "from moeshard.cli import main; main()"]
 
 
-class Template:
-    """What `read_texts` asks of a model."""
-
-    def chat_prompt(self, messages: list[dict[str, str]], *, template: str = "", answer: bool = True) -> str:
-        return "".join(f"<{message['role']}>{message['content']}" for message in messages)
-
-    def chat_tokens(self, messages: list[dict[str, str]], **options: Any) -> list[int]:
-        return list(self.chat_prompt(messages).encode())
+TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
 
 
-MODEL: Any = Template()
+@pytest.fixture(scope="module")
+def templated(tinymoe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "model.gguf"
+    return copy_with(tinymoe, path, {"tokenizer.chat_template": TEMPLATE})
+
+
+@pytest.fixture(scope="module")
+def model(templated: Path) -> moeshard.Model:
+    return moeshard.Model(templated, n_threads=1)
 
 
 def chats(path: Path, *lines: str) -> Path:
@@ -46,26 +47,26 @@ def said(content: object, role: str = "user", **more: object) -> dict[str, objec
     return {"role": role, "content": content, **more}
 
 
-def read(path: Path) -> list[str]:
-    (domain,) = read_texts([], [path], model=MODEL)
+def read(path: Path, model: moeshard.Model) -> list[str]:
+    (domain,) = read_texts([], [path], model=model)
     assert domain.name == path.stem
     return list(domain.texts)
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085"])
-def test_lines_end_at_line_feeds_alone(separator: str, tmp_path: Path) -> None:
+def test_lines_end_at_line_feeds_alone(separator: str, model: moeshard.Model, tmp_path: Path) -> None:
     text = f"one{separator}two"
     path = chats(tmp_path / "c.jsonl", line(said(text)), "", line(said("three")) + "\r", "")
-    assert read(path) == [f"<user>{text}", "<user>three"]
+    assert read(path, model) == [f"<user>{text}", "<user>three"]
 
 
-def test_line_numbers_are_those_of_editors(tmp_path: Path) -> None:
+def test_line_numbers_are_those_of_editors(model: moeshard.Model, tmp_path: Path) -> None:
     path = chats(tmp_path / "c.jsonl", line(said("a\u2028b")), "", "nonsense")
     with pytest.raises(MoeshardError, match="c.jsonl, line 3: is not JSON"):
-        read(path)
+        read(path, model)
 
 
-def test_parts_are_joined_and_what_is_no_text_is_said(tmp_path: Path) -> None:
+def test_parts_are_joined_and_what_is_no_text_is_said(model: moeshard.Model, tmp_path: Path) -> None:
     image = {"type": "image_url", "image_url": {"url": "data:…"}}
     call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
     path = chats(
@@ -79,7 +80,7 @@ def test_parts_are_joined_and_what_is_no_text_is_said(tmp_path: Path) -> None:
         line(said(None)),
     )
     with pytest.warns(TextWarning) as caught:
-        texts = read(path)
+        texts = read(path, model)
     assert texts == ["<user>what is\nthis?", "<user>ask<assistant><tool>4<assistant>four", "<user>ask<assistant>"]
     (warning,) = caught
     assert str(warning.message).endswith("c.jsonl': not read: 3 'image_url' parts, 2 empty chats, 3 tool calls")
@@ -100,23 +101,23 @@ def test_parts_are_joined_and_what_is_no_text_is_said(tmp_path: Path) -> None:
         "a",
     ],
 )
-def test_what_is_no_message(message: object, tmp_path: Path) -> None:
+def test_what_is_no_message(message: object, model: moeshard.Model, tmp_path: Path) -> None:
     path = chats(tmp_path / "c.jsonl", line(said("good")), line(message))
     with pytest.raises(MoeshardError, match="c.jsonl, line 2: expected"):
-        read(path)
+        read(path, model)
 
 
-def test_nothing_but_pictures(tmp_path: Path) -> None:
+def test_nothing_but_pictures(model: moeshard.Model, tmp_path: Path) -> None:
     path = chats(tmp_path / "c.jsonl", line(said([{"type": "image"}])))
     with pytest.raises(MoeshardError, match="is empty but for what is no text"):
-        read(path)
+        read(path, model)
 
 
-def test_halves_of_characters_are_replaced_and_said(tmp_path: Path) -> None:
+def test_halves_of_characters_are_replaced_and_said(model: moeshard.Model, tmp_path: Path) -> None:
     path = tmp_path / "c.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "half \\ud83d of \\udc00"}]}')
     with pytest.warns(TextWarning, match="not read: 2 lone surrogates"):
-        assert read(path) == ["<user>half \ufffd of \ufffd"]
+        assert read(path, model) == ["<user>half \ufffd of \ufffd"]
 
 
 def test_names_that_are_no_utf_8(tmp_path: Path) -> None:
@@ -128,30 +129,13 @@ def test_names_that_are_no_utf_8(tmp_path: Path) -> None:
     assert readable("é\ud800\udfff") == "é\ufffd\ufffd"
 
 
-def test_analyze_goes_on(cli: Cli, tmp_path: Path) -> None:
+def test_analyze_goes_on(cli: Cli, templated: Path, tmp_path: Path) -> None:
     """With a model whose template is known: nothing of a chat stops hours of work."""
     path = tmp_path / "c.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "\\ud83d ' + "word " * 40 + '"}]}')
-    templated = with_template(tmp_path / "model.gguf")
     done = cli("analyze", templated, "--chat", path, "-o", tmp_path / "p.npz", "--threads", 1)
     assert done.code == 0, done.err
     assert "1 lone surrogate" in done.err and "TextWarning" not in done.err
-
-
-def with_template(path: Path) -> Path:
-    """The embedded model with a chat template, written byte for byte otherwise."""
-    source = moeshard.embedded_model()
-    file, data = moeshard.GGUFMap(source), source.read_bytes()
-    key, text = b"tokenizer.chat_template", b"{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}"
-    entry = len(key).to_bytes(8, "little") + key + (8).to_bytes(4, "little") + len(text).to_bytes(8, "little") + text
-    (part,) = file.parts
-    start, size = part.metadata_range
-    count = int.from_bytes(data[16:24], "little") + 1
-    first = min(info.offset for info in file.tensor_infos)
-    header = data[:16] + count.to_bytes(8, "little") + data[24 : start + size] + entry + data[start + size : first]
-    header = header.rstrip(b"\0") if header.endswith(b"\0" * part.alignment) else header
-    path.write_bytes(header + bytes(-len(header) % part.alignment) + data[first:])
-    return path
 
 
 def run(*arguments: str | bytes | Path) -> subprocess.CompletedProcess[bytes]:

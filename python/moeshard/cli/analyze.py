@@ -89,7 +89,7 @@ def analyze(
     if export_ranking is not None:
         no_stdout(export_ranking, "a ranking beside a profile")
     partial = out.with_name(out.name + ".partial")
-    read = files_read(model, *(chat or []), texts=text)
+    read = files_read(model, *(chat or []), chat_template, texts=text)
     check_files(out, export_ranking, inputs=read, force=force)
     check_files(partial, inputs=[*read, out], force=True)
     loaded = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers)

@@ -87,7 +87,7 @@ def curve(
             check_curve_strategy(name)
     except MoeshardError as error:
         raise typer.BadParameter(f"--strategies: {error}") from error
-    read = files_read(model, profile, *(chat or []), texts=text)
+    read = files_read(model, profile, *(chat or []), chat_template, texts=text)
     check_files(out, csv, binary=png, inputs=read, force=force, as_json=as_json)
     results = Results(force=force)
     if png is not None:

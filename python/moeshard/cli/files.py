@@ -48,7 +48,7 @@ def check_files(
 
 
 def files_read(
-    model: str | None = None, *files: Path | None, texts: Iterable[str] | None = None, folder: Path | None = None
+    model: str | None = None, *files: Path | str | None, texts: Iterable[str] | None = None, folder: Path | None = None
 ) -> list[str]:
     """Return the files that a command reads.
 
