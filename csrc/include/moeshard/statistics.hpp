@@ -13,8 +13,10 @@ namespace moeshard {
 // expert's output is multiplied by, a *norm* the L2 norm of that output before, and a *contribution* weight x norm.
 class RoutingStatistics {
 public:
-    // `scores_are_logits`: the router's scores have yet to go through a softmax (gpt-oss).
-    RoutingStatistics(int32_t n_seq, std::vector<int32_t> layers, int32_t n_expert, bool scores_are_logits);
+    // `scores_are_logits`: the router's scores have yet to go through a softmax (gpt-oss). Without `pairs`, which take
+    // by far the most room, `together` and `cosaliency` stay empty.
+    RoutingStatistics(int32_t n_seq, std::vector<int32_t> layers, int32_t n_expert, bool scores_are_logits,
+                      bool pairs = true);
 
     // Layers that are not among those asked for are skipped. The trace must hold norms and probs. Throws Error on a
     // sequence or an expert that is out of range.
@@ -40,6 +42,7 @@ private:
     std::vector<int32_t> layers_;
     int32_t n_expert_;
     bool scores_are_logits_;
+    bool pairs_;
 };
 
 }  // namespace moeshard

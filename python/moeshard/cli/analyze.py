@@ -64,7 +64,7 @@ def analyze(
     if micro and tokens is not None:
         raise typer.BadParameter("--micro says how many tokens; leave --tokens out")
 
-    from moeshard import write_ranking
+    from moeshard import MoeshardError, write_ranking
     from moeshard.cli.loading import load_model
     from moeshard.cli.output import check_free, print_json, progress, tokens_per_second, warn
     from moeshard.profile.measure import analyze as measure
@@ -93,7 +93,11 @@ def analyze(
             resume=resume,
             progress=tokens_per_second(update, "reading"),
         )
-    profile.save(out, force=force)
+    try:
+        profile.save(out, force=force)
+    except MoeshardError as error:
+        raise MoeshardError(f"{error}; what was measured is in '{partial}': run this again with --resume") from error
+    partial.unlink(missing_ok=True)
     if export_ranking is not None:
         write_ranking(export_ranking, profile.ranking(ranking), profile.layers.tolist(), force=force)
     found = verdict(profile)

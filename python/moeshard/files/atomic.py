@@ -1,20 +1,28 @@
-"""Small files that are there whole or not at all."""
+"""Files that are there whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import secrets
+from collections.abc import Iterator
+from typing import IO
 
 from moeshard._core import MoeshardError
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes | str, *, force: bool = False) -> None:
-    """Write a file under a name beside it, flush it to the disk, then rename it.
+    """Write a small file as `atomic_file` does; text is written as UTF-8."""
+    with atomic_file(path, force=force) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[IO[bytes]]:
+    """Open a file to be written under a name beside it, which at the end is flushed to the disk and renamed.
 
     Args:
         path: of the file; its folder must exist. A symbolic link is followed.
-        data: what the file shall hold; text is written as UTF-8.
         force: whether an existing file is replaced.
 
     Raises:
@@ -30,17 +38,19 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str, *, force: 
                 raise MoeshardError(f"cannot write '{name}': it exists and is not a file; choose another name")
             if not force:
                 raise MoeshardError(f"'{name}' exists; choose another name, or replace it with --force (force=True)")
-        _replace(target, data.encode() if isinstance(data, str) else data)
+        with _replacing(target) as file:
+            yield file
     except (OSError, ValueError) as error:  # ValueError: a path that no system call takes, a text that has no UTF-8
         raise MoeshardError(f"cannot write '{name}': {getattr(error, 'strerror', None) or error}") from error
 
 
-def _replace(target: str, data: bytes) -> None:
+@contextlib.contextmanager
+def _replacing(target: str) -> Iterator[IO[bytes]]:
     # Not made from the target's name, to which nothing could be added where it is as long as names may be.
     temporary = os.path.join(os.path.dirname(target), f".moeshard-{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
