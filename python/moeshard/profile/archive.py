@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from moeshard.arrays import Counts, Floats
 from moeshard.files.atomic import atomic_file
-from moeshard.profile.packed import VALUES, Cells, Packed, Sequences, correlations, packed, products, squares, triangle
+from moeshard.profile.packed import VALUES, Cells, Sequences, correlations, packed, products, squares, triangle
 
 VERSION = 3
 _PLAIN = ("layers", "domain", "n_tokens", "entropy", "peak")
@@ -86,7 +86,7 @@ def _put_parts(
     *,
     small: bool = False,
 ) -> None:
-    """Write an array by its parts; `small` ones, mostly zeros, are compressed: of others it makes little, and takes long."""
+    """Write an array by its parts. Only what is `small`, mostly zeros, is compressed: elsewhere that gains little."""
     info = zipfile.ZipInfo(f"{name}.npy")
     info.compress_type = zipfile.ZIP_DEFLATED if small else zipfile.ZIP_STORED
     info._compresslevel = 1  # type: ignore[attr-defined]

@@ -1,10 +1,10 @@
 """What an analysis has measured so far, in a file that grows: each time only what is new is written.
 
-The file is a line that says what it is, then blocks: a kind, the length and CRC-32 of what it holds, and that. The first
-block (``head``) says what is measured. Each block ``sums`` holds the pairs of one domain so far. Each block ``done``
-holds the sequences that are new, and where the newest pairs of each domain are; it is written last, when all else is on
-the disk, and only what the newest whole one names counts. A process that is killed leaves what the newest ``done`` says,
-whatever follows it. Pairs that no ``done`` names any more are written over: the file holds those of each domain twice.
+The file is a line that says what it is, then blocks: a kind, the CRC-32 and length of what it holds, and that. The
+first block (``head``) says what is measured. A block ``sums`` holds the pairs of one domain so far. A block ``done``
+holds the sequences that are new, and where the newest pairs of each domain are. It is written when all else is on the
+disk, and only pairs that the last ``done`` names count: a process that is killed leaves what that says, whatever comes
+after it. Pairs that are named no more are written over, so that the file holds those of a domain at most twice.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ class Checkpoint:
     @staticmethod
     def _open(name: str, found: _Found) -> Checkpoint:
         try:
-            file = open(name, "r+b")  # noqa: SIM115: until `close`
+            # Open until `close`.
+            file = open(name, "r+b")  # noqa: SIM115
             file.truncate(found.end)  # what a killed process left unfinished
         except OSError as error:
             raise MoeshardError(f"cannot write '{name}': {error.strerror or error}") from error
@@ -243,12 +244,13 @@ def _pairs_to_bytes(pairs: Pairs) -> bytes:
 def _pairs_from_bytes(content: bytes) -> Pairs:
     rows, n_expert = (int(n) for n in np.frombuffer(content, "<i8", 2))
     half = n_expert * (n_expert + 1) // 2
-    parts = np.split(np.frombuffer(content, "<u4", offset=16), np.cumsum([rows * half, rows * half]))
-    together, cosaliency = (
-        squares(part.view(kind).reshape(rows, half), n_expert)
-        for part, kind in zip(parts, ("<i4", "<f4"), strict=False)
+    parts = np.split(np.frombuffer(content, "<i4", offset=16), np.cumsum([rows * half, rows * half]))
+    together, cosaliency = (part.reshape(rows, half) for part in parts[:2])
+    return Pairs(
+        squares(together, n_expert),
+        squares(cosaliency.view("<f4"), n_expert),
+        parts[2].view("<f4").reshape(rows, n_expert).copy(),
     )
-    return Pairs(together, cosaliency, parts[2].view("<f4").reshape(rows, n_expert).copy())
 
 
 def _done_to_bytes(new: Measured, places: Mapping[int, tuple[int, int]]) -> bytes:

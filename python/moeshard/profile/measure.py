@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = 2048
 SAVE_SECONDS = 30.0
-"""Between two times that what was measured is kept in a file, or `SAVE_TIMES` as long as that takes, if that is more."""
+"""Between two times that what was measured is written to a file, or `SAVE_TIMES` as long as that takes."""
 SAVE_TIMES = 20.0
 
 

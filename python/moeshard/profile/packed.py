@@ -86,7 +86,7 @@ class Packed(np.lib.mixins.NDArrayOperatorsMixin):
 
     ndim = 3
 
-    def rows(self, sequences: npt.ArrayLike, dtype: npt.DTypeLike = None) -> npt.NDArray[Any]:
+    def rows(self, sequences: npt.ArrayLike, dtype: npt.DTypeLike | None = None) -> npt.NDArray[Any]:
         """Return (n, M, E): what some sequences (indices) hold."""
         chosen = np.atleast_1d(np.asarray(sequences, dtype=np.int64))
         out = np.zeros((chosen.size, *self.shape[1:]), dtype=self.dtype if dtype is None else dtype)
@@ -117,7 +117,7 @@ class Packed(np.lib.mixins.NDArrayOperatorsMixin):
         for at in range(0, len(self), _BLOCK):
             yield from self.rows(np.arange(at, min(at + _BLOCK, len(self))))
 
-    def __array__(self, dtype: npt.DTypeLike = None, copy: bool | None = None) -> npt.NDArray[Any]:
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
         return self.rows(np.arange(len(self)), dtype)
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
@@ -201,7 +201,7 @@ def first(sequences: Sequences, n: int) -> Sequences:
 
 
 def packed(arrays: Mapping[str, npt.NDArray[Any] | Packed]) -> Sequences:
-    """Pack arrays that are packed already, or not, or some of them; those that were packed together stay as they are."""
+    """Pack arrays, some of which may be packed already; all that were packed together stay as they are."""
     found = [array for array in arrays.values() if isinstance(array, Packed)]
     if len(found) == len(VALUES) and all(array.cells is found[0].cells for array in found):
         values = {name: array.values for name, array in zip(arrays, found, strict=True)}

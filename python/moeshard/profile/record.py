@@ -191,8 +191,8 @@ def read_profile(path: str | os.PathLike[str]) -> Profile:
 def _read_unfinished(name: str) -> Profile:
     document, measured = read_checkpoint(name)
     head = parse_named(name, "profile", json.dumps(document), _read_head)
-    plan = [np.array(take(document, key, list), dtype=np.int32) for key in ("layers", "domain")]
-    profile = unfinished(head.model, head.domains, *plan, measured, head.facts)
+    layers, domain = (np.array(take(document, key, list), dtype=np.int32) for key in ("layers", "domain"))
+    profile = unfinished(head.model, head.domains, layers, domain, measured, head.facts)
     _check_shapes(profile, name)
     return profile
 
