@@ -199,8 +199,8 @@ def lone_node(profile: Profile, size: int, strategy: str, *, expert_groups: int 
     if strategy not in CURVE_STRATEGIES:
         raise MoeshardError(f"unknown strategy '{strategy}'; choose from {', '.join(CURVE_STRATEGIES)}")
     if strategy == ONE_LIST:
-        mass = profile.mass.sum(axis=1, keepdims=True)
-        profile = replace(profile, saliency=np.repeat(mass, profile.layers.size, axis=1))
+        mass = np.asarray(profile.mass).sum(axis=1, keepdims=True)
+        profile = replace(profile, saliency=np.broadcast_to(mass, profile.mass.shape))
         strategy = "ranked"
     return choose_experts(profile, [size], strategy, expert_groups=expert_groups)[0]
 

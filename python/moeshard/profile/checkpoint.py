@@ -180,6 +180,8 @@ class _Found:
 def _reading(name: str) -> Iterator[IO[bytes]]:
     try:
         with open(name, "rb") as file:
+            if file.read(len(_MAGIC)) != _MAGIC:
+                raise MoeshardError(f"{name}: is not what an interrupted analysis left; remove it to begin anew")
             yield file
     except OSError as error:
         raise MoeshardError(f"cannot read '{name}': {error.strerror or error}") from error

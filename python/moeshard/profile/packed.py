@@ -2,7 +2,7 @@
 
 A sequence chooses a part of a layer's experts, and what it adds up for each scatters by far more than float16 rounds: a
 value keeps 11 significant bits. Values are held in units of a power of two that no value of their row (a sequence in a
-layer) reaches, so that taking them out again rounds nothing and packing them once more changes nothing. Of squares the
+layer) exceeds, so that taking them out again rounds nothing and packing them once more changes nothing. Of squares the
 roots are held, which need half the range.
 
 With h a value, H the largest of its row: the error is at most h / 2048 (h / 1024 of squares), or where h is less than
@@ -168,8 +168,9 @@ def pack(arrays: Mapping[str, npt.NDArray[Any]]) -> Sequences:
 
 
 def _scales(array: Floats) -> Floats:
-    """The power of two above the largest value of each row; 1 of rows of zeros."""
-    _, exponents = np.frexp(np.abs(array).max(axis=-1, initial=0))
+    """The least power of two that is no less than the largest value of each row; 1 of rows of zeros."""
+    largest, exponents = np.frexp(np.abs(array).max(axis=-1, initial=0))
+    exponents = np.where(largest == 0.5, exponents - 1, exponents)  # a power of two
     # Neither the scale nor its inverse may leave the range of float32.
     scales: Floats = np.ldexp(np.float32(1), np.clip(exponents, -120, 126))
     return scales
@@ -213,10 +214,10 @@ def packed(arrays: Mapping[str, npt.NDArray[Any] | Packed]) -> Sequences:
     return join(parts) if parts else nothing(0, m, e)
 
 
-def regrouped(arrays: Mapping[str, npt.NDArray[Any] | Packed], groups: int) -> dict[str, npt.NDArray[Any] | Packed]:
+def regrouped(arrays: Mapping[str, npt.NDArray[Any] | Packed], groups: int) -> dict[str, Any]:
     """Return the same arrays with each group of experts as a row of its own: (S, M * groups, E / groups)."""
     again: dict[int, Cells] = {}
-    result: dict[str, npt.NDArray[Any] | Packed] = {}
+    result: dict[str, Any] = {}
     for name, array in arrays.items():
         n, m, e = array.shape
         shape = (n, m * groups, e // groups)
