@@ -94,6 +94,7 @@ def _child(name: str, file: Path, shape: str, options: argparse.Namespace) -> di
 def _step(name: str, file: str, options: argparse.Namespace) -> dict[str, Any]:
     n_layer, n_expert = (int(n) for n in options.shapes.split("x"))
     found = _make(file, n_layer, n_expert, options.sequences) if name == "make" else _plan(file, name, options.nodes)
+    found["cpu"] = time.process_time()
     found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return found
 
@@ -106,12 +107,11 @@ def _make(file: str, n_layer: int, n_expert: int, n_sequences: int) -> dict[str,
     growth = Growth(unfinished(identity, names, np.arange(n_layer, dtype=np.int32), domain, None, {"seconds": 0.0}))
     keeper = Keeper(growth, f"{file}.partial", resumed=False)
     seconds = []
-    rng = np.random.default_rng(0)
-    favourites = _favourites(rng, n_layer, n_expert)
+    traffic = _Traffic(n_layer, n_expert)
     while growth.n < n_sequences:
         own = int(domain[growth.n])
         n = min(per_batch, n_sequences - growth.n)
-        growth.add([N_TOKENS] * n, own, _batch(rng, favourites[own], n))
+        growth.add([N_TOKENS] * n, own, traffic.batch(own, n))
         if growth.n % PER_KEEP == 0 or growth.n == n_sequences:
             seconds.append(keeper.keep())
     keeper.close()
@@ -128,38 +128,52 @@ def _make(file: str, n_layer: int, n_expert: int, n_sequences: int) -> dict[str,
     }
 
 
-def _favourites(rng: np.random.Generator, n_layer: int, n_expert: int) -> np.ndarray:
-    """How much each topic likes each expert: (domains, topics, M, E), logarithms."""
-    everywhere = rng.normal(0, 0.7, (n_layer, n_expert))
-    of_domain = rng.normal(0, 0.9, (N_DOMAINS, 1, n_layer, n_expert))
-    of_topic = rng.normal(0, 0.7, (N_DOMAINS, N_TOPICS, n_layer, n_expert))
-    return (everywhere + of_domain + of_topic).astype(np.float32)
+class _Traffic:
+    """Made-up traffic. Random numbers come from a pool, from another place each time: drawing them would take hours."""
 
+    def __init__(self, n_layer: int, n_expert: int):
+        self._rng = rng = np.random.default_rng(0)
+        shape = (n_layer, n_expert)
+        everywhere = rng.normal(0, 0.8, shape)
+        of_domain = rng.normal(0, 1.5, (N_DOMAINS, 1, *shape))
+        of_topic = rng.normal(0, 1.2, (N_DOMAINS, N_TOPICS, *shape))
+        self._likes = np.exp(everywhere + of_domain + of_topic).astype(np.float32)
+        size = PER_KEEP // N_DOMAINS * n_layer * n_expert + (1 << 20)
+        self._noise = np.exp(rng.normal(0, 0.8, size)).astype(np.float32)
+        self._weight = rng.gamma(8, 1 / 64, size).astype(np.float32)
+        self._norm = rng.gamma(16, 1 / 16, size).astype(np.float32)
+        self._even = rng.random(size, dtype=np.float32)
 
-def _batch(rng: np.random.Generator, favourites: np.ndarray, n: int) -> Statistics:
-    """What a batch of sequences of one domain, of random topics, adds up to."""
-    likes = favourites[rng.integers(N_TOPICS, size=n)]
-    likes = np.exp(likes + rng.normal(0, 0.7, likes.shape).astype(np.float32))
-    chance = np.minimum(likes * (TOP_K / likes.sum(axis=2, keepdims=True)), 0.9)
-    count = rng.binomial(N_TOKENS, chance).astype(np.int32)
-    weight = rng.gamma(8, 1 / 64, count.shape).astype(np.float32)
-    mass = count * weight
-    saliency = mass * rng.gamma(16, 1 / 16, count.shape).astype(np.float32)
-    energy = saliency**2 / np.maximum(count, 1) * 1.25
-    rows = [array.transpose(1, 2, 0) for array in (count.astype(np.float32), saliency)]
-    together, products = (np.matmul(own, own.transpose(0, 2, 1)) / N_TOKENS for own in rows)
-    np.einsum("mee->me", together)[:] = count.sum(axis=0)
-    np.einsum("mee->me", products)[:] = energy.sum(axis=0)
-    return Statistics(
-        count=count,
-        mass=mass.astype(np.float64),
-        saliency=saliency.astype(np.float64),
-        energy=energy.astype(np.float64),
-        entropy=np.full(count.shape[:2], 600.0),
-        peak=np.ones(count.shape[1:], dtype=np.float32),
-        together=np.rint(together).astype(np.int32),
-        cosaliency=products,
-    )
+    def batch(self, domain: int, n: int) -> Statistics:
+        """What a batch of sequences of one domain, of random topics, adds up to."""
+        likes = self._likes[domain, self._rng.integers(N_TOPICS, size=n)]
+        likes *= self._some(self._noise, likes.shape)
+        chance = np.minimum(likes * (TOP_K / likes.sum(axis=2, keepdims=True)), 0.9)
+        count = (N_TOKENS * chance + self._some(self._even, chance.shape)).astype(np.int32)
+        mass = count * self._some(self._weight, count.shape)
+        saliency = mass * self._some(self._norm, count.shape)
+        energy = saliency**2 / np.maximum(count, 1) * np.float32(1.25)
+        rows = [array.transpose(1, 2, 0) for array in (count.astype(np.float32), saliency)]
+        together, products = (np.matmul(own, own.transpose(0, 2, 1)) for own in rows)
+        together /= N_TOKENS
+        products /= N_TOKENS
+        np.einsum("mee->me", together)[:] = count.sum(axis=0)
+        np.einsum("mee->me", products)[:] = energy.sum(axis=0)
+        return Statistics(
+            count=count,
+            mass=mass,
+            saliency=saliency,
+            energy=energy,
+            entropy=np.full(count.shape[:2], 600.0),
+            peak=np.ones(count.shape[1:], dtype=np.float32),
+            together=together.astype(np.int32),
+            cosaliency=products,
+        )
+
+    def _some(self, pool: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        size = int(np.prod(shape))
+        start = int(self._rng.integers(pool.size - size + 1))
+        return pool[start : start + size].reshape(shape)
 
 
 def _plan(file: str, name: str, n_nodes: int) -> dict[str, Any]:

@@ -191,7 +191,8 @@ def test_damaged_profiles_are_refused(profile: Profile, tmp_path: Path) -> None:
 
     for name, value in (
         ("count", arrays["count"][:-1]),
-        ("mass", arrays["mass"].astype(int)),
+        ("mass.low", arrays["mass.low"].astype(float)),
+        ("mass.high", arrays["mass.high"] | 0x7C),
         ("mass_scale", arrays["mass_scale"] * np.nan),
         ("cells", arrays["cells"] | 1),
         ("cells", arrays["cells"][:, 1:]),

@@ -19,7 +19,7 @@ from moeshard.profile.record import Profile
 
 _DIMENSIONS = 64
 _ROUNDS = 10
-_BLOCK = 128
+_BLOCK = 512
 """Sequences that are looked at at once."""
 
 
@@ -66,6 +66,16 @@ def losses(profile: Profile, sequences: Ints, keeps: list[Rows]) -> Doubles:
         for node, keep in enumerate(keeps):
             lost[at, node] = parts.lost(keep)
     return lost
+
+
+def products(profile: Profile, sequences: Ints, weights: Doubles, owner: Ints, n_nodes: int) -> Floats:
+    """Return float32 (nodes, M, E, E): sums of products over each node's sequences; `weights` and `owner` are (S,)."""
+    n_layer, n_expert = profile.layers.size, profile.n_expert
+    found = np.zeros((n_nodes, n_layer, n_expert, n_expert), dtype=np.float32)
+    for at, parts in _blocks(profile, sequences):
+        for node in np.unique(owner[at]):
+            parts.add_products(np.where(owner[at] == node, weights[at], 0), found[node])
+    return found
 
 
 def _blocks(profile: Profile, sequences: Ints) -> Iterator[tuple[slice, Contributions]]:

@@ -61,6 +61,11 @@ class Contributions:
     def products(self, weights: Doubles) -> Floats:
         """Return float32 (M, E, E): sums of products of contributions over sequences weighted by (S,)."""
         products = np.zeros(self.pairs.shape[1:], dtype=np.float32)
+        self.add_products(weights, products)
+        return products
+
+    def add_products(self, weights: Doubles, products: Floats) -> None:
+        """Add them to `products`."""
         for pairs, span in zip(self.pairs, self.spans, strict=True):
             own = span.start + np.flatnonzero(weights[span] > 0)
             if not own.size:
@@ -69,7 +74,6 @@ class Contributions:
             for row in range(len(products)):
                 roots = self.roots[row, own] * scale
                 products[row] += pairs[row] * (roots.T @ roots)
-        return products
 
 
 def _form(roots: Floats, pairs: Floats, experts: Ints) -> Floats:

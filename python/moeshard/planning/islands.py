@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 
 from moeshard.arrays import Doubles, Floats, Ints, Rows
-from moeshard.planning.condensed import Condensed, condense, first_centres, losses
+from moeshard.planning.condensed import Condensed, condense, first_centres, losses, products
 from moeshard.planning.cosaliency import domain_units, least_lost
 from moeshard.planning.strategies import across_layers, best
 from moeshard.profile.record import Profile
@@ -27,6 +27,8 @@ FOLLOWED = 4
 """Of so many beginnings one is followed to its end."""
 GROUPS = 2048
 """So many sequences are looked at, each of which may stand for several."""
+REFINED = 4
+"""So often at most, at the end, are all of them."""
 
 
 @dataclass(frozen=True)
@@ -102,22 +104,57 @@ def islands(
     by_products = _by_products(traffic, sizes, shrinkage, fewest)
     found: tuple[float, list[Rows], Ints] | None = None
     for index, owner in enumerate(begun.owners):
-        keeps, owner = _alternate(owner, by_products)
-        begun.owners[index] = owner
-        if cover:
-            keeps = _cover(keeps, traffic, owner)
+        keeps, begun.owners[index] = _alternate(owner, by_products)
+        if not traffic.is_condensed and cover:
+            keeps = _cover(keeps, traffic, begun.owners[index])
         lost = _lost(traffic, keeps)
         if found is None or lost < found[0]:
-            found = lost, keeps, owner
+            found = lost, keeps, begun.owners[index]
     assert found is not None
     lost, keeps, owner = found
     own = owner[traffic.groups.group]
     if traffic.is_condensed:
-        each = losses(profile, traffic.measured, keeps)
+        keeps, each = _refined(profile, traffic, keeps, sizes, shrinkage, fewest)
+        if cover:
+            keeps = _cover(keeps, traffic, owner)
+            each = losses(profile, traffic.measured, keeps)
         own, lost = each.argmin(axis=1), float(each.min(axis=1) @ traffic.weights)
     owners = np.full(profile.n_tokens.size, -1)
     owners[traffic.measured] = own
     return Islands(keeps, owners, lost)
+
+
+def _refined(
+    profile: Profile,
+    traffic: _Traffic,
+    keeps: list[Rows],
+    sizes: Sequence[int],
+    shrinkage: float,
+    fewest: int | None,
+) -> tuple[list[Rows], Doubles]:
+    """Alternate on with every sequence for itself, as long as that helps: the nodes, and what each loses of each."""
+    each = losses(profile, traffic.measured, keeps)
+    for _ in range(REFINED):
+        owner = each.argmin(axis=1)
+        sums = products(profile, traffic.measured, traffic.weights, owner, len(sizes))
+        everywhere = sums.sum(axis=0)
+        better = []
+        for node, size in enumerate(sizes):
+            weight = traffic.weights[owner == node].sum()
+            own = everywhere if weight <= 0 else _drawn(sums[node], weight, everywhere, shrinkage)
+            better.append(least_lost(own, size, traffic.protected, fewest))
+        after = losses(profile, traffic.measured, better)
+        if after.min(axis=1) @ traffic.weights >= each.min(axis=1) @ traffic.weights:
+            break
+        keeps, each = better, after
+    return keeps, each
+
+
+def _drawn(own: Floats, weight: float, everywhere: Floats, shrinkage: float) -> Floats:
+    """A node's products, by what its sequences weigh, drawn toward those of all traffic; changes `own`."""
+    own *= np.float32((1 - shrinkage) / weight)
+    own += np.float32(shrinkage) * everywhere
+    return own
 
 
 def _traffic(profile: Profile) -> _Traffic:
@@ -184,18 +221,14 @@ def _by_products(traffic: _Traffic, sizes: Sequence[int], shrinkage: float, fewe
     parts, weights = traffic.groups.parts, traffic.groups.weights
     everywhere = parts.products(weights)
 
-    def products(own: Rows) -> Floats:
+    def wanted(own: Rows) -> Floats:
         weight = weights[own].sum()
         if weight <= 0:
             return everywhere
-        found = parts.products(np.where(own, weights, 0) * ((1 - shrinkage) / weight))
-        found += np.float32(shrinkage) * everywhere
-        return found
+        return _drawn(parts.products(np.where(own, weights, 0)), weight, everywhere, shrinkage)
 
     def step(owner: Ints) -> tuple[list[Rows], Doubles]:
-        keeps = [
-            least_lost(products(owner == node), size, traffic.protected, fewest) for node, size in enumerate(sizes)
-        ]
+        keeps = [least_lost(wanted(owner == node), size, traffic.protected, fewest) for node, size in enumerate(sizes)]
         return keeps, _losses(traffic, keeps)
 
     return step

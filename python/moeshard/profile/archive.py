@@ -12,6 +12,9 @@
 | `correlation` | float16, the same shape: of `cosaliency`, in units of the roots of both squares |
 | `squares` | float32 (D, M, E): the diagonal of `cosaliency` |
 
+Each float16 array is held as two of uint8, `….high` and `….low`: the high bytes, sign, exponent and first digits, are
+much alike and are compressed; the low ones would not get smaller.
+
 Version 2 holds all arrays of a `Profile` as they are, version 1 all but `energy` and `cosaliency`.
 """
 
@@ -31,9 +34,10 @@ from moeshard.profile.packed import VALUES, Cells, Sequences, correlations, pack
 
 VERSION = 3
 _PLAIN = ("layers", "domain", "n_tokens", "entropy", "peak")
-_NAMES = {"count": "count", "mass": "mass", "saliency": "saliency_by_sequence", "energy": "energy_root"}
+_HALVES = {"mass": "mass", "saliency": "saliency_by_sequence", "energy": "energy_root"}
 """Of arrays of sequences in the file. Under `saliency` others look for one score per expert."""
-_HELD = {"mass": "mass_scale", "saliency": "saliency_scale", "energy": "energy_scale"}
+_BYTES = (".low", ".high")
+_SCALES = {"mass": "mass_scale", "saliency": "saliency_scale", "energy": "energy_scale"}
 
 
 def write_archive(
@@ -50,9 +54,10 @@ def write_archive(
         for name in _PLAIN:
             _put(archive, name, arrays[name])
         _put(archive, "cells", sequences.cells.bits)
-        for name, stored in _NAMES.items():
-            _put(archive, stored, sequences.values[name], small=name == "count")
-        for name, stored in _HELD.items():
+        _put(archive, "count", sequences.values["count"], small=True)
+        for name, stored in _HALVES.items():
+            _put_halves(archive, stored, sequences.values[name].shape, [sequences.values[name]])
+        for name, stored in _SCALES.items():
             _put(archive, stored, sequences.scales[name], small=True)
         _put_pairs(archive, arrays["together"], arrays["cosaliency"])
 
@@ -64,13 +69,27 @@ def _put_pairs(archive: zipfile.ZipFile, together: Counts, cosaliency: Floats) -
     _put_parts(archive, "together", kind, shape, (triangle(own).astype(kind) for own in together), small=True)
     diagonals = np.empty((domains, layers, n_expert), dtype=np.float32)
 
-    def units() -> Iterable[npt.NDArray[np.float16]]:
-        for own, diagonal in zip(cosaliency, diagonals, strict=True):
-            half, diagonal[:] = correlations(own)
-            yield half
-
-    _put_parts(archive, "correlation", np.dtype("<f2"), shape, units())
+    units = np.empty(shape, dtype=np.float16)
+    for half, own, diagonal in zip(units, cosaliency, diagonals, strict=True):
+        half[:], diagonal[:] = correlations(own)
+    _put_halves(archive, "correlation", shape, units)
     _put(archive, "squares", diagonals)
+
+
+def _put_halves(
+    archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], parts: Iterable[npt.NDArray[np.float16]]
+) -> None:
+    for index, suffix in enumerate(_BYTES):
+        planes = (part.astype("<f2", copy=False).view(np.uint8)[..., index::2] for part in parts)
+        _put_parts(archive, name + suffix, np.dtype(np.uint8), shape, planes, small=suffix == _BYTES[1])
+
+
+def _halves(file: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float16]:
+    found = np.empty((*shape[:-1], 2 * shape[-1]), dtype=np.uint8)
+    for index, suffix in enumerate(_BYTES):
+        found[..., index::2] = _checked(file, name + suffix, "u", shape)
+    halves: npt.NDArray[np.float16] = found.view("<f2")
+    return _finite(name, halves)
 
 
 def _put(archive: zipfile.ZipFile, name: str, array: npt.NDArray[Any], *, small: bool = False) -> None:
@@ -104,7 +123,7 @@ def from_archive(file: Mapping[str, Any], version: int, n_expert: int) -> dict[s
     """
     if version < VERSION:
         arrays = {name: file[name] for name in (*_PLAIN, "count", "mass", "together")}
-        arrays["saliency"] = file[_NAMES["saliency"]]
+        arrays["saliency"] = file[_HALVES["saliency"]]
         if version > 1:
             return {**arrays, "energy": file["energy"], "cosaliency": file["cosaliency"]}
         energy = _least_energy(arrays)
@@ -121,8 +140,9 @@ def _sequences(file: Mapping[str, Any], n_rows: int, n_expert: int) -> Sequences
         raise ValueError(f"'cells' is {bits.dtype} {bits.shape}")
     cells = Cells.of(bits, n_rows, n_expert)
     n = int(cells.ends[-1]) if len(bits) else 0
-    values = {name: _checked(file, stored, "u" if name == "count" else "f", (n,)) for name, stored in _NAMES.items()}
-    scales = {name: _checked(file, stored, "f", (len(bits), n_rows)) for name, stored in _HELD.items()}
+    values = {"count": _checked(file, "count", "u", (n,))}
+    values |= {name: _halves(file, stored, (n,)) for name, stored in _HALVES.items()}
+    scales = {name: _checked(file, stored, "f", (len(bits), n_rows)) for name, stored in _SCALES.items()}
     return Sequences(cells, values, scales)
 
 
@@ -135,7 +155,7 @@ def _pairs(file: Mapping[str, Any], n_expert: int) -> dict[str, npt.NDArray[Any]
     for own, half in zip(together, counts, strict=True):
         own[:] = squares(half, n_expert)
     del counts
-    units = _checked(file, "correlation", "f", shape)
+    units = _halves(file, "correlation", shape)
     cosaliency = np.empty((*diagonal.shape, n_expert), dtype=np.float32)
     for own, half, sums in zip(cosaliency, units, diagonal, strict=True):
         own[:] = products(half, sums)
@@ -146,7 +166,13 @@ def _checked(file: Mapping[str, Any], name: str, kind: str, shape: tuple[int, ..
     array: npt.NDArray[Any] = file[name]
     if array.dtype.kind != kind or array.shape != shape:
         raise ValueError(f"'{name}' is {array.dtype} {array.shape}, not {shape}")
-    if kind == "f" and not np.isfinite(array).all():
+    return _finite(name, array) if kind == "f" else array
+
+
+def _finite(name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    # In pieces: what is not finite may be large.
+    flat = array.reshape(-1)
+    if not all(np.isfinite(flat[at : at + (1 << 22)]).all() for at in range(0, flat.size, 1 << 22)):
         raise ValueError(f"'{name}' holds values that are not finite")
     return array
 

@@ -175,7 +175,7 @@ def read_profile(path: str | os.PathLike[str]) -> Profile:
             if not zipfile.is_zipfile(archive):  # numpy would speak of pickles
                 raise MoeshardError(f"{name}: is not a profile, or it is damaged; `moeshard analyze` makes one")
         with np.load(name, allow_pickle=False) as file:
-            if "head" not in file or "saliency_by_sequence" not in file:
+            if "head" not in file:
                 raise MoeshardError(f"{name}: is not a profile; `moeshard analyze` makes one")
             head = parse_named(name, "profile", str(file["head"]), _read_head)
             arrays = from_archive(file, head.version, head.model.n_expert)
