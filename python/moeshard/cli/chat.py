@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moeshard.cli.generate import MAX_SEED
 from moeshard.cli.options import GpuLayersOption, ModelArgument, ThreadsOption
 from moeshard.cli.serve import ContextOption, PlanOption, TemplateOption, load_local, read_template
+from moeshard.runtime.limits import MAX_SEED
 
 if TYPE_CHECKING:
     import asyncio

@@ -92,7 +92,7 @@ def serve(
 
     require_serving()
 
-    from moeshard.cli.output import warn
+    from moeshard.cli.terminal import warn
     from moeshard.serving.app import build
     from moeshard.serving.auth import read_keys
     from moeshard.serving.local import LocalOptions

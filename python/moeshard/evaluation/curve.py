@@ -210,8 +210,8 @@ def lone_node(profile: Profile, size: int, strategy: str, *, expert_groups: int 
     """
     check_curve_strategy(strategy)
     if strategy == ONE_LIST:
-        mass = profile.mass.sum(axis=1, keepdims=True)
-        profile = replace(profile, saliency=np.repeat(mass, profile.layers.size, axis=1))
+        mass = np.asarray(profile.mass).sum(axis=1, keepdims=True)
+        profile = replace(profile, saliency=np.broadcast_to(mass, profile.mass.shape))
         strategy = "ranked"
     return choose_experts(profile, [size], strategy, expert_groups=expert_groups)[0]
 

@@ -158,7 +158,7 @@ def saliency_held(model: Model, keeps: Sequence[Keep], prompts: Sequence[Tokens]
         for at in range(0, len(prompts), per_batch):
             batch = prompts[at : at + per_batch]
             session.reset()
-            saliency = session.measure(dict(enumerate(batch)), layers).saliency[: len(batch)]
+            saliency = session.measure(dict(enumerate(batch)), layers, pairs=False).saliency[: len(batch)]
             for row, layer in enumerate(layers):
                 check_finite(model.path, layer, np.flatnonzero(~np.isfinite(saliency[:, row]).all(axis=0)))
             share = saliency / np.maximum(saliency.sum(axis=2, keepdims=True), 1e-30)

@@ -17,10 +17,11 @@ from moeshard.gguf.identity import ModelIdentity, identify, no_experts
 from moeshard.keep.text import Keep, held_range
 from moeshard.planning.budget import Memory, Use, fit, largest_keep, shard_memory
 from moeshard.planning.deal import group_experts
-from moeshard.planning.islands import islands
+from moeshard.planning.islands import Begun, islands
 from moeshard.planning.options import ISLANDS, SHARED_CORE, IslandsOptions, SharedCoreOptions, check_cover, options_of
 from moeshard.planning.plan import PER_LAYER, Plan, PlanNode
 from moeshard.planning.strategies import CHOOSING, STRATEGIES, across_layers, shared_core
+from moeshard.profile.packed import VALUES, regrouped
 from moeshard.profile.ranking import read_ranking
 from moeshard.profile.record import Profile
 from moeshard.profile.statistics import captured
@@ -168,9 +169,12 @@ def make_plan(
         if size < fewest:
             raise MoeshardError(f"a node cannot do with {size} experts per layer: a token uses {fewest}")
 
+    # What is searched for again, for nodes a little smaller, is searched for from what was found.
+    more = options | ({"begun": Begun()} if strategy == ISLANDS else {})
+
     def choose(sizes: Sequence[int]) -> list[Keep]:
         return choose_experts(
-            profile, sizes, strategy, expert_groups=groups, fewest=fewest if per_layer else None, **options
+            profile, sizes, strategy, expert_groups=groups, fewest=fewest if per_layer else None, **more
         )
 
     def exact(keep: Keep) -> Memory:
@@ -261,7 +265,7 @@ def _regrouped(profile: Profile, groups: int) -> Profile:
     """The same profile with each group of experts as a layer of its own."""
     if groups == 1:
         return profile
-    n_seq, n_rows, n_expert = profile.count.shape
+    _, n_rows, n_expert = profile.count.shape
     size = n_expert // groups
     n_domain = len(profile.domains)
 
@@ -270,21 +274,15 @@ def _regrouped(profile: Profile, groups: int) -> Profile:
         diagonal: npt.NDArray[Any] = np.einsum("dmgagb->dmgab", blocks).reshape(n_domain, n_rows * groups, size, size)
         return diagonal
 
-    return Profile(
-        replace(profile.model, n_expert=size),
-        profile.domains,
-        np.repeat(profile.layers, groups),
-        profile.domain,
-        profile.n_tokens,
-        profile.count.reshape(n_seq, n_rows * groups, size),
-        profile.mass.reshape(n_seq, n_rows * groups, size),
-        profile.saliency.reshape(n_seq, n_rows * groups, size),
-        profile.energy.reshape(n_seq, n_rows * groups, size),
-        np.repeat(profile.entropy, groups, axis=1),
-        profile.peak.reshape(n_domain, n_rows * groups, size),
-        within(profile.together),
-        within(profile.cosaliency),
-        profile.facts,
+    return replace(
+        profile,
+        model=replace(profile.model, n_expert=size),
+        layers=np.repeat(profile.layers, groups),
+        **regrouped({name: getattr(profile, name) for name in VALUES}, groups),
+        entropy=np.repeat(profile.entropy, groups, axis=1),
+        peak=profile.peak.reshape(n_domain, n_rows * groups, size),
+        together=within(profile.together),
+        cosaliency=within(profile.cosaliency),
     )
 
 
