@@ -231,7 +231,8 @@ def test_colours_can_be_read(page: Path) -> None:
     known = {"#000000", "#ffffff", "none", *(f"var(--{name})" for name in PALETTE)}
     for letters in re.findall(r"<text[^>]*>", text):
         fill = re.search(r"fill: ([^;\"]+)", letters)
-        assert fill is not None and fill[1] in known, letters
+        # Without one it is black, in a bright cell.
+        assert fill is None or fill[1] in known, letters
 
 
 def test_the_verdict_comes_first(page: Path, evaluation: Evaluation, files: dict[str, Path], tmp_path: Path) -> None:
@@ -266,7 +267,8 @@ def test_where_it_comes_from_is_told(cli: Cli, files: dict[str, Path], page: Pat
     document = json.loads(files["eval.json"].read_text())
     assert document["made"]["moeshard"] == moeshard.__version__
     assert document["made"]["command"].startswith("moeshard evaluate tinymoe --plan")
-    for word in (document["made"]["date"], document["made"]["command"], str(files["eval.json"]), moeshard.__version__):
+    minute = document["made"]["date"][:16].replace("T", " ")
+    for word in (minute, document["made"]["command"], str(files["eval.json"]), moeshard.__version__):
         assert word in text
     for digest in document["settings"]["texts"].values():
         assert digest[:12] in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
 from typing import Any
 
 from moeshard.files.provenance import MADE, stamp
@@ -22,7 +23,7 @@ def origins(sources: Sources) -> tuple[str, list[tuple[str, Table]]]:
     commands: list[list[Cell]] = []
     for kind, made in _made(sources):
         name = sources.files.get(kind, _UNKNOWN)
-        rows.append([kind, name, _text(made, "date"), _text(made, "moeshard")])
+        rows.append([kind, name, _minute(_text(made, "date")), _text(made, "moeshard")])
         commands.append([kind, _text(made, "command")])
     facts: list[list[Cell]] = [
         ["name", model.name],
@@ -39,7 +40,9 @@ def origins(sources: Sources) -> tuple[str, list[tuple[str, Table]]]:
         ("Commands", Table(["", "command"], commands)),
         ("Texts, by their SHA-256", Table(["used to", "domain", "begins with"], texts)),
     ]
-    return f"Made on {now['date']} by moeshard {now['moeshard']}.", [table for table in tables if table[1].rows]
+    return f"Made on {_minute(now['date'])} (UTC) by moeshard {now['moeshard']}.", [
+        table for table in tables if table[1].rows
+    ]
 
 
 def _made(sources: Sources) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -65,6 +68,14 @@ def _texts(sources: Sources) -> Iterator[tuple[str, dict[str, str]]]:
     ):
         if isinstance(found, dict):
             yield use, {str(name): str(digest) for name, digest in found.items()}
+
+
+def _minute(date: str) -> str:
+    """Write ``2026-03-01T12:34:56+00:00`` shorter; anything else as it is."""
+    try:
+        return datetime.fromisoformat(date).astimezone(timezone.utc).strftime("%Y-%m-%d %H:%M")
+    except ValueError:
+        return date
 
 
 def _text(made: Mapping[str, Any], key: str) -> str:

@@ -45,6 +45,7 @@ table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tab
 th, td { padding: .2rem .5rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
 th:first-child, td:first-child, .words td, .words th { text-align: left }
 .words td { white-space: normal; overflow-wrap: anywhere; vertical-align: top }
+.words td:first-child { white-space: nowrap; overflow-wrap: normal }
 thead th { color: var(--faint); font-weight: 600 }
 caption { caption-side: top; text-align: left; color: var(--faint); padding: .3rem 0; white-space: nowrap }
 details { margin: .6rem 0 }

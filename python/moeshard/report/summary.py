@@ -27,8 +27,8 @@ def _sentences(sources: Sources) -> Iterator[str]:
         yield f"{_held(plan, evaluation)}: {_lost(evaluation.placed)}."
         if len(evaluation.groups) > 1:
             yield (
-                f"That is with each session on the node that its prompt is placed on; sent to any node it would be "
-                f"{_change(evaluation.hashed.ratio)}, by an oracle {_change(evaluation.oracle.ratio)}."
+                f"That is with each session on the node that its prompt is placed on. On the best node for each it "
+                f"would be {_change(evaluation.oracle.ratio)}, on any node {_change(evaluation.hashed.ratio)}."
             )
         yield _loops(evaluation)
         yield from warnings(evaluation.settings.likeness)
@@ -89,8 +89,8 @@ def _size(n_bytes: float) -> str:
 
 
 def _change(ratio: float) -> str:
-    """Write what a ratio of perplexities changes: ``+16%``; a large one as ``5.2 times``."""
-    return f"{100 * (ratio - 1):+.0f}%" if ratio < 3 else f"{ratio:.1f} times"
+    """Write what a ratio of perplexities changes: ``+16%``; a large one as ``5.2 times as high``."""
+    return f"{100 * (ratio - 1):+.0f}%" if ratio < 3 else f"{ratio:.1f} times as high"
 
 
 def _lost(scores: Scores) -> str:

@@ -143,7 +143,7 @@ def concentrated(profile: Profile) -> Figure:
         x = np.arange(profile.n_expert + 1)
         for index, curve in enumerate(curves):
             label = "each layer" if index == 0 else None
-            axes.plot(x, [0, *(100 * curve)], color=COLOURS[0], alpha=0.3, linewidth=0.8, label=label)
+            axes.plot(x, [0, *(100 * curve)], color=COLOURS[0], alpha=0.6, linewidth=0.6, label=label)
         axes.plot(x, [0, *(100 * curves.mean(axis=0))], color=COLOURS[0], linewidth=2.2, label="mean of the layers")
         if len(curves) > 1:
             axes.plot(x, [0, *(100 * by_id)], color=COLOURS[1], linestyle="--", label="summed over ids (misleads)")
