@@ -4,6 +4,9 @@
 set(MOESHARD_LLAMA_DIR  ${CMAKE_CURRENT_LIST_DIR}/../third_party/llama.cpp)
 set(MOESHARD_LLAMA_TREE ${MOESHARD_LLAMA_DIR}/tree)
 file(GLOB _patches CONFIGURE_DEPENDS ${MOESHARD_LLAMA_DIR}/patches/*.patch)
+# As the library says what it was built from.
+file(STRINGS ${MOESHARD_LLAMA_DIR}/pin.txt MOESHARD_LLAMA_PIN REGEX "^[^#]")
+string(REGEX MATCH "^[^ =]+==[^ ]+" MOESHARD_LLAMA_PIN "${MOESHARD_LLAMA_PIN}")
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS
     ${MOESHARD_LLAMA_DIR}/pin.txt ${MOESHARD_LLAMA_DIR}/prepare.py ${_patches})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,11 @@ from moeshard import MoeshardError
 from moeshard.profile.measure import analyze
 from moeshard.profile.record import Profile, read_profile
 from moeshard.profile.statistics import (
+    SUPER_HITS,
+    captured_curve,
     concentration,
     mean_entropy,
+    peak_ratios,
     share_errors,
     shares,
     summed_concentration,
@@ -149,6 +153,35 @@ def test_super_experts_stand_out_in_their_layer(profile: Profile) -> None:
     loud.peak = profile.peak.copy()
     loud.peak[0, 1, 7] = 11 * np.median(profile.peak.max(axis=0)[1])
     assert np.argwhere(super_experts(loud)).tolist() == [[1, 7]]
+
+
+def test_experts_without_traffic_make_no_super_experts(model: moeshard.Model, cli: Cli, tmp_path: Path) -> None:
+    """Monotonous text uses less than half of the experts: the median over all would be 0, and each "infx" of it."""
+    text = "aaaaaaaaaaaaaaaa " * 60
+    found = analyze(model, [Domain("a", (text,))], window=WINDOW)
+    used = found.count.sum(axis=0) > 0
+    assert used.mean() < 0.5 and (used.sum(axis=1) < 64).any()
+    ratios = peak_ratios(found)
+    assert np.isfinite(ratios).all() and (ratios[~used] == 0).all() and (ratios[used] > 0).all()
+    assert not super_experts(found).any()
+    (tmp_path / "a.txt").write_text(text)
+    done = cli("analyze", "tinymoe", "--text", tmp_path / "a.txt", "-o", tmp_path / "a.npz", "--threads", 1)
+    assert done.code == 0 and "No super experts" in done.out and "inf" not in done.out
+
+
+def test_super_experts_are_seen_more_than_once(profile: Profile) -> None:
+    loud = replace(profile, peak=profile.peak.copy(), count=profile.count.copy())
+    loud.peak[0, 1, [7, 9]] = 20 * np.median(profile.peak.max(axis=0)[1])
+    loud.count[:, 1, [7, 9]] = 0
+    loud.count[0, 1, 7], loud.count[0, 1, 9] = SUPER_HITS, SUPER_HITS - 1
+    assert np.argwhere(super_experts(loud)).tolist() == [[1, 7]]
+    # Rare experts, whose outputs had no chance to be large, do not make the others look so.
+    rare = replace(profile, peak=profile.peak.copy(), count=profile.count.copy())
+    rare.count[:, 2, :100], rare.peak[:, 2, :100] = 0, 0
+    rare.count[0, 2, :100], rare.peak[0, 2, :100] = 1, 1e-3
+    assert not super_experts(rare).any()
+    rare.count[:], rare.peak[:] = 0, 0
+    assert (peak_ratios(rare) == 0).all()
 
 
 def test_survives_a_file(profile: Profile, tmp_path: Path) -> None:
@@ -301,18 +334,65 @@ def test_standard_errors_are_those_of_other_samples(profile: Profile) -> None:
     assert 0.8 < said.mean() / scatter.mean() < 1.25
 
 
-def test_chats_end_where_they_end(tmp_path: Path) -> None:
-    class Chatty:
-        def chat_prompt(self, messages: list[dict[str, str]], *, answer: bool) -> str:
-            return "+".join(message["role"] for message in messages) + ("+?" if answer else "")
+def few_sequences(profile: Profile, number: int) -> Profile:
+    """The first sequences of each domain alone."""
+    rows = np.concatenate([np.flatnonzero(profile.domain == index)[:number] for index in range(len(profile.domains))])
+    by_sequence = ("domain", "n_tokens", "count", "mass", "saliency", "energy", "entropy")
+    return replace(profile, **{name: getattr(profile, name)[rows] for name in by_sequence})
 
+
+def test_errors_of_a_single_sequence_are_unknown(profile: Profile, cli: Cli, tmp_path: Path) -> None:
+    alone = few_sequences(profile, 1)
+    assert np.isnan(share_errors(alone)).all()
+    found = verdict(alone)
+    assert found.is_too_small and not found.is_known and "unknown" in str(found) and "nan" not in str(found)
+    assert np.isfinite(share_errors(few_sequences(profile, 2))).all()
+    share, low, high = captured_curve(few_sequences(profile, 3), [32, 128])
+    assert 0 < share[0] < share[1] == pytest.approx(1) and np.isnan([low, high]).all()
+    assert np.isfinite(captured_curve(few_sequences(profile, 4), [32])).all()
+
+    text = tmp_path / "short.txt"
+    text.write_text(moeshard.embedded_text("en")[:300])
+    arguments = ("analyze", "tinymoe", "-o", tmp_path / "p.npz", "--text", text, "--threads", 1)
+    said = cli(*arguments).out
+    assert "± unknown" in said and "± 0" not in said and "nan" not in said
+    facts = json.loads(cli(*arguments, "--force", "--json").out)
+    assert facts["most_salient"]["0"]["standard_error"] is None and facts["spread"] is None
+
+
+def test_intervals_of_captured_shares_hold_the_truth(profile: Profile) -> None:
+    """Of a known distribution of traffic, few sequences of a few domains."""
+    rng = np.random.default_rng(8)
+    rates = np.sort(rng.gamma(1.0, 1.0, (3, 1, 1, 16)), axis=3)[..., ::-1]
+    truth = (rates.sum(axis=0) / rates.sum(axis=0).sum(axis=2, keepdims=True))[0, 0, :4].sum()
+    held, trials = 0, 300
+    for _ in range(trials):
+        s, shape = 18, (18, 1, 16)
+        # What a text needs varies from text to text.
+        saliency = (np.repeat(rates, 6, axis=0)[:, 0] * rng.gamma(8, 1 / 8, shape)).astype(np.float32)
+        sample = replace(
+            profile,
+            model=replace(profile.model, n_expert=16),
+            domains=["a", "b", "c"],
+            layers=profile.layers[:1],
+            domain=np.repeat(np.arange(3, dtype=np.int32), 6),
+            n_tokens=np.full(s, 64, dtype=np.int32),
+            saliency=saliency,
+        )
+        _, low, high = captured_curve(sample, [4])[:, 0]
+        held += low <= truth <= high
+    assert held / trials > 0.95 - 3 * np.sqrt(0.95 * 0.05 / trials)
+
+
+def test_chats_end_where_they_end(model: moeshard.Model, tmp_path: Path) -> None:
     lines = [["user"], ["user", "assistant"]]
     path = tmp_path / "chat.jsonl"
     path.write_text(
         "\n".join(json.dumps({"messages": [{"role": role, "content": "x"} for role in line]}) for line in lines)
     )
-    (domain,) = read_texts([], [path], model=Chatty())  # type: ignore[arg-type]
-    assert domain.texts == ("user+?", "user+assistant")
+    (domain,) = read_texts([], [path], model=model, template="chatml")
+    asked, answered = domain.texts
+    assert asked.endswith("<|im_end|>\n<|im_start|>assistant\n") and answered.endswith("assistant\nx<|im_end|>\n")
 
 
 def test_bad_traffic_is_named(model: moeshard.Model, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import moeshard
-from moeshard import MoeshardError
+from moeshard import MoeshardError, _core
 from moeshard.evaluation.loops import (
     Loops,
     Prompt,
@@ -97,28 +97,36 @@ def test_intervals_are_wilsons(n_up: int, n: int, interval: tuple[float, float])
 
 
 class TestSampling:
-    def test_draws_by_probability(self) -> None:
-        logits = np.tile(np.log(np.array([[0.05, 0.5, 0.3, 0.15]])), (4000, 1)).astype(np.float32)
-        chances = (np.arange(4000) + 0.5) / 4000
-        drawn = Sampling(1, top_k=0, top_p=1, min_p=0).draw(logits, chances)
-        np.testing.assert_allclose(np.bincount(drawn) / 4000, [0.05, 0.5, 0.3, 0.15], atol=1e-3)
-        colder = Sampling(0.5, top_k=0, top_p=1, min_p=0).draw(logits, chances)
-        squares = np.array([0.05, 0.5, 0.3, 0.15]) ** 2
-        np.testing.assert_allclose(np.bincount(colder) / 4000, squares / squares.sum(), atol=1e-3)
+    CHANCES = (0.05, 0.5, 0.3, 0.15)
+
+    def drawn(self, model: moeshard.Model, sampling: Sampling, n: int) -> np.ndarray:
+        """Draw tokens 0 to 3 by their chances, no other."""
+        logits = np.full(model.n_vocab, -np.inf, dtype=np.float32)
+        logits[:4] = np.log(self.CHANCES)
+        sampler = _core.Sampler(model._native, sampling.params(seed=1))
+        return np.array([sampler.sample(logits) for _ in range(n)])
+
+    @pytest.mark.parametrize("temperature", [1, 0.5])
+    def test_draws_by_probability(self, model: moeshard.Model, temperature: float) -> None:
+        n = 4000
+        drawn = self.drawn(model, Sampling(temperature, top_k=0, top_p=1, min_p=0), n)
+        wanted = np.array(self.CHANCES) ** (1 / temperature)
+        wanted /= wanted.sum()
+        errors = np.sqrt(wanted * (1 - wanted) / n)
+        assert (np.abs(np.bincount(drawn, minlength=4) / n - wanted) < 5 * errors).all()
 
     @pytest.mark.parametrize(
         ("sampling", "left"),
         [
             (Sampling(1, top_k=2, top_p=1, min_p=0), {1, 2}),
-            (Sampling(1, top_k=0, top_p=0.5, min_p=0), {1}),
+            (Sampling(1, top_k=0, top_p=0.45, min_p=0), {1}),
             (Sampling(1, top_k=0, top_p=0.6, min_p=0), {1, 2}),
             (Sampling(1, top_k=0, top_p=1, min_p=0.2), {1, 2, 3}),
             (Sampling(0), {1}),
         ],
     )
-    def test_drops_the_unlikely(self, sampling: Sampling, left: set[int]) -> None:
-        logits = np.tile(np.log(np.array([[0.05, 0.5, 0.3, 0.15]])), (1000, 1)).astype(np.float32)
-        assert set(sampling.draw(logits, np.linspace(0, 0.999999, 1000)).tolist()) == left
+    def test_drops_the_unlikely(self, model: moeshard.Model, sampling: Sampling, left: set[int]) -> None:
+        assert set(self.drawn(model, sampling, 200).tolist()) == left
 
     @pytest.mark.parametrize("wrong", [{"temperature": -1}, {"temperature": np.inf}, {"top_k": -1}, {"top_p": 0}])
     def test_refuses_what_means_nothing(self, wrong: dict[str, float]) -> None:
@@ -142,7 +150,7 @@ class TestAnswers:
         requests = [Request(prompt, seed) for seed in (1, 2, 1)] + [Request(prompt, seed) for seed in range(17)]
         done: list[int] = []
         answers = write_answers(model, requests, 16, progress=done.append)
-        assert [answer.size for answer in answers] == [16] * 20 and done == [16, 4]
+        assert [answer.size for answer in answers] == [16] * 20 and sum(done) == 20
         np.testing.assert_array_equal(answers[0], answers[2])
         assert (answers[0] != answers[1]).any()
         for answer, again in zip(answers, write_answers(model, requests, 16), strict=True):
@@ -151,13 +159,19 @@ class TestAnswers:
         with pytest.raises(MoeshardError, match="prompt is empty"):
             write_answers(model, [Request(np.zeros(0, dtype=np.int32), 0)], 4)
 
-    def test_end_where_the_model_ends_them(self, model: moeshard.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_end_where_the_model_ends_them(self, model: moeshard.Model, tmp_path: Path) -> None:
         prompts = [model.tokenize(embedded_text(domain)[:100]) for domain in embedded_domains()[:2]]
         requests = [Request(prompt, 0) for prompt in prompts]
         whole = write_answers(model, requests, 12, sampling=Sampling(0))
         end = int(whole[0][5])
-        monkeypatch.setattr(moeshard.Model, "is_end", lambda _, token: token == end)
-        for answer, all_of_it in zip(write_answers(model, requests, 12, sampling=Sampling(0)), whole, strict=True):
+        offset, size = moeshard.GGUFMap(model.path).parts[0].entry_ranges["tokenizer.ggml.eos_token_id"]
+        data = bytearray(Path(model.path).read_bytes())
+        data[offset + size - 4 : offset + size] = end.to_bytes(4, "little")
+        file = tmp_path / "ends.gguf"
+        file.write_bytes(data)
+        ending = moeshard.Model(file, n_threads=1)
+        assert ending.is_end(end)
+        for answer, all_of_it in zip(write_answers(ending, requests, 12, sampling=Sampling(0)), whole, strict=True):
             ends = np.flatnonzero(all_of_it == end)
             np.testing.assert_array_equal(answer, all_of_it[: ends[0] if ends.size else 12])
 

@@ -4,11 +4,11 @@
 #include <cstring>
 #include <memory>
 
-#include "arrays.hpp"
-#include "interrupt.hpp"
+#include "bindings/arrays.hpp"
+#include "bindings/interrupt.hpp"
+#include "bindings/register.hpp"
 #include "moeshard/context.hpp"
 #include "moeshard/statistics.hpp"
-#include "register.hpp"
 
 using moeshard::Context;
 using moeshard::ContextParams;
@@ -39,9 +39,9 @@ std::shared_ptr<Context> make(std::shared_ptr<moeshard::Model> model, int32_t n_
 }
 
 Outputs to_outputs(const std::string& name) {
-    if (name == "none") return Outputs::none;
-    if (name == "last") return Outputs::last;
-    if (name == "all") return Outputs::all;
+    if (name == "none") return Outputs::kNone;
+    if (name == "last") return Outputs::kLast;
+    if (name == "all") return Outputs::kAll;
     throw moeshard::Error("outputs must be 'none', 'last' or 'all', not '" + name + "'");
 }
 
@@ -68,9 +68,9 @@ std::vector<py::array_t<float>> decode(Context& context, const std::vector<std::
     std::vector<float*> data;
     for (const Input& input : given.inputs) {
         const auto n_tokens = static_cast<py::ssize_t>(input.n_tokens);
-        const py::ssize_t rows = input.outputs == Outputs::all    ? n_tokens
-                                 : input.outputs == Outputs::last ? std::min<py::ssize_t>(n_tokens, 1)
-                                                                  : 0;
+        const py::ssize_t rows = input.outputs == Outputs::kAll    ? n_tokens
+                                 : input.outputs == Outputs::kLast ? std::min<py::ssize_t>(n_tokens, 1)
+                                                                   : 0;
         logits.emplace_back(std::vector<py::ssize_t>{rows, n_vocab});
         data.push_back(logits.back().mutable_data());
     }
@@ -101,7 +101,7 @@ py::tuple to_python(UbatchTrace& trace) {
 
 void trace(Context& context, const std::vector<std::pair<int32_t, TokenArray>>& arrays, const py::function& sink,
            bool probs, bool norms) {
-    const Inputs given(arrays, Outputs::none);
+    const Inputs given(arrays, Outputs::kNone);
     const py::gil_scoped_release nogil;
     context.trace(given.inputs, TraceOptions{probs, norms}, [&](UbatchTrace& ubatch) {
         const py::gil_scoped_acquire gil;
@@ -114,7 +114,7 @@ void trace(Context& context, const std::vector<std::pair<int32_t, TokenArray>>& 
 // last two are None without `pairs`.
 py::tuple measure(Context& context, const std::vector<std::pair<int32_t, TokenArray>>& arrays,
                   const std::vector<int32_t>& layers, bool scores_are_logits, bool pairs) {
-    const Inputs given(arrays, Outputs::none);
+    const Inputs given(arrays, Outputs::kNone);
     const int32_t n_expert = context.model().routing().n_expert;
     RoutingStatistics sums(context.n_seq_max(), layers, n_expert, scores_are_logits, pairs);
     {
@@ -143,6 +143,8 @@ void register_context(py::module_& m) {
         .def(py::init(&make), py::arg("model"), py::kw_only(), py::arg("n_ctx") = 0, py::arg("n_batch") = 2048,
              py::arg("n_ubatch") = 512, py::arg("n_seq_max") = 1, py::arg("n_threads") = 0)
         .def_property_readonly("n_ctx", &Context::n_ctx)
+        .def_property_readonly("capacity", &Context::capacity)
+        .def("limit", &Context::limit, py::arg("n_ctx"))
         .def_property_readonly("n_seq_max", &Context::n_seq_max)
         .def_property_readonly("n_graph_reuses", &Context::n_graph_reuses)
         .def_property_readonly(

@@ -1,4 +1,4 @@
-// GGUFMap: the metadata, the tensors and the expert layout of a GGUF file.
+// GGUFMap: the metadata and the tensors of a GGUF file.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -7,10 +7,12 @@
 #include <filesystem>
 #include <memory>
 
+#include "bindings/mapping.hpp"
+#include "bindings/register.hpp"
+#include "bindings/text.hpp"
 #include "ggml.h"
 #include "moeshard/gguf.hpp"
 #include "moeshard/moe_layout.hpp"
-#include "register.hpp"
 
 namespace py = pybind11;
 
@@ -34,20 +36,6 @@ struct Metadata {
 struct Tensors {
     std::shared_ptr<GGUFMap> map;
 };
-
-// Vocabularies may hold tokens that are pieces of characters; these survive as Python's own surrogate escapes.
-py::str to_str(std::string_view text) {
-    PyObject* str = PyUnicode_DecodeUTF8(text.data(), static_cast<py::ssize_t>(text.size()), "surrogateescape");
-    if (str == nullptr) throw py::error_already_set();
-    return py::reinterpret_steal<py::str>(str);
-}
-
-// File names need not be UTF-8 either.
-py::str path_to_str(const std::string& path) {
-    PyObject* str = PyUnicode_DecodeFSDefault(path.c_str());
-    if (str == nullptr) throw py::error_already_set();
-    return py::reinterpret_steal<py::str>(str);
-}
 
 py::dtype dtype_of(ValueType type) {
     switch (type) {
@@ -174,47 +162,6 @@ py::object expert_view(const py::object& self, uint32_t layer, const std::string
 
 py::tuple range_of(const ByteRange& range) { return py::make_tuple(range.offset, range.size); }
 
-const char* role_name(const ExpertTensor& tensor) { return moeshard::name(tensor.role); }
-
-// Python's protocol for a read-only mapping, from its keys and a lookup that returns nullptr for what is not there.
-template <typename Class, typename Keys, typename Find, typename Convert>
-void bind_mapping(py::module_& m, const char* name, Keys keys, Find find, Convert convert) {
-    const auto get = [find, convert](const Class& self, const std::string& key, py::object fallback) {
-        const auto* found = find(self, key);
-        return found == nullptr ? fallback : py::object(convert(self, *found));
-    };
-    const auto cls =
-        py::class_<Class>(m, name)
-            .def("__len__", [keys](const Class& self) { return py::len(keys(self)); })
-            .def("__iter__", [keys](const Class& self) { return py::iter(keys(self)); })
-            .def("__contains__",
-                 [find](const Class& self, const std::string& key) { return find(self, key) != nullptr; })
-            .def("__contains__", [](const Class&, const py::object&) { return false; })
-            .def("__getitem__",
-                 [find, convert](const Class& self, const std::string& key) {
-                     const auto* found = find(self, key);
-                     if (found == nullptr) throw py::key_error(key);
-                     return convert(self, *found);
-                 })
-            .def("get", get, py::arg("key"), py::arg("default") = py::none())
-            .def("keys", keys)
-            .def("values",
-                 [keys, find, convert](const Class& self) {
-                     py::list values;
-                     for (const py::handle key : keys(self))
-                         values.append(convert(self, *find(self, py::cast<std::string>(key))));
-                     return values;
-                 })
-            .def("items", [keys, find, convert](const Class& self) {
-                py::list items;
-                for (const py::handle key : keys(self)) {
-                    items.append(py::make_tuple(key, convert(self, *find(self, py::cast<std::string>(key)))));
-                }
-                return items;
-            });
-    py::module_::import("collections.abc").attr("Mapping").attr("register")(cls);
-}
-
 void register_mappings(py::module_& m) {
     bind_mapping<Metadata>(
         m, "GGUFMetadata",
@@ -236,48 +183,8 @@ void register_mappings(py::module_& m) {
         [](const Tensors& self, const Tensor& tensor) { return view(*self.map, tensor); });
 }
 
-void register_layout(py::module_& m) {
-    py::class_<ExpertTensor>(m, "ExpertTensor", "A tensor that depends on the experts; see MoeLayout.tensors.")
-        .def_readonly("index", &ExpertTensor::tensor, "its place in GGUFMap.tensor_infos")
-        .def_readonly("layer", &ExpertTensor::layer)
-        .def_property_readonly("role", &role_name,
-                               "what the axis of experts means: 'slab' (an expert's weights), 'per_expert' (its bias, "
-                               "scale or input scale), 'router' (its row), 'router_value' (its bias in the selection), "
-                               "'chunk_slab' (shared by neighbours); 'expert_ids': no axis, the values are experts")
-        .def_readonly("axis", &ExpertTensor::axis, "the axis of experts in ggml's order, -1 if the values are ids")
-        .def_readonly("count", &ExpertTensor::count, "length of that axis")
-        .def_readonly("slice_bytes", &ExpertTensor::slice_bytes, "bytes of one index on that axis");
-    py::class_<MoeLayout>(m, "MoeLayout",
-                          "How the tensors of a model depend on its experts; made by GGUFMap.moe_layout().")
-        .def_readonly("arch", &MoeLayout::arch)
-        .def_readonly("n_layer", &MoeLayout::n_layer)
-        .def_readonly("n_layer_nextn", &MoeLayout::n_layer_nextn)
-        .def_readonly("n_expert", &MoeLayout::n_expert, "0 for a dense model")
-        .def_property_readonly(
-            "expert_counts",
-            [](const MoeLayout& layout) {
-                std::vector<uint32_t> counts(layout.n_layer);
-                for (const uint32_t layer : layout.moe_layers) counts[layer] = layout.experts_in(layer);
-                return counts;
-            },
-            "per layer, 0 where nothing is routed; n_expert but in a shard whose layers hold different numbers")
-        .def_readonly("n_expert_used", &MoeLayout::n_expert_used, "per layer, 0 where nothing is routed")
-        .def_readonly("n_expert_groups", &MoeLayout::n_expert_groups)
-        .def_readonly("n_expert_groups_used", &MoeLayout::n_expert_groups_used)
-        .def_readonly("experts_per_chunk", &MoeLayout::experts_per_chunk)
-        .def_property_readonly("gating", [](const MoeLayout& layout) { return moeshard::name(layout.gating); })
-        .def_property_readonly("selection", [](const MoeLayout& layout) { return moeshard::name(layout.selection); })
-        .def_readonly("renormalized", &MoeLayout::renormalized)
-        .def_readonly("moe_layers", &MoeLayout::moe_layers)
-        .def_readonly("hash_layers", &MoeLayout::hash_layers)
-        .def_readonly("tensors", &MoeLayout::tensors)
-        .def_readonly("trunk_bytes", &MoeLayout::trunk_bytes)
-        .def_readonly("expert_bytes", &MoeLayout::expert_bytes)
-        .def_readonly("per_expert_bytes", &MoeLayout::per_expert_bytes, "per layer: of one expert");
-}
-
 py::bytes read_part(const Part& part, uint64_t offset, uint64_t size) {
-    const uint64_t end = part.mapping->bytes().size;
+    const uint64_t end = part.mapping->size();
     if (offset > end || size > end - offset) {
         throw moeshard::Error(part.path + ": a read of " + std::to_string(size) + " bytes at " +
                               std::to_string(offset) + " reaches past the end of the file, " + std::to_string(end) +
@@ -307,7 +214,7 @@ void register_infos(py::module_& m) {
         });
     py::class_<Part>(m, "GGUFPart", "One file of a model.")
         .def_property_readonly("path", [](const Part& part) { return path_to_str(part.path); })
-        .def_property_readonly("size", [](const Part& part) { return part.mapping->bytes().size; })
+        .def_property_readonly("size", [](const Part& part) { return part.mapping->size(); })
         .def_property_readonly("version", [](const Part& part) { return part.directory.version; })
         .def_property_readonly("alignment", [](const Part& part) { return part.directory.alignment; })
         .def_property_readonly("data_offset", [](const Part& part) { return part.directory.data_offset; })
@@ -330,7 +237,6 @@ void register_infos(py::module_& m) {
 
 void register_gguf(py::module_& m) {
     register_infos(m);
-    register_layout(m);
     register_mappings(m);
     py::class_<GGUFMap, std::shared_ptr<GGUFMap>>(m, "GGUFMap", py::dynamic_attr(),
                                                   R"(A GGUF file, or all parts of one, mapped for reading.

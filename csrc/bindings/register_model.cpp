@@ -1,13 +1,17 @@
 #include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
 
+#include <filesystem>
 #include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "arrays.hpp"
+#include "bindings/arrays.hpp"
+#include "bindings/register.hpp"
+#include "bindings/text.hpp"
 #include "moeshard/model.hpp"
-#include "register.hpp"
+#include "moeshard/process.hpp"
 
 using moeshard::Model;
 using moeshard::ModelParams;
@@ -15,8 +19,8 @@ using moeshard::Routing;
 
 namespace {
 
-std::shared_ptr<Model> load(const std::string& path, const moeshard::SegmentList* segments, int32_t n_gpu_layers,
-                            bool mmap, bool check_tensors, uint32_t n_expert_used, bool simulate,
+std::shared_ptr<Model> load(const std::filesystem::path& path, const moeshard::SegmentList* segments,
+                            int32_t n_gpu_layers, bool mmap, bool check_tensors, uint32_t n_expert_used, bool simulate,
                             const std::optional<py::function>& progress) {
     ModelParams params;
     params.n_gpu_layers = n_gpu_layers;
@@ -29,19 +33,27 @@ std::shared_ptr<Model> load(const std::string& path, const moeshard::SegmentList
         if (PyErr_CheckSignals() != 0) return false;
         if (!progress) return true;
         try {
-            return py::cast<bool>((*progress)(fraction));
+            // False alone stops: what print or a progress bar returns is no answer.
+            return !(*progress)(fraction).is(py::bool_(false));
         } catch (py::error_already_set& error) {
             error.restore();  // llama.cpp would swallow it
             return false;
         }
     };
     const py::gil_scoped_release nogil;
-    return segments == nullptr ? Model::load(path, params) : Model::load(*segments, path, params);
+    return segments == nullptr ? Model::load(path.string(), params) : Model::load(*segments, path.string(), params);
+}
+
+std::optional<py::bytes> as_bytes(const std::optional<std::string>& text) {
+    if (!text) return std::nullopt;
+    return py::bytes(*text);
 }
 
 }  // namespace
 
 void register_model(py::module_& m) {
+    m.def("default_threads", &moeshard::default_threads, py::arg("root") = "",
+          "How many threads are used where nobody says: see csrc/files/threads.hpp. `root` is for tests.");
     py::class_<Routing>(m, "Routing", "What of a model decides which keeps fit it.")
         .def_readonly("n_layer", &Routing::n_layer)
         .def_readonly("n_expert", &Routing::n_expert)
@@ -56,13 +68,15 @@ void register_model(py::module_& m) {
         .def_readonly("n_expert_used", &Routing::n_expert_used)
         .def_readonly("n_group", &Routing::n_group)
         .def_readonly("n_group_used", &Routing::n_group_used)
-        .def_property_readonly("moe_layers", &Routing::moe_layers);
+        .def_readonly("weighs_inputs", &Routing::weighs_inputs)
+        .def_property_readonly("moe_layers", &Routing::moe_layers)
+        .def_property_readonly("computed_layers", &Routing::computed_layers);
 
     py::class_<Model, std::shared_ptr<Model>>(m, "Model", "A loaded model.")
         .def(py::init(&load), py::arg("path"), py::arg("segments") = nullptr, py::kw_only(),
              py::arg("n_gpu_layers") = -1, py::arg("mmap") = true, py::arg("check_tensors") = false,
              py::arg("n_expert_used") = 0, py::arg("simulate") = false, py::arg("progress") = py::none())
-        .def_property_readonly("path", &Model::path)
+        .def_property_readonly("path", [](const Model& model) { return path_to_str(model.path()); })
         .def_property_readonly("routing", &Model::routing, py::return_value_policy::reference_internal)
         .def_property_readonly("description", &Model::description)
         .def_property_readonly("n_vocab", &Model::n_vocab)
@@ -74,11 +88,11 @@ void register_model(py::module_& m) {
         .def("is_end_of_generation", &Model::is_end_of_generation, py::arg("token"))
         .def(
             "tokenize",
-            [](const Model& model, const std::string& text, bool special, bool parse) {
+            [](const Model& model, const Text& text, bool special, bool parse) {
                 std::vector<int32_t> tokens;
                 {
                     const py::gil_scoped_release nogil;
-                    tokens = model.tokenize(text, special, parse);
+                    tokens = model.tokenize(text.utf8, special, parse);
                 }
                 const auto n = static_cast<py::ssize_t>(tokens.size());
                 return take(std::move(tokens), {n});
@@ -91,7 +105,33 @@ void register_model(py::module_& m) {
             },
             py::arg("tokens"), py::arg("special") = false)
         .def("apply_chat_template", &Model::apply_chat_template, py::arg("messages"), py::arg("add_assistant") = true,
-             py::arg("source") = "");
+             py::arg("source") = "")
+        .def_property_readonly("chat_templates",
+                               [](const Model& model) {
+                                   py::dict found;  // bytes: a file may hold what is no UTF-8
+                                   for (const auto& [name, source] : model.chat_templates()) {
+                                       found[py::bytes(name)] = py::bytes(source);
+                                   }
+                                   return found;
+                               })
+        .def_static("known_chat_templates", &Model::known_chat_templates)
+        .def_property_readonly("control_tokens",
+                               [](const Model& model) {
+                                   py::dict found;
+                                   for (const auto& [token, text] : model.control_tokens()) {
+                                       found[py::int_(token)] = py::bytes(text);
+                                   }
+                                   return found;
+                               })
+        .def_property_readonly("bos_text", [](const Model& model) { return as_bytes(model.bos_text()); })
+        .def_property_readonly("eos_text", [](const Model& model) { return as_bytes(model.eos_text()); })
+        .def_property_readonly("adds_bos", &Model::adds_bos);
+    py::class_<moeshard::SystemInfo>(m, "SystemInfo", "What the core computes with.")
+        .def_readonly("llama_cpp", &moeshard::SystemInfo::llama_cpp)
+        .def_readonly("backends", &moeshard::SystemInfo::backends)
+        .def_readonly("devices", &moeshard::SystemInfo::devices)
+        .def_readonly("features", &moeshard::SystemInfo::features);
+    m.def("system_info", &moeshard::system_info);
     m.def(
         "check_keep", [](const KeepArray& keep, const Routing& routing) { to_keep(keep)->check(routing); },
         py::arg("keep"), py::arg("routing"),

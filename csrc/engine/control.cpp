@@ -1,10 +1,14 @@
-#include "control.hpp"
+#include "engine/control.hpp"
 
+#include <exception>
+#include <functional>
 #include <memory>
 #include <utility>
 
-#include "hook_state.hpp"
+#include "engine/hook_state.hpp"
+#include "engine/moeshard-hook.h"
 #include "llama-ext.h"
+#include "llama-impl.h"
 
 namespace moeshard::hook {
 
@@ -13,7 +17,9 @@ void set_mask(llama_context* ctx, int32_t seq, const Keep* keep) {
     std::shared_ptr<const MaskRows> mask;
     if (keep) {
         keep->check(state.routing);
-        mask = std::make_shared<const MaskRows>(*keep, state.routing);
+        mask = state.find(*keep);
+        if (!mask) mask = std::make_shared<const MaskRows>(*keep, state.routing);
+        state.masked = true;
     }
     if (seq < 0) {
         state.mask_of_all = std::move(mask);
@@ -21,6 +27,24 @@ void set_mask(llama_context* ctx, int32_t seq, const Keep* keep) {
         state.mask_of_seq[seq] = std::move(mask);
     } else {
         state.mask_of_seq.erase(seq);
+    }
+}
+
+namespace {
+
+thread_local bool exceptions_may_pass = false;
+
+}  // namespace
+
+bool exceptions_pass(bool pass) { return std::exchange(exceptions_may_pass, pass); }
+
+int32_t run(const std::function<int32_t()>& compute) {
+    if (exceptions_may_pass) return compute();
+    try {
+        return compute();
+    } catch (const std::exception& error) {
+        LLAMA_LOG_ERROR("%s\n", error.what());
+        return -3;
     }
 }
 

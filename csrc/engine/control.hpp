@@ -3,14 +3,18 @@
 
 #include <cstdint>
 
-#include "moeshard/context.hpp"
 #include "moeshard/keep.hpp"
+#include "moeshard/memory.hpp"
 #include "moeshard/trace.hpp"
 
 struct llama_context;
 struct llama_model;
 
 namespace moeshard::hook {
+
+// Whether exceptions may pass through calls of llama.cpp on this thread: where C++ that expects them made the call.
+// Returns what was so before.
+bool exceptions_pass(bool pass);
 
 Routing routing_of(const llama_model& model);
 

@@ -3,9 +3,9 @@
 #include <memory>
 #include <string>
 
+#include "engine/graph_input.hpp"
+#include "engine/moeshard-hook.h"
 #include "ggml-backend.h"
-#include "graph_input.hpp"
-#include "moeshard-hook.h"
 #include "moeshard/error.hpp"
 
 namespace moeshard::hook {
@@ -81,6 +81,7 @@ LayerTrace read_layer(const GraphInput::Traced& traced, const State& state, cons
     layer.layer = traced.il;
     layer.n_used = static_cast<int32_t>(traced.ids->ne[0]);
     layer.n_expert = state.routing.n_expert;
+    layer.weighs_inputs = state.routing.weighs_inputs;
     const size_t n_tokens = trace.n_tokens();
     const auto n_used = static_cast<size_t>(layer.n_used);
     if (traced.ids->ne[1] != static_cast<int64_t>(n_tokens)) {
@@ -136,7 +137,7 @@ ggml_tensor* expert_mask(const llm_graph_context& graph, const ggml_tensor* scor
 
 ggml_tensor* hash_experts(const llm_graph_context& graph, ggml_tensor* selected, int il) {
     GraphInput* input = building(graph);
-    return input && selected ? input->hash_ids(graph, selected, il) : selected;
+    return input && selected && input->masked() ? input->hash_ids(graph, selected, il) : selected;
 }
 
 void trace_router(const llm_graph_context& graph, ggml_tensor* probs, ggml_tensor* ids, ggml_tensor* weights, int il) {

@@ -1,13 +1,14 @@
-#include "hook_state.hpp"
+#include "engine/hook_state.hpp"
 
 #include <algorithm>
 #include <cmath>
 #include <mutex>
+#include <set>
 #include <unordered_map>
 
+#include "engine/moeshard-hook.h"
 #include "llama-context.h"
 #include "llama-model.h"
-#include "moeshard-hook.h"
 #include "moeshard/error.hpp"
 
 namespace moeshard::hook {
@@ -27,14 +28,14 @@ thread_local State* current = nullptr;
 
 State* current_state() { return current; }
 
-UbatchScope::UbatchScope(const llama_context* ctx) : outer(current) {
+UbatchScope::UbatchScope(const llama_context* ctx) : outer_(current) {
     const std::lock_guard lock(registry_mutex);
     const auto found = registry().find(ctx);
     current = found == registry().end() ? nullptr : found->second.get();
     if (current) current->building = nullptr;
 }
 
-UbatchScope::~UbatchScope() { current = outer; }
+UbatchScope::~UbatchScope() { current = outer_; }
 
 void context_freed(const llama_context* ctx) {
     const std::lock_guard lock(registry_mutex);
@@ -55,7 +56,10 @@ Routing routing_of(const llama_model& model) {
     const llama_hparams& hparams = model.hparams;
     Routing routing;
     routing.n_layer = static_cast<int32_t>(hparams.n_layer_all);
+    routing.n_layer_computed = static_cast<int32_t>(hparams.n_layer());
     routing.n_expert = static_cast<int32_t>(hparams.n_expert);
+    // As llm_graph_context::build_moe_ffn decides it.
+    routing.weighs_inputs = model.arch == LLM_ARCH_LLAMA4;
     bool equal = true;
     for (int32_t layer = 0; layer < routing.n_layer; ++layer) {
         const ggml_tensor* router = model.layers[static_cast<size_t>(layer)].ffn_gate_inp;
@@ -94,6 +98,21 @@ State::State(const llama_model& model, Routing facts) : routing(std::move(facts)
 const MaskRows* State::mask(int32_t seq) const {
     const auto found = mask_of_seq.find(seq);
     return found != mask_of_seq.end() ? found->second.get() : mask_of_all.get();
+}
+
+std::shared_ptr<const MaskRows> State::find(const Keep& keep) const {
+    if (mask_of_all && mask_of_all->keep == keep) return mask_of_all;
+    for (const auto& [seq, mask] : mask_of_seq) {
+        if (mask->keep == keep) return mask;
+    }
+    return nullptr;
+}
+
+size_t State::n_masks() const {
+    std::set<const MaskRows*> different;
+    if (mask_of_all) different.insert(mask_of_all.get());
+    for (const auto& [seq, mask] : mask_of_seq) different.insert(mask.get());
+    return different.size();
 }
 
 }  // namespace moeshard::hook

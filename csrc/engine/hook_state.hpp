@@ -6,7 +6,7 @@
 #include <memory>
 #include <vector>
 
-#include "control.hpp"
+#include "engine/control.hpp"
 #include "moeshard/keep.hpp"
 #include "moeshard/trace.hpp"
 
@@ -36,9 +36,14 @@ struct State {
     std::vector<size_t> slot_begin{0};  // experts of the MoE layers before it; one more than slots
     bool offloaded = false;             // some layers run on another device than the CPU
 
+    bool masked = false;  // a keep was set once: from then on graphs carry a mask
     std::shared_ptr<const MaskRows> mask_of_all;
     std::map<int32_t, std::shared_ptr<const MaskRows>> mask_of_seq;
     const MaskRows* mask(int32_t seq) const;
+    // Of the masks in use, equal ones counted once.
+    size_t n_masks() const;
+    // One that says the same, or null: sequences of one keep then share it.
+    std::shared_ptr<const MaskRows> find(const Keep& keep) const;
 
     const ggml_tensor* final_norm = nullptr;  // its weight
 
@@ -52,7 +57,7 @@ struct State {
     GraphInput* building = nullptr;  // of the graph that is being built, once it routes something
 };
 
-// The state of `ctx`, made on first use; it goes away with the context. From then on its graphs carry a mask.
+// The state of `ctx`, made on first use; it goes away with the context.
 State& attach(llama_context* ctx);
 
 }  // namespace moeshard::hook

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -34,10 +35,14 @@ public:
     void computed(const llm_graph_result* res, const llama_ubatch& ubatch, ggml_backend_sched_t sched) const;
 
 private:
-    State* outer;
+    State* outer_;
 };
 
 void context_freed(const llama_context* ctx);
+
+// Calls `compute`, on behalf of whoever called llama.cpp's C function. What it throws passes to a caller that said it
+// waits for it (see exceptions_pass() in control.hpp); for any other it is logged and becomes the status -3.
+int32_t run(const std::function<int32_t()>& compute);
 
 // Additive mask on the router's scores, F32 of the shape of `scores`: 0 keeps, -INF drops. Null without a hook.
 ggml_tensor* expert_mask(const llm_graph_context& graph, const ggml_tensor* scores, int il);

@@ -1,12 +1,12 @@
 // Shards whose layers hold different numbers of experts, as llama.cpp's loader sees them.
 #include <string_view>
 
-#include "expert_counts.hpp"
+#include "engine/moeshard-hook.h"
 #include "gguf.h"
 #include "llama-hparams.h"
-#include "moeshard-hook.h"
+#include "moe/expert_counts.hpp"
+#include "moe/tensor_name.hpp"
 #include "moeshard/error.hpp"
-#include "tensor_name.hpp"
 
 namespace moeshard::hook {
 

@@ -3,16 +3,21 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <functional>
 
-#include "checked.hpp"
+#include "gguf/checked.hpp"
 #include "moeshard/gguf.hpp"
 
 namespace moeshard::gguf {
 
 namespace {
 
+// How much of a file that cannot be mapped is read for its header at first, and at most.
+constexpr uint64_t kHeadBytes = 1 << 20;
+constexpr uint64_t kMostHeadBytes = uint64_t{1} << 30;
 constexpr char kSplitNo[] = "split.no";
 constexpr char kSplitCount[] = "split.count";
 constexpr char kSplitTensors[] = "split.tensors.count";
@@ -29,8 +34,15 @@ uint64_t split_value(const Part& part, const char* key, uint64_t fallback) {
 
 Part open_part(const std::string& path) {
     auto mapping = std::make_shared<const Mapping>(path);
-    Directory directory = parse(mapping->bytes(), path);
-    return {path, std::move(mapping), std::move(directory)};
+    for (uint64_t size = kHeadBytes;; size *= 8) {
+        try {
+            Directory directory = parse(mapping->head(size), path, mapping->size());
+            return {path, std::move(mapping), std::move(directory)};
+        } catch (const Error&) {
+            // What was read may end within the header.
+            if (mapping->is_mapped() || size >= mapping->size() || size >= kMostHeadBytes) throw;
+        }
+    }
 }
 
 bool same_value(const Entry& a, const Entry& b) {
@@ -93,16 +105,15 @@ Mapping::Mapping(const std::string& path) : path_(path) {
     } else if (status.st_size == 0) {
         problem = "is empty; a GGUF file begins with 'GGUF'";
     } else {
-        const auto size = static_cast<size_t>(status.st_size);
+        size_ = static_cast<uint64_t>(status.st_size);
+        const auto size = static_cast<size_t>(size_);
         void* data = ::mmap(nullptr, size, PROT_READ, MAP_SHARED, fd_, 0);
-        if (data == MAP_FAILED) {
-            problem = std::string("cannot map: ") + std::strerror(errno);
-        } else {
-            bytes_ = {static_cast<const uint8_t*>(data), size};
-            modified_ = modified(status);
-            // Compressed files have fewer blocks as well; for these looking for holes only costs a little.
-            is_sparse_ = static_cast<uint64_t>(status.st_blocks) * 512 < size;
-        }
+        is_shared_ = data != MAP_FAILED;
+        if (!is_shared_) data = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, fd_, 0);
+        if (data != MAP_FAILED) bytes_ = {static_cast<const uint8_t*>(data), size};
+        modified_ = modified(status);
+        // Compressed files have fewer blocks as well; for these looking for holes only costs a little.
+        is_sparse_ = static_cast<uint64_t>(status.st_blocks) * 512 < size_;
     }
     if (!problem.empty()) {
         ::close(fd_);
@@ -111,8 +122,36 @@ Mapping::Mapping(const std::string& path) : path_(path) {
 }
 
 Mapping::~Mapping() {
-    ::munmap(const_cast<uint8_t*>(bytes_.data), bytes_.size);
+    if (is_mapped()) ::munmap(const_cast<uint8_t*>(bytes_.data), bytes_.size);
     ::close(fd_);
+}
+
+Bytes Mapping::head(uint64_t size) const { return is_mapped() ? bytes_ : view(0, std::min(size, size_)); }
+
+Bytes Mapping::view(uint64_t offset, uint64_t size) const {
+    if (is_mapped()) return {bytes_.data + offset, static_cast<size_t>(size)};
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const auto& [begin, bytes] : read_) {
+        if (begin <= offset && offset + size <= begin + bytes.size()) {
+            return {bytes.data() + (offset - begin), static_cast<size_t>(size)};
+        }
+    }
+    std::vector<uint8_t> bytes(static_cast<size_t>(size));
+    read(offset, bytes.data(), size);
+    read_.emplace_back(offset, std::move(bytes));  // moving the vectors about leaves their bytes where they are
+    return {read_.back().second.data(), static_cast<size_t>(size)};
+}
+
+uint64_t Mapping::offset_of(const uint8_t* data) const {
+    if (is_mapped()) return static_cast<uint64_t>(data - bytes_.data);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const auto& [begin, bytes] : read_) {
+        const std::less_equal<const uint8_t*> no_later;
+        if (no_later(bytes.data(), data) && no_later(data, bytes.data() + bytes.size())) {
+            return begin + static_cast<uint64_t>(data - bytes.data());
+        }
+    }
+    throw Error(path_ + ": what is looked for is not of this file");
 }
 
 void Mapping::read(uint64_t offset, uint8_t* out, uint64_t size) const {
@@ -130,7 +169,7 @@ void Mapping::read(uint64_t offset, uint8_t* out, uint64_t size) const {
 void Mapping::check_unchanged() const {
     struct stat status {};
     if (::fstat(fd_, &status) != 0) throw Error(path_ + ": cannot stat: " + std::strerror(errno));
-    if (static_cast<uint64_t>(status.st_size) != bytes_.size || modified(status) != modified_) {
+    if (static_cast<uint64_t>(status.st_size) != size_ || modified(status) != modified_) {
         throw Error(path_ + ": was changed while it was being read; start again when nothing writes to it");
     }
 }
@@ -222,7 +261,7 @@ const Tensor& GGUFMap::tensor(std::string_view name) const {
 }
 
 Bytes GGUFMap::data(const Tensor& tensor) const {
-    return {parts_[tensor.part].mapping->bytes().data + tensor.offset, static_cast<size_t>(tensor.nbytes)};
+    return parts_[tensor.part].mapping->view(tensor.offset, tensor.nbytes);
 }
 
 }  // namespace moeshard::gguf

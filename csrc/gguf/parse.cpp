@@ -2,8 +2,8 @@
 #include <cstring>
 #include <unordered_set>
 
-#include "checked.hpp"
 #include "ggml.h"
+#include "gguf/checked.hpp"
 #include "moeshard/gguf.hpp"
 
 namespace moeshard::gguf {
@@ -114,7 +114,7 @@ Entry read_entry(Reader& reader, uint64_t number) {
     const uint64_t begin = reader.tell();
     if (entry.type == ValueType::kString) {
         const Bytes rest = reader.take(0, what);
-        if (!entry.is_array) reader.utf8(what);
+        if (!entry.is_array) reader.text(what);
         for (uint64_t i = 0; entry.is_array && i < entry.count; ++i) reader.text(what);
         entry.value = {rest.data, static_cast<size_t>(reader.tell() - begin)};
     } else {

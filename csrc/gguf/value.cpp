@@ -1,8 +1,8 @@
 // Typed access to metadata, and the text that messages are made of.
 #include <cstring>
 
-#include "checked.hpp"
 #include "ggml.h"
+#include "gguf/checked.hpp"
 #include "moeshard/gguf.hpp"
 
 namespace moeshard::gguf {

@@ -1,24 +1,28 @@
 #include "moeshard/context.hpp"
 
 #include <algorithm>
+#include <atomic>
+#include <limits>
 #include <set>
 #include <string>
-#include <thread>
+#include <utility>
 
-#include "control.hpp"
+#include "engine/control.hpp"
+#include "files/threads.hpp"
 #include "ggml-cpu.h"
-#include "guard.hpp"
 #include "llama.h"
+#include "runtime/guard.hpp"
+#include "runtime/owner.hpp"
 
 namespace moeshard {
 
 namespace {
 
-constexpr int64_t interrupt_period_us = 20'000;
+constexpr int64_t kInterruptPeriodUs = 20'000;
 // Logits of one batch are held in memory by the engine; with a vocabulary of 150,000 this is 400 rows.
-constexpr size_t max_logits_bytes = size_t{256} << 20;
+constexpr size_t kMaxLogitsBytes = size_t{256} << 20;
 
-constexpr const char* broken_message =
+constexpr const char* kBrokenMessage =
     "this context failed inside the engine and cannot be used any more; make a new one";
 
 struct Batch {
@@ -43,20 +47,61 @@ std::string named(int32_t seq) { return "sequence " + std::to_string(seq); }
 
 }  // namespace
 
-Context::Context(std::shared_ptr<const Model> model, const ContextParams& wanted)
-    : model_(std::move(model)), params(wanted) {
-    if (params.n_ctx < 0 || params.n_batch < 1 || params.n_ubatch < 1 || params.n_seq_max < 1 || params.n_threads < 0) {
-        throw Error("context parameters must be positive (n_ctx and n_threads may be 0)");
+struct Context::Impl {
+    Impl(std::shared_ptr<const Model> of, const ContextParams& wanted);
+    ~Impl();
+    Impl(const Impl&) = delete;
+    Impl& operator=(const Impl&) = delete;
+
+    int32_t capacity() const { return static_cast<int32_t>(llama_n_ctx_seq(ctx)); }
+    int32_t n_ctx() const { return limit; }
+    int32_t n_past(int32_t seq) const;
+    void decode(const std::vector<Input>& inputs, const LogitsSink& sink);
+    void trace(const std::vector<Input>& inputs, const TraceOptions& options, TraceSink sink);
+    void reset(int32_t seq);
+    int32_t truncate(int32_t seq, int32_t n);
+
+    void check(const std::vector<Input>& inputs) const;
+    void compute(const std::vector<Input>& inputs, const LogitsSink& sink);
+    size_t outputs_per_batch() const;
+    void roll_back(const std::vector<int32_t>& to);
+    static bool should_abort(void* self);
+
+    std::shared_ptr<const Model> model;
+    ContextParams params;
+    llama_context* ctx = nullptr;
+    ggml_threadpool* pool = nullptr;
+    int32_t limit = 0;
+    std::vector<int32_t> past;
+    Owner owner{"context"};
+    std::atomic<bool> aborted{false};
+    std::function<bool()> interrupt;
+    int64_t next_interrupt_us = 0;
+    bool broken = false;  // the engine aborted inside; nothing of it may be touched again
+};
+
+Context::Impl::Impl(std::shared_ptr<const Model> of, const ContextParams& wanted)
+    : model(std::move(of)), params(wanted) {
+    if (params.n_ctx < 0 || params.n_batch < 1 || params.n_ubatch < 1 || params.n_seq_max < 1) {
+        throw Error("context parameters must be positive (n_ctx may be 0)");
     }
-    if (params.n_ctx == 0) params.n_ctx = std::max(model_->n_ctx_train(), 1);
+    if (params.n_ctx == 0) params.n_ctx = std::max(model->n_ctx_train(), 1);
     const auto most = static_cast<int32_t>(llama_max_parallel_sequences());
     if (params.n_seq_max > most) throw Error("at most " + std::to_string(most) + " sequences fit in one context");
-    if (model_->is_diffusion()) params.n_batch = params.n_ubatch = params.n_ctx;
-    if (params.n_threads == 0) params.n_threads = std::max(1U, std::thread::hardware_concurrency());
+    if (model->is_diffusion()) params.n_batch = params.n_ubatch = params.n_ctx;
+    params.n_threads = files::threads_wanted(params.n_threads, "n_threads");
+    // The engine ends the process where it cannot start one.
+    params.n_threads = 1 + files::startable_threads(params.n_threads - 1);
 
+    const uint64_t n_total = static_cast<uint64_t>(params.n_ctx) * static_cast<uint64_t>(params.n_seq_max);
+    // The engine rounds up, and counts positions in 32 bits.
+    if (n_total > static_cast<uint64_t>(std::numeric_limits<int32_t>::max()) - 1024) {
+        throw Error(std::to_string(params.n_seq_max) + " sequences of " + std::to_string(params.n_ctx) +
+                    " tokens are more than a context can count; use fewer of them or a smaller n_ctx");
+    }
     const Guard guard;
     llama_context_params native = llama_context_default_params();
-    native.n_ctx = static_cast<uint32_t>(params.n_ctx) * static_cast<uint32_t>(params.n_seq_max);
+    native.n_ctx = static_cast<uint32_t>(n_total);
     native.n_batch = static_cast<uint32_t>(params.n_batch);
     native.n_ubatch = static_cast<uint32_t>(params.n_ubatch);
     native.n_seq_max = static_cast<uint32_t>(params.n_seq_max);
@@ -64,45 +109,34 @@ Context::Context(std::shared_ptr<const Model> model, const ContextParams& wanted
     native.n_threads_batch = params.n_threads;
     native.abort_callback = should_abort;
     native.abort_callback_data = this;
-    ctx = llama_init_from_model(model_->handle(), native);
+    ctx = llama_init_from_model(model->handle(), native);
     if (!ctx)
-        throw guard.error(model_->path() + ": no context of " + std::to_string(params.n_ctx) + " tokens could be made");
+        throw guard.error(model->path() + ": no context of " + std::to_string(params.n_ctx) + " tokens could be made");
 
     const ggml_threadpool_params threads = ggml_threadpool_params_default(params.n_threads);
     pool = ggml_threadpool_new(const_cast<ggml_threadpool_params*>(&threads));
     if (pool) llama_attach_threadpool(ctx, pool, pool);
     hook::enable_masks(ctx);
     past.assign(static_cast<size_t>(params.n_seq_max), 0);
+    limit = std::min(params.n_ctx, capacity());
 }
 
-Context::~Context() {
-    // After an abort the engine's threads may still wait for one that will not come; leaking is all that is safe.
-    if (broken) return;
+Context::Impl::~Impl() {
+    // What an abort left half done, and what belongs to threads of another process: leaking is all that is safe.
+    if (broken || !owner.is_own_process()) return;
     llama_free(ctx);
     if (pool) ggml_threadpool_free(pool);
 }
 
-int32_t Context::n_ctx() const { return static_cast<int32_t>(llama_n_ctx_seq(ctx)); }
-int32_t Context::n_seq_max() const { return params.n_seq_max; }
-
-int32_t Context::n_graph_reuses() const { return llama_perf_context(ctx).n_reused; }
-
-int32_t Context::n_past(int32_t seq) const {
+int32_t Context::Impl::n_past(int32_t seq) const {
     if (seq < 0 || seq >= params.n_seq_max) {
         throw Error(named(seq) + " does not exist: this context has " + std::to_string(params.n_seq_max));
     }
     return past[static_cast<size_t>(seq)];
 }
 
-MemoryUse Context::memory() const { return hook::memory_of(ctx); }
-
-void Context::set_keep(const Keep* keep, int32_t seq) {
-    if (seq >= 0) n_past(seq);  // exists
-    hook::set_mask(ctx, seq, keep);
-}
-
-void Context::check(const std::vector<Input>& inputs) const {
-    if (broken) throw Error(broken_message);
+void Context::Impl::check(const std::vector<Input>& inputs) const {
+    if (broken) throw Error(kBrokenMessage);
     std::set<int32_t> seen;
     for (const Input& input : inputs) {
         const int32_t held = n_past(input.seq);
@@ -113,15 +147,15 @@ void Context::check(const std::vector<Input>& inputs) const {
                         " tokens; " + std::to_string(input.n_tokens) + " more do not fit (use a larger n_ctx)");
         }
         for (size_t i = 0; i < input.n_tokens; ++i) {
-            if (input.tokens[i] < 0 || input.tokens[i] >= model_->n_vocab()) {
+            if (input.tokens[i] < 0 || input.tokens[i] >= model->n_vocab()) {
                 throw Error("token id " + std::to_string(input.tokens[i]) + " at position " + std::to_string(i) +
-                            " is outside the vocabulary of " + std::to_string(model_->n_vocab()));
+                            " is outside the vocabulary of " + std::to_string(model->n_vocab()));
             }
         }
     }
 }
 
-void Context::decode(const std::vector<Input>& inputs, const LogitsSink& sink) {
+void Context::Impl::decode(const std::vector<Input>& inputs, const LogitsSink& sink) {
     check(inputs);
     const std::vector<int32_t> before = past;
     aborted = false;
@@ -129,6 +163,8 @@ void Context::decode(const std::vector<Input>& inputs, const LogitsSink& sink) {
         compute(inputs, sink);
     } catch (const EngineAbort&) {
         broken = true;
+        // The other threads wait for this one, spinning; a stopped pool lets them go.
+        if (pool) ggml_threadpool_free(std::exchange(pool, nullptr));
         throw;
     } catch (...) {
         roll_back(before);
@@ -136,12 +172,12 @@ void Context::decode(const std::vector<Input>& inputs, const LogitsSink& sink) {
     }
 }
 
-size_t Context::outputs_per_batch() const {
-    const size_t row = static_cast<size_t>(std::max(model_->n_vocab(), 1)) * sizeof(float);
-    return std::max<size_t>(max_logits_bytes / row, 16);
+size_t Context::Impl::outputs_per_batch() const {
+    const size_t row = static_cast<size_t>(std::max(model->n_vocab(), 1)) * sizeof(float);
+    return std::max<size_t>(kMaxLogitsBytes / row, 16);
 }
 
-void Context::compute(const std::vector<Input>& inputs, const LogitsSink& sink) {
+void Context::Impl::compute(const std::vector<Input>& inputs, const LogitsSink& sink) {
     const Guard guard;
     std::vector<size_t> done(inputs.size(), 0);
     struct Output {
@@ -161,19 +197,21 @@ void Context::compute(const std::vector<Input>& inputs, const LogitsSink& sink) 
 
         batch.native.n_tokens = 0;
         std::vector<Output> outputs;
-        const size_t share = std::max<size_t>(static_cast<size_t>(params.n_batch) / unfinished, 1);
+        // Sequences of one length are computed side by side, so all get the same share; but what fits is not cut.
+        const bool fits = n_tokens <= static_cast<size_t>(params.n_batch);
+        const size_t share = fits ? n_tokens : std::max<size_t>(static_cast<size_t>(params.n_batch) / unfinished, 1);
         const size_t most_outputs = std::max<size_t>(outputs_per_batch() / unfinished, 1);
         for (size_t i = 0; i < inputs.size(); ++i) {
             const Input& input = inputs[i];
-            const bool all = input.outputs == Outputs::all && sink;
+            const bool all = input.outputs == Outputs::kAll && sink;
             size_t n = std::min(
                 {input.n_tokens - done[i], share, static_cast<size_t>(params.n_batch - batch.native.n_tokens)});
             // Where attention is not causal a sequence cannot be cut.
-            if (all && !model_->is_diffusion()) n = std::min(n, most_outputs);
+            if (all && !model->is_diffusion()) n = std::min(n, most_outputs);
             auto& held = past[static_cast<size_t>(input.seq)];
             for (size_t k = 0; k < n; ++k) {
                 const size_t token = done[i]++;
-                const bool last = input.outputs != Outputs::none && token + 1 == input.n_tokens;
+                const bool last = input.outputs != Outputs::kNone && token + 1 == input.n_tokens;
                 const bool output = sink && (all || last);
                 if (output) outputs.push_back({i, token, batch.native.n_tokens});
                 batch.add(input.tokens[token], held++, input.seq, output);
@@ -189,24 +227,24 @@ void Context::compute(const std::vector<Input>& inputs, const LogitsSink& sink) 
         for (const Output& output : outputs) {
             const float* logits = llama_get_logits_ith(ctx, output.row);
             if (!logits)
-                throw guard.error(model_->path() + ": this model computes no logits (is it an embedding model?)");
+                throw guard.error(model->path() + ": this model computes no logits (is it an embedding model?)");
             sink(output.input, output.token, logits);
         }
     }
 }
 
-void Context::trace(const std::vector<Input>& inputs, const TraceOptions& options, TraceSink sink) {
-    if (model_->routing().moe_layers().empty()) throw Error(model_->path() + ": a dense model has no routing to trace");
+void Context::Impl::trace(const std::vector<Input>& inputs, const TraceOptions& options, TraceSink sink) {
+    if (model->routing().moe_layers().empty()) throw Error(model->path() + ": a dense model has no routing to trace");
     struct Tracing {
         llama_context* ctx;
         ~Tracing() { hook::stop_trace(ctx); }
     };
     hook::start_trace(ctx, options, std::move(sink));
     const Tracing tracing{ctx};
-    decode(inputs);
+    decode(inputs, {});
 }
 
-void Context::roll_back(const std::vector<int32_t>& to) {
+void Context::Impl::roll_back(const std::vector<int32_t>& to) {
     llama_memory_t memory = llama_get_memory(ctx);
     for (int32_t seq = 0; seq < params.n_seq_max; ++seq) {
         auto& held = past[static_cast<size_t>(seq)];
@@ -217,8 +255,8 @@ void Context::roll_back(const std::vector<int32_t>& to) {
     }
 }
 
-void Context::reset(int32_t seq) {
-    if (broken) throw Error(broken_message);
+void Context::Impl::reset(int32_t seq) {
+    if (broken) throw Error(kBrokenMessage);
     if (seq >= 0) n_past(seq);  // exists
     if (llama_memory_t memory = llama_get_memory(ctx)) {
         if (seq < 0) {
@@ -232,14 +270,82 @@ void Context::reset(int32_t seq) {
     }
 }
 
-bool Context::should_abort(void* self) {
-    auto& context = *static_cast<Context*>(self);
+int32_t Context::Impl::truncate(int32_t seq, int32_t n) {
+    if (broken) throw Error(kBrokenMessage);
+    if (n < 0) throw Error("a sequence cannot be cut to " + std::to_string(n) + " tokens");
+    if (n >= n_past(seq)) return n_past(seq);
+    llama_memory_t memory = llama_get_memory(ctx);
+    const bool cut = n > 0 && memory && llama_memory_seq_rm(memory, seq, n, -1);
+    // What a token still looks back on must be there.
+    const int32_t window = llama_model_n_swa(model->handle());
+    const int32_t oldest = window > 0 ? std::max(0, n - window) : 0;
+    if (!cut || llama_memory_seq_pos_min(memory, seq) > oldest) {
+        reset(seq);
+        return 0;
+    }
+    past[static_cast<size_t>(seq)] = n;
+    return n;
+}
+
+bool Context::Impl::should_abort(void* self) {
+    auto& context = *static_cast<Impl*>(self);
     if (context.aborted) return true;
     if (!context.interrupt) return false;
     const int64_t now = llama_time_us();
     if (now < context.next_interrupt_us) return false;
-    context.next_interrupt_us = now + interrupt_period_us;
+    context.next_interrupt_us = now + kInterruptPeriodUs;
     return context.interrupt();
 }
+
+Context::Context(std::shared_ptr<const Model> model, const ContextParams& params)
+    : impl_(std::make_unique<Impl>(std::move(model), params)) {}
+
+Context::~Context() = default;
+
+const Model& Context::model() const { return *impl_->model; }
+int32_t Context::n_ctx() const { return impl_->n_ctx(); }
+int32_t Context::n_seq_max() const { return impl_->params.n_seq_max; }
+int32_t Context::n_past(int32_t seq) const { return impl_->n_past(seq); }
+int32_t Context::n_graph_reuses() const { return llama_perf_context(impl_->ctx).n_reused; }
+MemoryUse Context::memory() const { return hook::memory_of(impl_->ctx); }
+
+int32_t Context::capacity() const { return impl_->capacity(); }
+
+void Context::limit(int32_t n_ctx) {
+    const Owner::Use use(impl_->owner);
+    if (n_ctx < 1 || n_ctx > impl_->capacity()) {
+        throw Error("a limit of " + std::to_string(n_ctx) + " tokens: this context has room for " +
+                    std::to_string(impl_->capacity()));
+    }
+    impl_->limit = n_ctx;
+}
+
+void Context::set_keep(const Keep* keep, int32_t seq) {
+    const Owner::Use use(impl_->owner);
+    if (seq >= 0) n_past(seq);  // exists
+    hook::set_mask(impl_->ctx, seq, keep);
+}
+
+void Context::decode(const std::vector<Input>& inputs, const LogitsSink& sink) {
+    const Owner::Use use(impl_->owner);
+    impl_->decode(inputs, sink);
+}
+
+void Context::trace(const std::vector<Input>& inputs, const TraceOptions& options, TraceSink sink) {
+    const Owner::Use use(impl_->owner);
+    impl_->trace(inputs, options, std::move(sink));
+}
+
+void Context::reset(int32_t seq) {
+    const Owner::Use use(impl_->owner);
+    impl_->reset(seq);
+}
+
+int32_t Context::truncate(int32_t seq, int32_t n) {
+    const Owner::Use use(impl_->owner);
+    return impl_->truncate(seq, n);
+}
+void Context::abort() { impl_->aborted = true; }
+void Context::set_interrupt(std::function<bool()> check) { impl_->interrupt = std::move(check); }
 
 }  // namespace moeshard

@@ -4,7 +4,7 @@
 #include <optional>
 #include <string>
 
-#include "control.hpp"
+#include "engine/control.hpp"
 #include "moeshard/keep.hpp"
 
 static thread_local std::string last_error;

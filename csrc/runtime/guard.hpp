@@ -13,8 +13,12 @@ public:
     using Error::Error;
 };
 
-// Collects the engine's error messages of this thread while it lives. On this thread a GGML_ABORT throws EngineAbort
-// instead of ending the process.
+// Gives the engine's log and abort callbacks to guards, for good.
+void install_callbacks();
+
+// Lets exceptions pass through calls of the engine on this thread while it lives. Where the engine's callbacks were
+// taken over (process.hpp), it also collects the error messages of this thread, and a GGML_ABORT on it throws
+// EngineAbort instead of ending the process.
 class Guard {
 public:
     Guard();
@@ -26,8 +30,10 @@ public:
     Error error(const std::string& what) const;
 
 private:
-    std::string messages;
-    Guard* outer;
+    std::string messages_;
+    mutable bool told_ = false;  // whether they are in an Error
+    Guard* outer_;
+    const bool passed_;
 
     friend struct EngineLog;
 };

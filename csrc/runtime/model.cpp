@@ -2,12 +2,12 @@
 
 #include <algorithm>
 
-#include "control.hpp"
-#include "guard.hpp"
+#include "engine/control.hpp"
+#include "files/stream.hpp"
 #include "llama.h"
 #include "moeshard/moe_layout.hpp"
-#include "precheck.hpp"
-#include "stream.hpp"
+#include "runtime/guard.hpp"
+#include "runtime/precheck.hpp"
 
 namespace moeshard {
 
@@ -56,19 +56,32 @@ llama_model_params native(const ModelParams& params) {
 
 }  // namespace
 
+struct Model::Impl {
+    Impl() = default;
+    ~Impl() { llama_model_free(native); }
+    Impl(const Impl&) = delete;
+    Impl& operator=(const Impl&) = delete;
+
+    std::string path;
+    llama_model* native = nullptr;
+    Routing routing;
+};
+
 std::shared_ptr<Model> Model::load(const std::string& path, const ModelParams& params) {
-    check_file(path);
+    const CheckedFile file = check_file(path);
     const Guard guard;
-    const std::shared_ptr<Model> loaded(new Model(path));
+    const std::shared_ptr<Model> loaded(new Model(file.first_part));
     llama_model_params mapped = native(params);
+    // The engine maps shared, or not at all.
+    if (!file.can_be_mapped) mapped.load_mode = LLAMA_LOAD_MODE_NONE;
     std::vector<llama_model_kv_override> overrides;
     if (params.n_expert_used != 0) {
         overrides = override_used(path, params.n_expert_used);
         mapped.kv_overrides = overrides.data();
     }
-    loaded->model = llama_model_load_from_file(path.c_str(), mapped);
-    if (!loaded->model) throw guard.error(path + ": could not be loaded");
-    loaded->routing_ = hook::routing_of(*loaded->model);
+    loaded->impl_->native = llama_model_load_from_file(file.first_part.c_str(), mapped);
+    if (!loaded->impl_->native) throw guard.error(path + ": could not be loaded");
+    loaded->impl_->routing = hook::routing_of(*loaded->impl_->native);
     return loaded;
 }
 
@@ -80,33 +93,39 @@ std::shared_ptr<Model> Model::load(const SegmentList& segments, const std::strin
     llama_model_params streamed = native(params);
     streamed.load_mode = LLAMA_LOAD_MODE_NONE;
     const auto file = open_stream(segments);
-    loaded->model = llama_model_load_from_file_ptr(file.get(), streamed);
+    loaded->impl_->native = llama_model_load_from_file_ptr(file.get(), streamed);
     segments.check_sources();
-    if (!loaded->model) throw guard.error(name + ": could not be loaded");
-    loaded->routing_ = hook::routing_of(*loaded->model);
+    if (!loaded->impl_->native) throw guard.error(name + ": could not be loaded");
+    loaded->impl_->routing = hook::routing_of(*loaded->impl_->native);
     return loaded;
 }
 
-Model::~Model() { llama_model_free(model); }
+Model::Model(std::string path) : impl_(std::make_unique<Impl>()) { impl_->path = std::move(path); }
+
+Model::~Model() = default;
+
+const std::string& Model::path() const { return impl_->path; }
+const Routing& Model::routing() const { return impl_->routing; }
+llama_model* Model::handle() const { return impl_->native; }
 
 std::string Model::description() const {
     char text[256];
-    llama_model_desc(model, text, sizeof(text));
+    llama_model_desc(handle(), text, sizeof(text));
     return text;
 }
 
-int32_t Model::n_vocab() const { return llama_vocab_n_tokens(llama_model_get_vocab(model)); }
-int32_t Model::n_ctx_train() const { return llama_model_n_ctx_train(model); }
-uint64_t Model::n_params() const { return llama_model_n_params(model); }
-uint64_t Model::n_bytes() const { return llama_model_size(model); }
-bool Model::is_diffusion() const { return llama_model_is_diffusion(model); }
+int32_t Model::n_vocab() const { return llama_vocab_n_tokens(llama_model_get_vocab(handle())); }
+int32_t Model::n_ctx_train() const { return llama_model_n_ctx_train(handle()); }
+uint64_t Model::n_params() const { return llama_model_n_params(handle()); }
+uint64_t Model::n_bytes() const { return llama_model_size(handle()); }
+bool Model::is_diffusion() const { return llama_model_is_diffusion(handle()); }
 bool Model::is_end_of_generation(int32_t token) const {
-    return llama_vocab_is_eog(llama_model_get_vocab(model), token);
+    return llama_vocab_is_eog(llama_model_get_vocab(handle()), token);
 }
 
 std::vector<int32_t> Model::tokenize(std::string_view text, bool special, bool parse) const {
     const Guard guard;
-    const llama_vocab* vocab = llama_model_get_vocab(model);
+    const llama_vocab* vocab = llama_model_get_vocab(handle());
     const auto length = static_cast<int32_t>(text.size());
     if (text.size() != static_cast<size_t>(length))
         throw Error("text is too long to tokenize in one piece: over 2 GiB");
@@ -117,7 +136,7 @@ std::vector<int32_t> Model::tokenize(std::string_view text, bool special, bool p
         tokens.resize(static_cast<size_t>(-n));
         n = llama_tokenize(vocab, text.data(), length, tokens.data(), -n, special, parse);
     }
-    if (n < 0) throw guard.error(path_ + ": the text could not be tokenized");
+    if (n < 0) throw guard.error(path() + ": the text could not be tokenized");
     tokens.resize(static_cast<size_t>(n));
     return tokens;
 }
@@ -127,7 +146,7 @@ std::string Model::piece(int32_t token, bool special) const {
         throw Error("token id " + std::to_string(token) + " is outside the vocabulary of " + std::to_string(n_vocab()));
     }
     std::string text(32, '\0');
-    const llama_vocab* vocab = llama_model_get_vocab(model);
+    const llama_vocab* vocab = llama_model_get_vocab(handle());
     int32_t n = llama_token_to_piece(vocab, token, text.data(), static_cast<int32_t>(text.size()), 0, special);
     if (n < 0) {
         text.resize(static_cast<size_t>(-n));
@@ -143,12 +162,13 @@ std::string Model::detokenize(const std::vector<int32_t>& tokens, bool special) 
     return text;
 }
 
-bool Model::has_chat_template() const { return llama_model_chat_template(model, nullptr) != nullptr; }
+bool Model::has_chat_template() const { return llama_model_chat_template(handle(), nullptr) != nullptr; }
 
 std::string Model::apply_chat_template(const std::vector<std::pair<std::string, std::string>>& messages,
                                        bool add_assistant, const std::string& source) const {
-    const char* chat_template = source.empty() ? llama_model_chat_template(model, nullptr) : source.c_str();
-    if (!chat_template) throw Error(path_ + ": the model has no chat template; pass one, or prompt it with plain text");
+    const char* chat_template = source.empty() ? llama_model_chat_template(handle(), nullptr) : source.c_str();
+    if (!chat_template)
+        throw Error(path() + ": the model has no chat template; pass one, or prompt it with plain text");
     std::vector<llama_chat_message> chat;
     size_t size = 256;
     for (const auto& [role, content] : messages) {
@@ -160,7 +180,7 @@ std::string Model::apply_chat_template(const std::vector<std::pair<std::string, 
         const int32_t n = llama_chat_apply_template(chat_template, chat.data(), chat.size(), add_assistant, text.data(),
                                                     static_cast<int32_t>(text.size()));
         if (n < 0) {
-            throw Error(path_ +
+            throw Error(path() +
                         ": llama.cpp does not know this chat template; pass the name of a known one "
                         "(\"chatml\", \"llama3\", ...) or format the prompt yourself");
         }

@@ -1,53 +1,142 @@
-#include <cmath>
-#include <vector>
+#include "moeshard/sampler.hpp"
 
-#include "guard.hpp"
+#include <cmath>
+#include <unordered_map>
+
 #include "llama.h"
-#include "moeshard/generation.hpp"
+#include "runtime/guard.hpp"
 
 namespace moeshard {
 
-Sampler::Sampler(const Model& model, const SamplingParams& params) : n_vocab(model.n_vocab()) {
+namespace {
+
+void check(const SamplingParams& params, int32_t n_vocab) {
     if (!std::isfinite(params.temperature)) throw Error("temperature must be a finite number");
     if (!(params.top_p > 0.0f && params.top_p <= 1.0f)) throw Error("top_p must be in (0, 1]");
     if (!(params.min_p >= 0.0f && params.min_p <= 1.0f)) throw Error("min_p must be in [0, 1]");
-    if (!(params.repeat_penalty > 0.0f)) throw Error("repeat_penalty must be positive");
-    const Guard guard;
-    chain = llama_sampler_chain_init(llama_sampler_chain_default_params());
-    if (params.repeat_penalty != 1.0f) {
-        const int32_t last_n = params.repeat_last_n < 0 ? 64 : params.repeat_last_n;
-        llama_sampler_chain_add(chain,
-                                llama_sampler_init_penalties(n_vocab, last_n, params.repeat_penalty, 0.0f, 0.0f));
+    if (!(params.repeat_penalty > 0.0f) || !std::isfinite(params.repeat_penalty)) {
+        throw Error("repeat_penalty must be positive");
     }
-    if (params.temperature <= 0.0f) {
-        llama_sampler_chain_add(chain, llama_sampler_init_greedy());
-        return;
+    if (!std::isfinite(params.frequency_penalty)) throw Error("frequency_penalty must be a finite number");
+    if (!std::isfinite(params.presence_penalty)) throw Error("presence_penalty must be a finite number");
+    for (const auto& [token, bias] : params.logit_bias) {
+        if (token < 0 || token >= n_vocab) {
+            throw Error("logit_bias: token id " + std::to_string(token) + " is outside the vocabulary of " +
+                        std::to_string(n_vocab));
+        }
+        if (std::isnan(bias)) throw Error("logit_bias: the bias of token " + std::to_string(token) + " is no number");
     }
-    if (params.top_k > 0) llama_sampler_chain_add(chain, llama_sampler_init_top_k(params.top_k));
-    if (params.top_p < 1.0f) llama_sampler_chain_add(chain, llama_sampler_init_top_p(params.top_p, 1));
-    if (params.min_p > 0.0f) llama_sampler_chain_add(chain, llama_sampler_init_min_p(params.min_p, 1));
-    llama_sampler_chain_add(chain, llama_sampler_init_temp(params.temperature));
-    llama_sampler_chain_add(chain, llama_sampler_init_dist(params.seed));
 }
 
-Sampler::~Sampler() { llama_sampler_free(chain); }
+}  // namespace
 
-int32_t Sampler::sample(const float* logits) {
+struct Sampler::Impl {
+    Impl() = default;
+    ~Impl() {
+        llama_sampler_free(chain);
+        if (grammar) llama_sampler_free(grammar);
+    }
+    Impl(const Impl&) = delete;
+    Impl& operator=(const Impl&) = delete;
+
+    void add(llama_sampler* sampler) { llama_sampler_chain_add(chain, sampler); }
+    bool allows(int32_t token) const;
+    int32_t draw(const Guard& guard);
+    void fill(const float* logits);
+
+    int32_t n_vocab = 0;
+    llama_sampler* chain = nullptr;
+    llama_sampler* of_prompt = nullptr;  // of the chain; the only one that the prompt's tokens count for
+    llama_sampler* grammar = nullptr;
+    // The engine's own penalties look back over a ring of a fixed length, these over everything that was generated.
+    float frequency_penalty = 0.0f;
+    float presence_penalty = 0.0f;
+    std::unordered_map<int32_t, int32_t> generated;  // how often each token was
+    std::vector<llama_token_data> candidates;        // kept between tokens
+};
+
+Sampler::Sampler(const Model& model, const SamplingParams& params) : impl_(std::make_unique<Impl>()) {
+    const int32_t n_vocab = impl_->n_vocab = model.n_vocab();
+    check(params, n_vocab);
     const Guard guard;
-    std::vector<llama_token_data> candidates;
-    candidates.reserve(static_cast<size_t>(n_vocab));
+    impl_->chain = llama_sampler_chain_init(llama_sampler_chain_default_params());
+    if (!params.grammar.empty()) {
+        impl_->grammar =
+            llama_sampler_init_grammar(llama_model_get_vocab(model.handle()), params.grammar.c_str(), "root");
+        if (!impl_->grammar) throw guard.error("the grammar cannot be read (GBNF with a rule named root)");
+    }
+    if (!params.logit_bias.empty()) {
+        std::vector<llama_logit_bias> biases;
+        for (const auto& [token, bias] : params.logit_bias) biases.push_back({token, bias});
+        impl_->add(llama_sampler_init_logit_bias(n_vocab, static_cast<int32_t>(biases.size()), biases.data()));
+    }
+    if (params.repeat_penalty != 1.0f) {
+        const int32_t last_n = params.repeat_last_n < 0 ? 64 : params.repeat_last_n;
+        impl_->of_prompt = llama_sampler_init_penalties(n_vocab, last_n, params.repeat_penalty, 0.0f, 0.0f);
+        impl_->add(impl_->of_prompt);
+    }
+    impl_->frequency_penalty = params.frequency_penalty;
+    impl_->presence_penalty = params.presence_penalty;
+    if (params.temperature <= 0.0f) {
+        impl_->add(llama_sampler_init_greedy());
+        return;
+    }
+    if (params.top_k > 0) impl_->add(llama_sampler_init_top_k(params.top_k));
+    if (params.top_p < 1.0f) impl_->add(llama_sampler_init_top_p(params.top_p, 1));
+    if (params.min_p > 0.0f) impl_->add(llama_sampler_init_min_p(params.min_p, 1));
+    impl_->add(llama_sampler_init_temp(params.temperature));
+    impl_->add(llama_sampler_init_dist(params.seed));
+}
+
+Sampler::~Sampler() = default;
+
+void Sampler::Impl::fill(const float* logits) {
+    candidates.resize(static_cast<size_t>(n_vocab));
     for (int32_t id = 0; id < n_vocab; ++id) {
         if (std::isnan(logits[id])) throw Error("the model computed NaN logits; the file or the masks are broken");
-        candidates.push_back({id, logits[id], 0.0f});
+        candidates[static_cast<size_t>(id)] = {id, logits[id], 0.0f};
     }
+    for (const auto& [id, count] : generated) {
+        candidates[static_cast<size_t>(id)].logit -= static_cast<float>(count) * frequency_penalty + presence_penalty;
+    }
+}
+
+int32_t Sampler::Impl::draw(const Guard& guard) {
     llama_token_data_array array = {candidates.data(), candidates.size(), -1, false};
     llama_sampler_apply(chain, &array);
     if (array.selected < 0) throw guard.error("the sampler chose no token");
-    const int32_t token = array.data[array.selected].id;
-    accept(token);
+    return array.data[array.selected].id;
+}
+
+bool Sampler::Impl::allows(int32_t token) const {
+    llama_token_data single = {token, 1.0f, 0.0f};
+    llama_token_data_array array = {&single, 1, -1, false};
+    llama_sampler_apply(grammar, &array);
+    return single.logit != -INFINITY;
+}
+
+int32_t Sampler::n_vocab() const { return impl_->n_vocab; }
+
+int32_t Sampler::sample(const float* logits) {
+    const Guard guard;
+    impl_->fill(logits);
+    int32_t token = impl_->draw(guard);
+    // Trying one token is quick, trying the whole vocabulary is not: that is done where the one drawn does not fit.
+    if (impl_->grammar && !impl_->allows(token)) {
+        impl_->fill(logits);
+        llama_token_data_array array = {impl_->candidates.data(), impl_->candidates.size(), -1, false};
+        llama_sampler_apply(impl_->grammar, &array);
+        token = impl_->draw(guard);
+        if (!impl_->allows(token)) throw Error("no token fits the grammar here");
+    }
+    if (impl_->grammar) llama_sampler_accept(impl_->grammar, token);
+    llama_sampler_accept(impl_->chain, token);
+    if (impl_->frequency_penalty != 0.0f || impl_->presence_penalty != 0.0f) ++impl_->generated[token];
     return token;
 }
 
-void Sampler::accept(int32_t token) { llama_sampler_accept(chain, token); }
+void Sampler::accept(int32_t token) {
+    if (impl_->of_prompt) llama_sampler_accept(impl_->of_prompt, token);
+}
 
 }  // namespace moeshard

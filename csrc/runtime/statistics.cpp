@@ -81,7 +81,7 @@ void RoutingStatistics::add_layer(size_t row, const std::vector<int32_t>& seq, c
         for (size_t i = 0; i < used; ++i) {
             if (ids[i] < 0 || ids[i] >= n_expert_) throw Error("a trace holds an expert that the model does not have");
             const auto expert = static_cast<size_t>(ids[i]);
-            contribution[i] = weights[i] * norms[i];
+            contribution[i] = layer.contribution(token * used + i);
             ++count[cell + expert];
             mass[cell + expert] += weights[i];
             saliency[cell + expert] += contribution[i];

@@ -67,7 +67,9 @@ def test_generation_keeps_context_and_model(tinymoe: Path) -> None:
     def pieces() -> _core.Generation:
         model = _core.Model(str(tinymoe))
         context = _core.Context(model, n_ctx=128, n_threads=1)
-        return _core.Generation(context, model.tokenize("Once upon a time"), max_tokens=8, temperature=0)
+        return _core.Generation(
+            context, model.tokenize("Once upon a time"), max_tokens=8, sampling=_core.SamplingParams(temperature=0)
+        )
 
     generation = pieces()
     first = next(generation)

@@ -5,13 +5,13 @@
 #include "eval.h"
 #include "ggml-backend.h"
 
-static const std::set<std::string> WEIGHTS = {"ffn_moe_weights", "ffn_moe_weights_softmax", "ffn_moe_weights_norm",
-                                              "ffn_moe_weights_scaled"};
-static const std::set<std::string> OUTPUTS = {"ffn_moe_down", "ffn_moe_down_scaled", "ffn_moe_down_biased"};
+static const std::set<std::string> kWeights = {"ffn_moe_weights", "ffn_moe_weights_softmax", "ffn_moe_weights_norm",
+                                               "ffn_moe_weights_scaled"};
+static const std::set<std::string> kOutputs = {"ffn_moe_down", "ffn_moe_down_scaled", "ffn_moe_down_biased"};
 
 bool recorder::wants(const layer_tensor &id) const {
-    return id.name == "ffn_moe_topk" || id.name == "ffn_moe_probs" || WEIGHTS.count(id.name) ||
-           (norms && OUTPUTS.count(id.name));
+    return id.name == "ffn_moe_topk" || id.name == "ffn_moe_probs" || kWeights.count(id.name) ||
+           (norms && kOutputs.count(id.name));
 }
 
 // The values in memory order, whichever strides the tensor has.
@@ -49,7 +49,7 @@ void recorder::record(const layer_tensor &id, const ggml_tensor *tensor) {
         }
     } else if (seen[id.layer] != 1) {
         return;
-    } else if (WEIGHTS.count(id.name)) {
+    } else if (kWeights.count(id.name)) {
         put(layer.weights, layer.begin, values<float>(tensor));
     } else {
         const std::vector<float> outputs = values<float>(tensor);

@@ -27,10 +27,10 @@ namespace {
 
 // The fixture's 0.1 for everything leaves all experts nearly tied, and what they add to the residual stream too small
 // to be seen in the logits of some architectures. This spreads the router's scores by about 1.5.
-constexpr float ROUTER_STDEV = 1.0f;
-constexpr float EXPERT_STDEV = 0.3f;
+constexpr float kRouterStdev = 1.0f;
+constexpr float kExpertStdev = 0.3f;
 // Three of these multiply what an expert gives, where an architecture reads them.
-constexpr float EXPERT_SCALE_STDEV = 1.0f;
+constexpr float kExpertScaleStdev = 1.0f;
 
 float embedding_stdev;  // of the specimen that is made
 
@@ -39,18 +39,18 @@ float tensor_stdev(const char* name, float stdev) {
         return embedding_stdev;
     }
     if (strstr(name, "ffn_gate_inp.weight")) {
-        return ROUTER_STDEV;
+        return kRouterStdev;
     }
     if (strstr(name, "_exps.scale")) {
-        return EXPERT_SCALE_STDEV;
+        return kExpertScaleStdev;
     }
-    return is_expert_tensor(name) ? EXPERT_STDEV : stdev;
+    return is_expert_tensor(name) ? kExpertStdev : stdev;
 }
 
 // The one integer tensor: the experts of each token in a hash-routed layer, distinct within a token.
 void fill_integers(ggml_tensor* tensor, std::mt19937& gen) {
     GGML_ASSERT(tensor->type == GGML_TYPE_I32 && strstr(tensor->name, "tid2eid") != nullptr);
-    std::vector<int32_t> ids(N_EXPERT);
+    std::vector<int32_t> ids(kExperts);
     std::iota(ids.begin(), ids.end(), 0);
     for (int64_t token = 0; token < tensor->ne[1]; token++) {
         std::shuffle(ids.begin(), ids.end(), gen);

@@ -134,16 +134,29 @@ print(len("".join(model.generate("Once upon a time", keep=keep, max_tokens=8))) 
     assert "moeshard" in run(installed.bin / "moeshard", "--help", cwd=tmp_path)
 
 
-def test_cpp_program_uses_the_installed_library(installed: Installed, tmp_path: Path) -> None:
+def build(installed: Installed, source: Path, out: Path, *options: str) -> None:
+    """Build a C++ program that knows only the installed package."""
     if not shutil.which("cmake"):
         run(installed.python, "-m", "pip", "install", "cmake")
     path = f"{os.environ['PATH']}{os.pathsep}{installed.bin}"
-    package = run(installed.python, "-c", "import moeshard; print(moeshard.cmake_dir())", cwd=tmp_path).strip()
+    package = run(installed.python, "-c", "import moeshard; print(moeshard.cmake_dir())", cwd=out.parent).strip()
+    run("cmake", "-S", source, "-B", out, f"-Dmoeshard_DIR={package}", *options, PATH=path)
+    run("cmake", "--build", out, PATH=path)
+
+
+def test_cpp_program_uses_the_installed_library(installed: Installed, tmp_path: Path) -> None:
     # Programs that use llama.cpp's own API as well take its headers from the source distribution.
     tree = ROOT / "third_party" / "llama.cpp" / "tree"
     shutil.copytree(CONSUMER, tmp_path / "consumer")
-    run("cmake", "-S", "consumer", "-B", "out", f"-Dmoeshard_DIR={package}", f"-DLLAMA_TREE={tree}", cwd=tmp_path,
-        PATH=path)  # fmt: skip
-    run("cmake", "--build", "out", cwd=tmp_path, PATH=path)
+    build(installed, tmp_path / "consumer", tmp_path / "out", f"-DLLAMA_TREE={tree}")
     assert "all kept" in run(tmp_path / "out" / "consumer", MODEL)
     assert "FAILED" not in run(tmp_path / "out" / "c_api", MODEL)
+
+
+def test_cpp_example(installed: Installed, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "examples" / "cpp", tmp_path / "cpp")
+    build(installed, tmp_path / "cpp", tmp_path / "out")
+    printed = run(tmp_path / "out" / "half", MODEL)
+    assert "the same answer" in printed
+    used, whole = map(int, re.findall(r"(\d+) of (\d+) bytes", printed)[0])
+    assert used < 0.7 * whole

@@ -139,7 +139,7 @@ def with_tensor(source: Source, name: str, ne: tuple[int, ...], kind: str = "f32
 MODELS: dict[str, tuple[Callable[[], Source], str]] = {
     "dense": (
         lambda: with_entry(without_experts(small_source()), "expert_count"),
-        "model.gguf: has no experts to take out",
+        "model.gguf: has no experts to take out: it is a dense model",
     ),
     "no experts but a count": (lambda: without_experts(small_source()), NOTHING_TO_TAKE),
     "a count of zero": (lambda: with_entry(small_source(), "expert_count", gb.U32, 0), "'blk.0.ffn_gate_inp.weight'"),

@@ -1,7 +1,6 @@
 // What computes: sequences of tokens, a keep for each, logits and routing traces.
 #pragma once
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -9,11 +8,9 @@
 #include <vector>
 
 #include "moeshard/keep.hpp"
+#include "moeshard/memory.hpp"
 #include "moeshard/model.hpp"
 #include "moeshard/trace.hpp"
-
-struct llama_context;
-struct ggml_threadpool;
 
 namespace moeshard {
 
@@ -25,29 +22,30 @@ struct ContextParams {
     int32_t n_threads = 0;   // 0: as many as the processors this process may use
 };
 
-// Bytes.
-struct MemoryUse {
-    uint64_t model = 0;    // weights
-    uint64_t context = 0;  // keys and values of attention, or other state
-    uint64_t compute = 0;  // intermediate results
-};
-
 // For which tokens of an input the logits are computed.
-enum class Outputs { none, last, all };
+enum class Outputs {
+    kNone,
+    kLast,
+    kAll,
+    // As 0.1.0 called them.
+    none = kNone,
+    last = kLast,
+    all = kAll,
+};
 
 // Tokens appended to one sequence.
 struct Input {
     int32_t seq = 0;
     const int32_t* tokens = nullptr;
     size_t n_tokens = 0;
-    Outputs outputs = Outputs::last;
+    Outputs outputs = Outputs::kLast;
 };
 
 // Receives the logits (n_vocab floats, valid during the call) after token `token` of input `input`.
 using LogitsSink = std::function<void(size_t input, size_t token, const float* logits)>;
 
-// Not for use by two threads at once, except abort(). A failed call leaves every sequence as it was before, or empty
-// where the model's memory cannot be rolled back.
+// For one thread at a time, except abort(), and not in a process that was forked off: both throw Error. A failed call
+// leaves every sequence as it was before, or empty where the model's memory cannot be rolled back (recurrent layers).
 class Context {
 public:
     Context(std::shared_ptr<const Model> model, const ContextParams& params = {});
@@ -55,8 +53,11 @@ public:
     Context(const Context&) = delete;
     Context& operator=(const Context&) = delete;
 
-    const Model& model() const { return *model_; }
-    int32_t n_ctx() const;  // per sequence
+    const Model& model() const;
+    int32_t n_ctx() const;     // tokens that each sequence may hold
+    int32_t capacity() const;  // that there is room for, which the engine rounds up
+    // Makes n_ctx() another number, up to capacity().
+    void limit(int32_t n_ctx);
     int32_t n_seq_max() const;
     int32_t n_past(int32_t seq) const;  // tokens that the sequence holds
     // Of this context and its model. A model that was loaded with ModelParams::simulate says what it would take.
@@ -77,28 +78,18 @@ public:
 
     // Empties a sequence (seq < 0: all of them); masks stay.
     void reset(int32_t seq = -1);
+    // Forgets all tokens of a sequence but the first `n`, or all where the model's memory cannot be cut there
+    // (recurrent layers, a sliding window that moved on). Returns how many it holds now.
+    int32_t truncate(int32_t seq, int32_t n);
 
     // Makes a decode that another thread is in throw Error; the next one runs again.
-    void abort() { aborted = true; }
+    void abort();
     // Asked every few milliseconds while computing, on the computing thread; true aborts.
-    void set_interrupt(std::function<bool()> check) { interrupt = std::move(check); }
+    void set_interrupt(std::function<bool()> check);
 
 private:
-    std::shared_ptr<const Model> model_;
-    ContextParams params;
-    llama_context* ctx = nullptr;
-    ggml_threadpool* pool = nullptr;
-    std::vector<int32_t> past;
-    std::atomic<bool> aborted{false};
-    std::function<bool()> interrupt;
-    int64_t next_interrupt_us = 0;
-    bool broken = false;  // the engine aborted inside; nothing of it may be touched again
-
-    void check(const std::vector<Input>& inputs) const;
-    void compute(const std::vector<Input>& inputs, const LogitsSink& sink);
-    size_t outputs_per_batch() const;
-    void roll_back(const std::vector<int32_t>& to);
-    static bool should_abort(void* self);
+    struct Impl;
+    std::unique_ptr<Impl> impl_;
 };
 
 }  // namespace moeshard

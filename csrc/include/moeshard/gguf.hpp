@@ -9,9 +9,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "moeshard/error.hpp"
@@ -68,7 +70,7 @@ struct Entry {
     double as_float() const;   // float32 or float64
     bool as_bool() const;
     std::string_view as_string() const;
-    // A scalar counts as an array of one. Strings in arrays are data and may not be UTF-8; see parse().
+    // A scalar counts as an array of one. Strings are data and may not be UTF-8; see parse().
     std::vector<uint64_t> as_uints() const;
     std::vector<std::string_view> as_strings() const;
 };
@@ -101,16 +103,17 @@ struct Directory {
     const Entry* find(std::string_view key) const;
 };
 
-// Keys, tensor names and string values must be UTF-8. Strings inside arrays need not be: llama.cpp reads vocabularies
-// whose tokens are pieces of characters. `name` stands for the file in messages.
-// `file_size`: of the whole file, where `bytes` is only its beginning, at least up to the data.
+// Keys and tensor names must be UTF-8. String values need not be: llama.cpp reads vocabularies whose tokens are pieces
+// of characters, and names in whatever encoding somebody typed. `name` stands for the file in messages. `file_size`: of
+// the whole file, where `bytes` is only its beginning, at least up to the data.
 Directory parse(Bytes bytes, const std::string& name, uint64_t file_size = 0);
 
 // The name of part `index` (from 0) of `count`, for a name that ends in "-00002-of-00005.gguf"; "" for other names or
 // another count.
 std::string part_name(const std::string& path, uint64_t index, uint64_t count);
 
-// A file mapped for reading. Views hold it through a shared_ptr, so it outlives the GGUFMap that made it.
+// A file open for reading, mapped where the file system and the limits of this process allow it. Views hold it through
+// a shared_ptr, so it outlives the GGUFMap that made it.
 class Mapping {
 public:
     explicit Mapping(const std::string& path);
@@ -119,8 +122,17 @@ public:
     Mapping& operator=(const Mapping&) = delete;
 
     const std::string& path() const { return path_; }
-    // A file that is cut short while it is mapped ends the process that looks at what is gone; read() does not.
-    Bytes bytes() const { return bytes_; }
+    uint64_t size() const { return size_; }
+    bool is_mapped() const { return bytes_.data != nullptr; }
+    // Whether others could map it as this process may have to: some mounts (FUSE with direct I/O, 9p) share no pages.
+    bool is_shared() const { return is_shared_; }
+    // The whole file where it is mapped; else its first `size` bytes, read. What was returned before stays valid. A
+    // file that is cut short while it is mapped ends the process that looks at what is gone; read() does not.
+    Bytes head(uint64_t size) const;
+    // A part of the file, read where it is not mapped, and then kept as long as this lives.
+    Bytes view(uint64_t offset, uint64_t size) const;
+    // Where something that head() returned lies in the file.
+    uint64_t offset_of(const uint8_t* data) const;
     int fd() const { return fd_; }  // stays open: copying by the kernel needs it
     bool is_sparse() const { return is_sparse_; }
 
@@ -132,7 +144,12 @@ public:
 private:
     std::string path_;
     int fd_ = -1;
-    Bytes bytes_;
+    uint64_t size_ = 0;
+    Bytes bytes_;  // where it is mapped
+    bool is_shared_ = false;
+    // Of a file that is not mapped: what was read of it, by where it begins.
+    mutable std::mutex mutex_;
+    mutable std::vector<std::pair<uint64_t, std::vector<uint8_t>>> read_;
     bool is_sparse_ = false;
     int64_t modified_ = 0;  // nanoseconds
 };

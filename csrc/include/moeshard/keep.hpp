@@ -19,6 +19,11 @@ struct Routing {
     // Grouped selection (DeepSeek-V3): the best n_group_used of n_group groups are searched for experts.
     int32_t n_group = 1;
     int32_t n_group_used = 1;
+    // Layers that every token passes. Those after them predict further tokens, and llama.cpp computes none of them where
+    // it is not asked to draft.
+    int32_t n_layer_computed = 0;
+    // A token's weight of an expert multiplies the expert's input, not its output (Llama 4): see LayerTrace.
+    bool weighs_inputs = false;
 
     // Experts of a layer that routes. What a keep says of others, up to n_expert, carries no meaning.
     int32_t experts_in(int32_t layer) const {
@@ -27,6 +32,8 @@ struct Routing {
     bool routes(int32_t layer) const { return n_expert_used.at(static_cast<size_t>(layer)) > 0; }
     // The layers that route, ascending.
     std::vector<int32_t> moe_layers() const;
+    // Of these, the layers that every token passes.
+    std::vector<int32_t> computed_layers() const;
 };
 
 // A boolean array (n_layer, n_expert), row-major: true where the expert may be chosen. Rows of layers without a router
@@ -40,6 +47,9 @@ public:
     int32_t n_expert() const { return n_expert_; }
     const uint8_t* row(int32_t layer) const { return keep_.data() + static_cast<size_t>(layer) * n_expert_; }
     bool operator()(int32_t layer, int32_t expert) const { return row(layer)[expert] != 0; }
+    bool operator==(const Keep& other) const {
+        return n_layer_ == other.n_layer_ && n_expert_ == other.n_expert_ && keep_ == other.keep_;
+    }
 
     // Throws Error, naming the layer, where the model could not route every token to kept experts only: the shape
     // differs, fewer experts are kept than a token uses, or a choice of expert groups would hold too few of them.

@@ -3,7 +3,9 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -42,8 +44,8 @@ public:
     Model(const Model&) = delete;
     Model& operator=(const Model&) = delete;
 
-    const std::string& path() const { return path_; }
-    const Routing& routing() const { return routing_; }
+    const std::string& path() const;
+    const Routing& routing() const;
     std::string description() const;  // e.g. "qwen3moe 30B.A3B Q4_K - Medium"
     int32_t n_vocab() const;
     int32_t n_ctx_train() const;
@@ -64,14 +66,34 @@ public:
     std::string apply_chat_template(const std::vector<std::pair<std::string, std::string>>& messages,
                                     bool add_assistant = true, const std::string& source = "") const;
 
-    llama_model* handle() const { return model; }
+    // What a chat template is chosen from and rendered with. The model's own templates in Jinja, by name, "" being the
+    // one to use; and the names of those that the engine knows by itself, which apply_chat_template takes too.
+    std::map<std::string, std::string> chat_templates() const;
+    static std::vector<std::string> known_chat_templates();
+    // Tokens that `parse` reads in a text and that no text is made of otherwise, with how they are written.
+    std::map<int32_t, std::string> control_tokens() const;
+    // How the tokens that begin and end a text are written, where there are such.
+    std::optional<std::string> bos_text() const;
+    std::optional<std::string> eos_text() const;
+    bool adds_bos() const;  // whether `special` puts the one that begins a text before it
+
+    llama_model* handle() const;
 
 private:
-    explicit Model(std::string path) : path_(std::move(path)) {}
+    struct Impl;
+    explicit Model(std::string path);
 
-    std::string path_;
-    llama_model* model = nullptr;
-    Routing routing_;
+    std::unique_ptr<Impl> impl_;
 };
+
+// What this library computes with.
+struct SystemInfo {
+    std::string llama_cpp;              // the pin that it was built from
+    std::vector<std::string> backends;  // e.g. "CPU", "RPC"
+    std::vector<std::string> devices;   // e.g. "CPU: AMD EPYC 7713"
+    std::vector<std::string> features;  // instruction sets and options that were compiled in
+};
+
+SystemInfo system_info();
 
 }  // namespace moeshard

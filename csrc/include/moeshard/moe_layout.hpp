@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "moeshard/gguf.hpp"
+#include "moeshard/keep.hpp"
 
 namespace moeshard {
 
@@ -80,6 +81,9 @@ struct MoeLayout {
 
 // Why all layers of a shard of this model hold equally many experts, whoever reads it; empty where they need not.
 std::string why_equal(const MoeLayout& layout);
+
+// What decides which keeps fit, from the file alone.
+Routing routing_of(const MoeLayout& layout);
 
 // `name` stands for the file in messages.
 MoeLayout moe_layout(const gguf::Directory& metadata, const std::vector<gguf::Tensor>& tensors,

@@ -40,9 +40,6 @@ struct ShardParams {
 // does.
 std::vector<SegmentList> shard_segments(const gguf::GGUFMap& model, const Keep& keep, const ShardParams& params = {});
 
-// What decides which keeps fit, from the file alone.
-Routing routing_of(const MoeLayout& layout);
-
 // What a shard, a trunk or a file of experts says about itself.
 struct ShardFacts {
     ShardKind kind = ShardKind::kShard;

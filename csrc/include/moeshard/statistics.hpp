@@ -10,7 +10,8 @@
 namespace moeshard {
 
 // Of the tokens of sequences 0 .. n_seq-1 in some layers of a model. Arrays are row-major; a *weight* is what an
-// expert's output is multiplied by, a *norm* the L2 norm of that output before, and a *contribution* weight x norm.
+// expert's output is multiplied by, a *norm* the L2 norm of that output before, and a *contribution* the norm after:
+// weight x norm, but where the norm holds the weight already (see LayerTrace).
 class RoutingStatistics {
 public:
     // `scores_are_logits`: the router's scores have yet to go through a softmax (gpt-oss). Without `pairs`, which take

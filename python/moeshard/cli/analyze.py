@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,12 +11,15 @@ import typer
 
 from moeshard.cli.options import (
     ChatsOption,
+    ChatTemplateOption,
     ForceOption,
     GpuLayersOption,
     JsonOption,
     ModelArgument,
     TextOption,
     ThreadsOption,
+    check_template,
+    one_of,
 )
 
 if TYPE_CHECKING:
@@ -31,6 +35,7 @@ def analyze(
     out: Annotated[Path, typer.Option("--out", "-o", help="The profile to write, an .npz file.")],
     text: TextOption = None,
     chat: ChatsOption = None,
+    chat_template: ChatTemplateOption = None,
     tokens: Annotated[
         int | None,
         typer.Option("--tokens", "-n", min=1, show_default="all", help="About so many tokens of each domain."),
@@ -47,7 +52,12 @@ def analyze(
     layers: Annotated[str | None, typer.Option(help="Measure these MoE layers only, such as '0-5,9'.")] = None,
     all_layers: Annotated[bool, typer.Option("--all-layers", help="Measure all MoE layers (the default).")] = False,
     export_ranking: Annotated[Path | None, typer.Option(help="Also write the ranking as CSV, for split.")] = None,
-    ranking: Annotated[str, typer.Option(help="What that ranks by: saliency, mass, count or reap.")] = "saliency",
+    ranking: Annotated[
+        str,
+        typer.Option(
+            **one_of("moeshard.profile.record:RANKINGS"), help="What that ranks by: saliency, mass, count or reap."
+        ),
+    ] = "saliency",
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted analysis stopped.")] = False,
     threads: ThreadsOption = 0,
     gpu_layers: GpuLayersOption = -1,
@@ -59,25 +69,32 @@ def analyze(
     The profile holds, for every sequence, layer and expert, how often it was chosen, with what weight, and how much it
     added (saliency: weight x norm of its output): all that plans are made from, without running the model again.
     """
+    check_template(chat, chat_template)
     if layers is not None and all_layers:
         raise typer.BadParameter("--layers and --all-layers contradict each other")
     if micro and tokens is not None:
         raise typer.BadParameter("--micro says how many tokens; leave --tokens out")
 
     from moeshard import MoeshardError, write_ranking
+    from moeshard.cli.files import check_files, files_read, no_stdout
     from moeshard.cli.loading import load_model
-    from moeshard.cli.output import check_free, print_json, progress, tokens_per_second, warn
+    from moeshard.cli.output import progress, tokens_per_second
+    from moeshard.cli.terminal import print_json, warn
+    from moeshard.files.provenance import MADE, stamp
     from moeshard.profile.measure import analyze as measure
-    from moeshard.profile.record import RANKINGS
     from moeshard.profile.statistics import verdict
     from moeshard.traffic.domains import embedded_traffic, read_texts
 
-    check_free(out, export_ranking, force=force)
-    if ranking not in RANKINGS:
-        raise typer.BadParameter(f"--ranking '{ranking}': choose from {', '.join(RANKINGS)}")
-    loaded = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers)
-    domains = read_texts(text or [], chat or [], model=loaded) or embedded_traffic("calibration")
+    no_stdout(out, "a profile")
+    if export_ranking is not None:
+        no_stdout(export_ranking, "a ranking beside a profile")
     partial = out.with_name(out.name + ".partial")
+    read = files_read(model, *(chat or []), chat_template, texts=text)
+    check_files(out, export_ranking, inputs=read, force=force)
+    check_files(partial, inputs=[*read, out], force=True)
+    loaded = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers)
+    given = read_texts(text or [], chat or [], model=loaded, template=chat_template or "")
+    domains = given or embedded_traffic("calibration")
     if partial.exists() and not resume:
         warn(f"{partial}: what an interrupted analysis left, to go on from with --resume, will be replaced")
     chosen = None if layers is None else _parse_layers(layers, loaded.n_layer)
@@ -93,6 +110,7 @@ def analyze(
             resume=resume,
             progress=tokens_per_second(update, "reading"),
         )
+    profile.facts[MADE] = stamp(sys.argv[1:])
     try:
         profile.save(out, force=force)
     except MoeshardError as error:
@@ -168,7 +186,8 @@ def _super(profile: Profile) -> list[tuple[int, int, float]]:
 
 
 def _report(profile: Profile, found: Verdict, out: Path) -> None:
-    from moeshard.cli.output import console, plain_table
+    from moeshard.cli.output import plain_table, show
+    from moeshard.cli.terminal import note, say
     from moeshard.profile.statistics import concentration, mean_entropy, summed_concentration, tops
 
     shown = tops(profile.n_expert)
@@ -182,27 +201,23 @@ def _report(profile: Profile, found: Verdict, out: Path) -> None:
         profile.layers, concentration(profile, shown), mean_entropy(profile), _most_salient(profile), strict=True
     )
     for layer, row, entropy, (best, share, error) in rows:
-        salient = f"{best}: {share:.1%} ± {error:.1%}"
+        salient = f"{best}: {share:.1%} ± {'unknown' if math.isnan(error) else f'{error:.1%}'}"
         table.add_row(str(layer), *(f"{part:.0%}" for part in row), f"{entropy:.2f}", salient)
     even = [f"{top / profile.n_expert:.0%}" for top in shown]
     table.add_row("even", *even, f"{math.log(profile.n_expert):.2f}", f"{1 / profile.n_expert:.1%}", style="dim")
     by_id = summed_concentration(profile, shown)
     table.add_row("by id", *(f"{part:.0%}" for part in by_id), style="dim")
-    console().print(table)
-    typer.echo(
+    show(table)
+    say(
         "by id: mass summed over layers, as older tools rank experts. Expert 5 of one layer and expert 5 of another "
         "have nothing to do with each other: such sums are nearly even whatever each layer does, and ids chosen by "
         "them hold no more than this in the layers."
     )
-    typer.echo()
-    typer.echo(str(found))
-    typer.echo(_say_super(_super(profile)))
+    say()
+    say(found)
+    say(_say_super(_super(profile)))
     seconds = max(profile.facts["seconds"], 1e-9)
-    typer.secho(
-        f"[{found.n_tokens} tokens of {', '.join(profile.domains)}; {found.n_tokens / seconds:.0f} tokens/s; {out}]",
-        dim=True,
-        err=True,
-    )
+    note(f"{found.n_tokens} tokens of {', '.join(profile.domains)}; {found.n_tokens / seconds:.0f} tokens/s; {out}")
 
 
 def _say_super(experts: list[tuple[int, int, float]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,12 +10,15 @@ import typer
 
 from moeshard.cli.options import (
     ChatsOption,
+    ChatTemplateOption,
     ForceOption,
     GpuLayersOption,
     HeldOutOption,
     JsonOption,
     ModelArgument,
     ThreadsOption,
+    check_template,
+    one_of,
 )
 
 if TYPE_CHECKING:
@@ -26,6 +30,7 @@ def curve(
     profile: Annotated[Path, typer.Option(help="What `moeshard analyze` measured; experts are chosen by it.")],
     text: HeldOutOption = None,
     chat: ChatsOption = None,
+    chat_template: ChatTemplateOption = None,
     keep: Annotated[
         str | None,
         typer.Option(
@@ -36,16 +41,22 @@ def curve(
     strategies: Annotated[
         str,
         typer.Option(
-            help="How they are chosen, several after commas: ranked (per layer, by saliency), one-list (the same ids "
-            "in every layer), contiguous, or another strategy of plan."
+            **one_of("moeshard.evaluation.curve:CURVE_STRATEGIES", several=True),
+            help="How they are chosen, several after commas: ranked (per layer, by saliency), reap, islands (of one "
+            "node), contiguous, one-list (the same ids in every layer).",
         ),
     ] = "ranked",
-    windows: Annotated[int, typer.Option(min=2, help="Windows of each domain.")] = 8,
+    windows: Annotated[int, typer.Option(min=4, help="Windows of each domain.")] = 8,
     window: Annotated[int, typer.Option(min=2, help="Tokens predicted in a window.")] = 256,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens at its beginning that do not count.")] = 64,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write all figures as JSON.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Write all figures as JSON; '-', here as below: to stdout, and nothing else."),
+    ] = None,
     csv: Annotated[Path | None, typer.Option(help="Write a table of them.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Draw the curve (needs moeshard[report]).")] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="Draw the curve: a .png, .svg or .pdf (needs moeshard[report]).")
+    ] = None,
     threads: ThreadsOption = 0,
     gpu_layers: GpuLayersOption = -1,
     force: ForceOption = False,
@@ -55,46 +66,61 @@ def curve(
 
     Held-out text is predicted with all experts and with each number of them, side by side. Intervals are of 95 %.
     """
+    check_template(chat, chat_template)
     sizes = None if keep is None else _parse_sizes(keep)
+    names = [name.strip() for name in strategies.split(",")]
+    form = "png" if png is None else _picture_form(png)
 
+    from moeshard import MoeshardError
+    from moeshard.cli.files import STDOUT, Results, check_files, files_read
     from moeshard.cli.loading import load_model
-    from moeshard.cli.output import check_free, print_json, progress, warn_of_seen
-    from moeshard.evaluation.curve import measure_curve
-    from moeshard.files.atomic import write_atomically
+    from moeshard.cli.output import progress, warn_of_text
+    from moeshard.cli.terminal import print_json
+    from moeshard.evaluation.curve import check_curve_strategy, measure_curve
+    from moeshard.files.provenance import MADE, stamp
     from moeshard.profile.record import read_profile
-    from moeshard.traffic.domains import embedded_traffic, read_texts, texts_seen
+    from moeshard.traffic.domains import embedded_traffic, read_texts
+    from moeshard.traffic.likeness import likeness
 
-    check_free(out, csv, png, force=force)
+    try:
+        for name in names:
+            check_curve_strategy(name)
+    except MoeshardError as error:
+        raise typer.BadParameter(f"--strategies: {error}") from error
+    read = files_read(model, profile, *(chat or []), chat_template, texts=text)
+    check_files(out, csv, binary=png, inputs=read, force=force, as_json=as_json)
+    results = Results(force=force)
     if png is not None:
         from moeshard.report.drawing import require_matplotlib
 
         require_matplotlib()
     measured = read_profile(profile)
     loaded = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers)
-    domains = read_texts(text or [], chat or [], model=loaded) or embedded_traffic("heldout")
-    warn_of_seen(texts_seen(domains, measured.facts.get("texts")))
+    given = read_texts(text or [], chat or [], model=loaded, template=chat_template or "")
+    domains = given or embedded_traffic("heldout")
+    warn_of_text(likeness(domains, measured.facts.get("texts"), measured.facts.get("sketches")))
     with progress() as update:
         found = measure_curve(
             loaded,
             measured,
             domains,
             sizes=sizes,
-            strategies=[name.strip() for name in strategies.split(",")],
+            strategies=names,
             n_windows=windows,
             window=window,
             n_prompt=prompt,
             progress=lambda done, total: update("predicting", done / total),
         )
-    if out is not None:
-        found.save(out, force=force)
-    if csv is not None:
-        write_atomically(csv, found.to_csv(), force=force)
+    found.settings[MADE] = stamp(sys.argv[1:])
+    results.write(out, found.to_text())
+    results.write(csv, found.to_csv())
     if png is not None:
-        write_atomically(png, draw_png(found), force=force)
+        results.write(png, draw_picture(found, form))
     if as_json:
         print_json(found.to_json())
-    else:
+    elif STDOUT not in (out, csv, png):
         _report(found, [path for path in (out, csv, png) if path is not None])
+    results.finish()
 
 
 def _parse_sizes(text: str) -> list[int]:
@@ -104,17 +130,25 @@ def _parse_sizes(text: str) -> list[int]:
         raise typer.BadParameter(f"--keep '{text}': expected numbers of experts such as 16,32,64") from error
 
 
-def draw_png(found: Curve) -> bytes:
-    from moeshard.report.drawing import render
+def _picture_form(path: Path) -> str:
+    form = path.suffix.lower().removeprefix(".") or "png"
+    if form not in ("png", "svg", "pdf"):
+        raise typer.BadParameter(f"--png '{path}': a picture is a .png, .svg or .pdf")
+    return form
+
+
+def draw_picture(found: Curve, form: str) -> bytes:
+    from moeshard.report.drawing import picture
     from moeshard.report.figure import Panel
     from moeshard.report.figures.curve import HEIGHT, draw_curve
 
     title = f"{found.model.name}: what a part of the experts costs"
-    return render(Panel("loss by experts kept", lambda canvas: draw_curve(canvas, found), HEIGHT), "curve", title)[1]
+    return picture(Panel("loss by experts kept", lambda canvas: draw_curve(canvas, found), HEIGHT), title, form)
 
 
 def _report(found: Curve, written: list[Path]) -> None:
-    from moeshard.cli.output import console, plain_table
+    from moeshard.cli.output import plain_table, show
+    from moeshard.cli.terminal import note, say
     from moeshard.evaluation.curve import rule_of_thumb
 
     table = plain_table("What is lost by how many experts per layer are kept")
@@ -128,11 +162,11 @@ def _report(found: Curve, written: list[Path]) -> None:
             measured = (f"{point.scores.excess:+.3f}", f"{point.scores.ratio:.2f}", f"{low:.2f} to {high:.2f}")
             table.add_row(name, f"{point.keep}", share, f"{found.times_top_k(point):g}", *measured)
         table.add_section()
-    console().print(table)
-    typer.echo()
-    typer.echo("The rule of thumb, 4 to 8 times the experts that a token uses, measured:")
+    show(table)
+    say()
+    say("The rule of thumb, 4 to 8 times the experts that a token uses, measured:")
     for sentence in rule_of_thumb(found):
-        typer.echo(sentence)
+        say(sentence)
     tokens = sum(found.settings["windows"].values()) * (found.settings["window"] - found.settings["prompt"])
     files = "".join(f"; {path}" for path in written)
-    typer.secho(f"[{tokens} tokens of {', '.join(found.domains)}{files}]", dim=True, err=True)
+    note(f"{tokens} tokens of {', '.join(found.domains)}{files}")

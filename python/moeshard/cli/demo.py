@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeshard.cli.options import JsonOption
+from moeshard.cli.options import JsonOption, one_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 def demo(
     domain: Annotated[
-        str, typer.Option(help="The traffic that the best half is chosen for: the name of an embedded text.")
+        str,
+        typer.Option(
+            **one_of("moeshard.traffic.embedded:embedded_domains"),
+            help="The traffic that the best half is chosen for: the name of an embedded text.",
+        ),
     ] = "en",
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", show_default="one of the domain", help="The text to continue.")
@@ -37,7 +41,8 @@ def demo(
     fast; the table shows what each can still predict.
     """
     from moeshard.cli.loading import load_model
-    from moeshard.cli.output import console, print_json, progress
+    from moeshard.cli.output import progress, show
+    from moeshard.cli.terminal import print_json, say
     from moeshard.demo import run_demo
     from moeshard.traffic.embedded import MODEL_NAME
 
@@ -54,19 +59,19 @@ def demo(
     if as_json:
         print_json(result.to_dict())
         return
-    out = console()
-    out.print(
-        f"[bold]{result.model}[/]: {result.arch}, {result.n_layer} layers; in each, a token uses "
-        f"{result.n_expert_used} of {result.n_expert} experts."
+    say(result.model, bold=True, nl=False)
+    say(
+        f": {result.arch}, {result.n_layer} layers; in each, a token uses {result.n_expert_used} of {result.n_expert} "
+        f"experts."
     )
     for table in (_answers(result), _costs(result), _carriers(result)):
-        out.print()
-        out.print(table)
-    out.print()
-    out.print(_conclusion(result))
-    out.print(
-        "\nNext: [bold]moeshard inspect MODEL[/] and [bold]moeshard generate MODEL -p TEXT --keep 0-63[/], "
-        "with any GGUF of a MoE model, or with 'tinymoe' for this one."
+        show("", table)
+    show(
+        "",
+        _conclusion(result),
+        "",
+        "Next: moeshard inspect MODEL and moeshard generate MODEL -p TEXT --keep 0-63, with any GGUF of a MoE model, "
+        "or with 'tinymoe' for this one.",
     )
 
 
@@ -79,16 +84,19 @@ def _table(title: str, **options: Any) -> Table:
 def _answers(result: Demo) -> Table:
     from rich.text import Text
 
-    table = _table(f"How each continues “{' '.join(result.prompt.split())}”", expand=True)
+    from moeshard.cli.output import page_width
+    from moeshard.cli.terminal import printable
+
+    table = _table(f"How each continues “{' '.join(result.prompt.split())}”", width=page_width())
     for run in result.runs:
         table.add_column(run.name, ratio=1, overflow="fold")
     for_reading = ("\n".join(line for line in run.text.splitlines() if line.strip()) for run in result.runs)
-    table.add_row(*(Text(text.strip()) for text in for_reading))
+    table.add_row(*(Text(printable(text.strip(), lines=True)) for text in for_reading))
     return table
 
 
 def _costs(result: Demo) -> Table:
-    from moeshard.cli.output import size
+    from moeshard.sizes import size
 
     table = _table("What each holds, and what that costs")
     table.add_column("")
@@ -126,7 +134,7 @@ def _carriers(result: Demo) -> Table:
 
 def _conclusion(result: Demo) -> str:
     """Say in one paragraph what the tables show, from their numbers."""
-    from moeshard.cli.output import size
+    from moeshard.sizes import size
 
     full, best, first = result.runs
     others = [result.loss(best, domain) for domain in best.scores if domain != result.domain]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from moeshard.cli.output import console, plain_table
+from moeshard.cli.output import plain_table, show
+from moeshard.cli.terminal import say
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,17 +21,14 @@ PLACED = "placed"
 
 def report(found: Evaluation) -> None:
     """Print what each node loses, by domain, how well sessions are placed, and how often answers are loops."""
-    out = console()
     rows = _rows(found)
-    for table in (_totals(found, rows), _by_domain(found, rows)):
-        out.print(table)
-        out.print()
+    show(_totals(found, rows), "", _by_domain(found, rows), "")
     for line in _probes(found):
-        out.print(line, soft_wrap=True)
+        say(line)
     if found.loops is not None:
-        out.print()
-        out.print(_loops(found))
-        out.print(_about_loops(found), soft_wrap=True)
+        say()
+        show(_loops(found))
+        say(_about_loops(found))
 
 
 def _rows(found: Evaluation) -> dict[str, Scores]:

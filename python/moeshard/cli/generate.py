@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeshard.cli.options import GpuLayersOption, JsonOption, ModelArgument, ThreadsOption
+from moeshard.cli.options import ChatTemplateOption, GpuLayersOption, JsonOption, ModelArgument, ThreadsOption
 from moeshard.cli.prompts import ChatOption, PromptFileOption, PromptOption, SystemOption, apply_template, read_prompt
+from moeshard.runtime.limits import MAX_SEED
 
 if TYPE_CHECKING:
     from moeshard.keep.text import Keep
     from moeshard.runtime.generation import Generation
     from moeshard.runtime.model import Model
-
-MAX_SEED = 2**32 - 2  # the engine takes the one above for "a random one"
 
 
 def generate(
@@ -29,7 +27,8 @@ def generate(
         ),
     ] = None,
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", "-n", help="Stop after so many tokens; -1: when the context is full.")
+        int,
+        typer.Option("--max-tokens", "-n", min=-1, help="Stop after so many tokens; -1: when the context is full."),
     ] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Sample from so many likeliest tokens; 0: all.")] = 40,
@@ -48,9 +47,11 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
     chat: ChatOption = False,
     system: SystemOption = None,
+    chat_template: ChatTemplateOption = None,
     threads: ThreadsOption = 0,
     ctx: Annotated[
-        int | None, typer.Option(min=1, show_default="the model's, at most 4096", help="Tokens of context.")
+        int | None,
+        typer.Option(min=1, show_default="the model's, at most 4096", help="Tokens of context."),
     ] = None,
     gpu_layers: GpuLayersOption = -1,
     as_json: JsonOption = False,
@@ -59,7 +60,7 @@ def generate(
 
     The text goes to stdout, speed and seed to stderr.
     """
-    text = read_prompt(prompt, file, chat, system)
+    text = read_prompt(prompt, file, chat, system, chat_template)
 
     from random import SystemRandom
 
@@ -68,9 +69,9 @@ def generate(
     seed = SystemRandom().randrange(MAX_SEED) if seed is None else seed
     loaded = load_model(model, n_ctx=ctx, n_threads=threads, n_gpu_layers=gpu_layers)
     mask = None if keep is None else loaded.keep(keep)
-    text = apply_template(loaded, text, chat, system)
+    text, read_as = apply_template(loaded, text, chat, system, chat_template)
     answer = loaded.generate(
-        text,
+        read_as,
         mask,
         max_tokens=max_tokens,
         temperature=temperature,
@@ -82,7 +83,7 @@ def generate(
         stop=stop or (),
     )
     if as_json:
-        from moeshard.cli.output import print_json
+        from moeshard.cli.terminal import print_json
 
         answer_text = "".join(answer)
         print_json({"model": loaded.path, "prompt": text, "text": answer_text, **_facts(answer, loaded, mask, seed)})
@@ -92,13 +93,13 @@ def generate(
 
 
 def _stream(answer: Generation) -> None:
+    from moeshard.cli.terminal import pour
+
     piece = ""
     for piece in answer:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+        pour(piece)
     if not piece.endswith("\n"):
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+        pour("\n")
 
 
 def _facts(answer: Generation, model: Model, mask: Keep | None, seed: int) -> dict[str, Any]:
@@ -120,6 +121,7 @@ def _facts(answer: Generation, model: Model, mask: Keep | None, seed: int) -> di
 def _report(answer: Generation, model: Model, mask: Keep | None, seed: int) -> None:
     """Write the statistics in one line on stderr."""
     from moeshard.cli.output import span
+    from moeshard.cli.terminal import note
 
     facts = _facts(answer, model, mask, seed)
     parts = [
@@ -130,4 +132,4 @@ def _report(answer: Generation, model: Model, mask: Keep | None, seed: int) -> N
     held = facts["experts_held"]
     if held:
         parts.append(f"{span(min(held), max(held))} of {model.n_expert} experts per layer")
-    typer.secho("[" + " · ".join(parts) + "]", dim=True, err=True)
+    note(" · ".join(parts))

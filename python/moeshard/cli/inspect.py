@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import typer
-
 from moeshard.cli.options import JsonOption, ModelArgument
 
 if TYPE_CHECKING:
@@ -23,7 +21,8 @@ def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
 
     Sizes are of tensor data; the trunk is everything that is not routed experts.
     """
-    from moeshard.cli.output import console, print_json
+    from moeshard.cli.output import show
+    from moeshard.cli.terminal import print_json, printable, say
     from moeshard.gguf.inspection import inspect_model
     from moeshard.traffic.embedded import resolve_model
 
@@ -32,15 +31,16 @@ def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
         print_json(found.to_dict())
         return
     for name, value in _facts(found):
-        typer.echo(typer.style(name.ljust(LABEL_WIDTH), bold=True) + value)
+        say(name.ljust(LABEL_WIDTH), bold=True, nl=False)
+        say(printable(value))
     if found.expert_tensors:
-        typer.echo()
-        console().print(_tensors(found))
+        say()
+        show(_tensors(found))
 
 
 def _facts(found: Inspection) -> list[tuple[str, str]]:
     """The lines of the summary: name and value."""
-    from moeshard.cli.output import size
+    from moeshard.sizes import size
 
     parts = f" in {len(found.parts)} files" if len(found.parts) > 1 else ""
     types = ", ".join(f"{name} {size(n_bytes)}" for name, n_bytes in found.type_bytes.items())
@@ -95,7 +95,8 @@ def _routing(found: Inspection) -> str:
 
 
 def _tensors(found: Inspection) -> Table:
-    from moeshard.cli.output import plain_table, size
+    from moeshard.cli.output import plain_table
+    from moeshard.sizes import size
 
     table = plain_table("Tensors that depend on the experts")
     for header in ("tensor", "layers", "role", "type", "shape"):
@@ -128,7 +129,7 @@ def _runs(numbers: Sequence[int]) -> str:
 
 
 def _span(sizes: list[int]) -> str:
-    from moeshard.cli.output import size
+    from moeshard.sizes import size
 
     low, high = min(sizes), max(sizes)
     return size(low) if low == high else f"{size(low)} to {size(high)}"

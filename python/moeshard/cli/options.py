@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", re.ASCII | re.IGNORECASE)
+
+_SUSPICIOUS = 4096
+"""A smaller number without a unit was meant to have one: of nothing here so few bytes make sense."""
 
 
 def parse_size(text: str) -> int:
@@ -17,7 +22,43 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None or match[2].upper() not in _UNITS or float(match[1]) == 0:
         raise typer.BadParameter(f"'{text}' is not a size; write bytes, or a number with a unit such as 4GiB or 500MB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    n_bytes = int(float(match[1]) * _UNITS[match[2].upper()])
+    if not match[2] and n_bytes < _SUSPICIOUS:
+        raise typer.BadParameter(f"'{text}' is {n_bytes} bytes; did you mean {n_bytes}GiB?")
+    return n_bytes
+
+
+def check_template(chats: Sequence[Path] | None, template: str | None) -> None:
+    """Refuse a chat template where there are no chats."""
+    if template is not None and not chats:
+        raise typer.BadParameter("--chat-template goes with --chat")
+
+
+def one_of(*names: str, several: bool = False) -> dict[str, Any]:
+    """Return the arguments of an option whose value is one of some names.
+
+    Args:
+        names: the names; or ``module:NAME``, where they are (or what returns them), looked up only when needed.
+        several: more of them may be given, after commas.
+    """
+
+    def known() -> Sequence[str]:
+        module, colon, name = names[0].partition(":")
+        if not colon:
+            return names
+        found = getattr(import_module(module), name)
+        return tuple(found() if callable(found) else found)
+
+    def read(text: str) -> str:
+        for part in text.split(",") if several else [text]:
+            if part.strip() not in known():
+                raise typer.BadParameter(f"'{part.strip()}' is unknown; choose from {', '.join(known())}")
+        return text
+
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in known() if name.startswith(incomplete)]
+
+    return {"parser": read, "autocompletion": complete, "metavar": "NAME"}
 
 
 ModelArgument = Annotated[
@@ -52,11 +93,27 @@ ChatsOption = Annotated[
     typer.Option(metavar="FILE", help='Chats, a line of JSON each: {"messages": [{"role": …, "content": …}, …]}.'),
 ]
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text for people.")]
+ChatTemplateOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|NAME",
+        show_default="the model's own",
+        help="Write chats in this template: a file of Jinja, the name of another template of the model, or of one that "
+        "llama.cpp knows, such as chatml.",
+    ),
+]
+
+JsonOption = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print one JSON object instead of text for people; errors and warnings are JSON on stderr, one a line.",
+    ),
+]
 
 ThreadsOption = Annotated[int, typer.Option(min=0, help="Threads that compute; 0: one per processor.")]
 
-GpuLayersOption = Annotated[int, typer.Option(help="Layers on the GPU, where there is one; -1: all.")]
+GpuLayersOption = Annotated[int, typer.Option(min=-1, help="Layers on the GPU, where there is one; -1: all.")]
 
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
 

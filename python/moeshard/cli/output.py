@@ -1,32 +1,43 @@
-"""How commands speak: results on stdout, everything about the way there on stderr."""
+"""Tables, sizes and progress, as commands show them."""
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from pathlib import Path
+from moeshard.cli.terminal import pour_styled, printable, warn
 
+if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
     from moeshard.progress import StageProgress
+    from moeshard.traffic.likeness import Likeness
 
 # What takes no longer than this shows no progress bar.
 PATIENCE_SECONDS = 0.5
+# Tables are as wide as what they hold where nobody has to look at them line by line.
+UNLIMITED = 10_000
+READABLE = 80
+"""Characters of a line of text there."""
+NAME_WIDTH = 12
+"""Of a column of names, where a terminal is too narrow for them."""
 
 
-def console() -> Console:
-    """Return stdout for tables; colours only on a terminal."""
+def console(*, stderr: bool = False) -> Console:
+    """Return a console that takes text as it is: no markup, no emoji, nothing that is not printable."""
     from rich.console import Console
 
-    return Console(highlight=False)
+    class Plain(Console):
+        def render_str(self, text: str, **options: Any) -> Any:
+            return super().render_str(printable(text), **options)
+
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Plain(stderr=stderr, highlight=False, markup=False, emoji=False, width=None if terminal else UNLIMITED)
 
 
 def plain_table(title: str | None = None) -> Table:
@@ -36,51 +47,53 @@ def plain_table(title: str | None = None) -> Table:
     return Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), pad_edge=False)
 
 
-def print_json(value: Any) -> None:
-    """Print one JSON value. What JSON has no word for (an infinite perplexity) is null."""
-    print(json.dumps(_finite(value), indent=2, ensure_ascii=False))
+def show(*renderables: Any, style: str | None = None) -> None:
+    """Print tables and paragraphs to stdout, each on lines of its own.
+
+    On a terminal that is too narrow for a table names are shortened or folded, never numbers: they are what it is for.
+    """
+    from rich.table import Table
+
+    out = console()
+    width = out.width
+    for renderable in renderables:
+        out.width = max(width, _narrowest(renderable)) if isinstance(renderable, Table) else page_width()
+        with out.capture() as captured:
+            out.print(renderable, style=style)
+        # Rich fills lines up to the width of the table.
+        pour_styled("".join(f"{line.rstrip()}\n" for line in captured.get().split("\n")[:-1]))
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and value - value != 0:
-        return None
-    return value
+def page_width() -> int:
+    """Return how wide lines of text are: as the terminal, or what is good to read where there is none."""
+    width = console().width
+    return READABLE if width == UNLIMITED else width
 
 
-def warn(text: str) -> None:
-    """Say on stderr what the user should know before trusting a result."""
-    import typer
+def _narrowest(table: Table) -> int:
+    """Give numbers the width they need, and return how wide the table is at least."""
+    from rich.cells import cell_len
 
-    typer.secho(f"warning: {text}", fg=typer.colors.YELLOW, err=True)
-
-
-def warn_of_seen(names: Iterable[str]) -> None:
-    """Warn of texts, by the names of their domains, that experts were chosen by: see `texts_seen` in traffic/."""
-    for name in names:
-        warn(f"experts were chosen by text '{name}' too: on other text more is lost than on this")
-
-
-def check_free(*paths: Path | None, force: bool) -> None:
-    """Raise a `MoeshardError` where a file cannot be written: said before the work that it shall hold."""
-    from moeshard import MoeshardError
-
-    for path in filter(None, paths):
-        if not path.parent.is_dir():
-            raise MoeshardError(f"{path}: the folder '{path.parent}' does not exist; make it, or choose another one")
-        if path.exists() and not force:
-            raise MoeshardError(f"{path}: exists already; choose another name, or replace it with --force")
+    total = 0
+    for column in table.columns:
+        cells = [str(cell) for cell in column.cells]
+        widest = max((cell_len(line) for cell in cells for line in cell.split("\n")), default=0)
+        if column.justify == "right":
+            header = str(column.header)
+            column.min_width = max(widest, *map(cell_len, header.split() if not column.no_wrap else [header]), 0)
+            total += column.min_width
+        else:
+            total += min(widest, NAME_WIDTH)
+    _, right, _, left = table.padding
+    gaps = (left + right) * (len(table.columns) - (not table.pad_edge))
+    lines = len(table.columns) + 1 if table.box and table.show_edge else 0
+    return total + gaps + lines
 
 
-def size(n_bytes: float) -> str:
-    """Write bytes in the largest unit that leaves a number of at least one: ``17.3 GiB``."""
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if n_bytes >= factor:
-            return f"{n_bytes / factor:.{1 if n_bytes < 100 * factor else 0}f} {unit}"
-    return f"{n_bytes:.0f} B"
+def warn_of_text(found: Likeness) -> None:
+    """Warn where figures are of text that is too near to what experts were chosen by, or of other kinds."""
+    for sentence in found.sentences():
+        warn(sentence)
 
 
 def span(fewest: int, most: int) -> str:
@@ -94,11 +107,10 @@ def progress() -> Iterator[StageProgress]:
     if not sys.stderr.isatty():
         yield lambda what, fraction: None
         return
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=console(stderr=True), transient=True)
     task = bar.add_task("", total=1.0)
     start = time.monotonic()
     # By a thread: work that reports rarely, a large model's, is seen to run before its first report.
@@ -107,7 +119,7 @@ def progress() -> Iterator[StageProgress]:
     timer.start()
 
     def update(what: str, fraction: float) -> None:
-        bar.update(task, description=what, completed=fraction)
+        bar.update(task, description=printable(what), completed=fraction)
         if not bar.live.is_started and time.monotonic() - start > PATIENCE_SECONDS:
             bar.start()
 

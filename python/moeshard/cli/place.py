@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moeshard.cli.options import GpuLayersOption, JsonOption, ThreadsOption
+from moeshard.cli.options import ChatTemplateOption, GpuLayersOption, JsonOption, ThreadsOption, one_of
 from moeshard.cli.prompts import ChatOption, PromptFileOption, PromptOption, SystemOption, apply_template, read_prompt
 
 if TYPE_CHECKING:
@@ -31,11 +31,13 @@ def place(
     file: PromptFileOption = None,
     chat: ChatOption = False,
     system: SystemOption = None,
+    chat_template: ChatTemplateOption = None,
     probe: Annotated[
         str,
         typer.Option(
+            **one_of("moeshard.placement.probes:PROBES"),
             help="loss: the node that predicts the prompt best. saliency: the one that holds most of the experts that "
-            "the prompt wants; faster, as nodes are not computed. both: by the two together."
+            "the prompt wants; faster, as nodes are not computed. both: by the two together.",
         ),
     ] = "both",
     min_quality: Annotated[
@@ -61,10 +63,10 @@ def place(
 
     The exit code is 0 where a node was found, and 3 where none is good enough: the whole model should have it.
     """
-    text = read_prompt(prompt, file, chat, system)
+    text = read_prompt(prompt, file, chat, system, chat_template)
 
     from moeshard.cli.loading import load_model
-    from moeshard.cli.output import print_json
+    from moeshard.cli.terminal import print_json
     from moeshard.placement.placement import Placement, planned_model
     from moeshard.planning.plan import read_plan
 
@@ -73,7 +75,7 @@ def place(
         str(planned_model(nodes)) if model is None else model, n_threads=threads, n_gpu_layers=gpu_layers
     )
     placement = Placement(nodes, loaded, min_quality=min_quality, min_captured=min_captured, max_tokens=tokens)
-    placed = placement.place(apply_template(loaded, text, chat, system), probe)
+    placed = placement.place(apply_template(loaded, text, chat, system, chat_template)[1], probe)
     if as_json:
         print_json(placed.to_json())
     else:
@@ -85,7 +87,8 @@ def place(
 def _report(placed: Placed) -> None:
     from math import exp
 
-    from moeshard.cli.output import console, plain_table
+    from moeshard.cli.output import plain_table, show
+    from moeshard.cli.terminal import note, say
 
     columns: dict[str, dict[str, str]] = {}
     if placed.excess is not None:
@@ -103,8 +106,8 @@ def _report(placed: Placed) -> None:
     for name in sorted(placed.scores, key=placed.scores.__getitem__, reverse=not lower_is_better):
         style = "bold" if name == placed.node else None
         table.add_row(name, *(texts[name] for texts in columns.values()), style=style)
-    console().print(table)
-    typer.echo()
-    typer.echo(placed.reason if placed.node else f"refused: {placed.reason}")
+    show(table)
+    say()
+    say(placed.reason if placed.node else f"refused: {placed.reason}")
     cut = f", the last of {placed.n_tokens + placed.n_cut}" if placed.n_cut else ""
-    typer.secho(f"[{placed.n_tokens} tokens{cut}; probe {placed.probe}]", dim=True, err=True)
+    note(f"{placed.n_tokens} tokens{cut}; probe {placed.probe}")

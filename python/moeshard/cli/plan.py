@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeshard.cli.options import ForceOption, JsonOption, ModelArgument, parse_size
+from moeshard.cli.options import ForceOption, JsonOption, ModelArgument, one_of, parse_size
 
 if TYPE_CHECKING:
     from moeshard import Plan
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 def plan(
     model: ModelArgument,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The plan to write, a JSON file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The plan to write, a JSON file; '-' for stdout.")],
     profile: Annotated[Path, typer.Option(help="What `moeshard analyze` measured.")],
     groups: Annotated[int | None, typer.Option(min=1, help="So many nodes, each with --keep experts.")] = None,
     keep: Annotated[int | None, typer.Option(min=1, help="Experts per layer of each node.")] = None,
@@ -32,7 +33,10 @@ def plan(
     ] = False,
     strategy: Annotated[
         str,
-        typer.Option(help="islands, contiguous, balanced, ranked, snake, shared-core, reap or coactivation."),
+        typer.Option(
+            **one_of("moeshard.planning.planner:STRATEGY_NAMES"),
+            help="islands, contiguous, balanced, ranked, snake, shared-core, reap or coactivation.",
+        ),
     ] = "islands",
     ctx: Annotated[int, typer.Option(min=1, help="Tokens of context that a node has room for, per sequence.")] = 4096,
     parallel: Annotated[int, typer.Option(min=1, help="Sequences at once on a node.")] = 1,
@@ -40,11 +44,19 @@ def plan(
         int | None, typer.Option(min=1, show_default="as the model", help="Experts per token on every node.")
     ] = None,
     cover: Annotated[bool, typer.Option("--cover", help="islands: every expert lives on some node.")] = False,
-    restarts: Annotated[int, typer.Option(min=1, help="islands: random beginnings, of which the best counts.")] = 16,
-    seed: Annotated[int, typer.Option(min=0, help="islands: of these beginnings.")] = 0,
+    restarts: Annotated[
+        int | None,
+        typer.Option(show_default="16", help="islands: random beginnings, of which the best counts."),
+    ] = None,
+    shrinkage: Annotated[
+        float | None,
+        typer.Option(show_default="0.1", help="islands: how far nodes are drawn to what all traffic needs, 0 to 1."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(show_default="0", help="islands: of these beginnings.")] = None,
     core: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="shared-core: part of a node that is the same everywhere.")
-    ] = 0.5,
+        float | None,
+        typer.Option(show_default="0.5", help="shared-core: part of a node that is the same everywhere, 0 to 1."),
+    ] = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -55,18 +67,25 @@ def plan(
     if (nodes is None) == (groups is None or keep is None) or (nodes is not None and (groups or keep)):
         raise typer.BadParameter("give either --groups with --keep, or --nodes")
 
-    from moeshard.cli.output import check_free, print_json
+    from moeshard import MoeshardError
+    from moeshard.cli.files import STDOUT, Results, check_files, files_read
+    from moeshard.cli.terminal import print_json
+    from moeshard.files.provenance import MADE, stamp
     from moeshard.planning.budget import Use
-    from moeshard.planning.planner import make_plan
+    from moeshard.planning.options import options_of
+    from moeshard.planning.planner import check_strategy, make_plan
     from moeshard.profile.record import read_profile
     from moeshard.traffic.embedded import resolve_model
 
-    check_free(out, force=force)
-    options: dict[str, Any] = {}
-    if strategy == "islands":
-        options = {"restarts": restarts, "seed": seed, "cover": cover}
-    elif strategy == "shared-core":
-        options = {"core": core}
+    given = {"cover": cover or None, "restarts": restarts, "shrinkage": shrinkage, "seed": seed, "core": core}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    try:
+        check_strategy(strategy)
+        options_of(strategy, options)
+    except MoeshardError as error:
+        raise typer.BadParameter(str(error)) from error
+    check_files(out, inputs=files_read(model, profile), force=force, as_json=as_json)
+    results = Results(force=force)
     made = make_plan(
         resolve_model(model),
         read_profile(profile),
@@ -78,13 +97,17 @@ def plan(
         per_layer=per_layer,
         **options,
     )
-    made.write(out, force=force)
+    made.extra[MADE] = stamp(sys.argv[1:])
+    results.write(out, made.to_json())
     if as_json:
         print_json(
             {"plan": str(out), "strategy": strategy, "nodes": [_facts(made, index) for index in range(len(made.nodes))]}
         )
-    else:
-        _report(made, out)
+    elif out != STDOUT:
+        _report(made, model, out)
+    if out != STDOUT:
+        _say_what_fits(made)
+    results.finish()
 
 
 def _facts(made: Plan, index: int) -> dict[str, Any]:
@@ -99,8 +122,21 @@ def _held(facts: dict[str, Any], n_expert: int) -> str:
     return f"{facts['n_expert']} of {n_expert}" if held is None else span(held["fewest"], held["most"])
 
 
-def _report(made: Plan, out: Path) -> None:
-    from moeshard.cli.output import console, plain_table, size
+def _say_what_fits(made: Plan) -> None:
+    """Tell who has the memory for the whole model that there is nothing to divide."""
+    from moeshard.cli.terminal import warn
+
+    whole = [node.name for node in made.nodes if "budget" in node.facts and node.keep[made.model.moe_layers].all()]
+    if whole and len(whole) == len(made.nodes):
+        warn("the whole model fits, no plan is needed: every node can run it as it is")
+    elif whole:
+        warn(f"the whole model fits on {', '.join(whole)}, which can run it as it is")
+
+
+def _report(made: Plan, model: str, out: Path) -> None:
+    from moeshard.cli.output import plain_table, show
+    from moeshard.cli.terminal import command, note
+    from moeshard.sizes import size
 
     domains = list(made.nodes[0].facts["captured"])
     table = plain_table("What each node holds, and its share of each domain's saliency")
@@ -111,7 +147,6 @@ def _report(made: Plan, out: Path) -> None:
         facts = _facts(made, index)
         shares = [f"{facts['captured'][name]:.0%}" for name in domains]
         table.add_row(node.name, _held(facts, made.model.n_expert), size(facts["memory"]["total"]), *shares)
-    console().print(table)
-    typer.secho(
-        f"[{made.strategy}; {out}; write the shards with: moeshard split MODEL -o DIR --plan {out}]", dim=True, err=True
-    )
+    show(table)
+    split = command("moeshard", "split", model, "-o", "shards", "--plan", out)
+    note(f"{made.strategy}; {out}; write the shards with: {split}")

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moeshard.files.text import readable
+
 if TYPE_CHECKING:
+    from moeshard.arrays import Tokens
     from moeshard.runtime.model import Model
 
 PromptOption = Annotated[
@@ -27,12 +30,17 @@ ChatOption = Annotated[bool, typer.Option("--chat", help="Format the prompt with
 SystemOption = Annotated[str | None, typer.Option(help="The system message, with --chat.")]
 
 
-def read_prompt(prompt: str | None, file: Path | None, chat: bool, system: str | None) -> str:
+def read_prompt(prompt: str | None, file: Path | None, chat: bool, system: str | None, template: str | None) -> str:
     """Return the prompt that these options give, before any template; where they contradict each other, say so."""
     if (prompt is None) == (file is None):
         raise typer.BadParameter("give the prompt with either --prompt or --file")
     if system is not None and not chat:
         raise typer.BadParameter("--system needs --chat")
+    if template is not None and not chat:
+        raise typer.BadParameter("--chat-template needs --chat")
+    for option, text in (("--prompt", prompt), ("--system", system)):
+        if text is not None and readable(text) != text:
+            raise typer.BadParameter(f"{option} is not UTF-8 text: '{readable(text)}'")
     if file is None:
         assert prompt is not None
         return prompt
@@ -46,9 +54,13 @@ def read_prompt(prompt: str | None, file: Path | None, chat: bool, system: str |
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def apply_template(model: Model, text: str, chat: bool, system: str | None) -> str:
-    """Return the prompt as the model is to read it."""
+def apply_template(
+    model: Model, text: str, chat: bool, system: str | None, template: str | None
+) -> tuple[str, str | Tokens]:
+    """Return the prompt as text for people, and as the model is to read it."""
     if not chat:
-        return text
+        return text, text
     messages = [] if system is None else [{"role": "system", "content": system}]
-    return model.chat_prompt([*messages, {"role": "user", "content": text}])
+    messages.append({"role": "user", "content": text})
+    template = template or ""
+    return model.chat_prompt(messages, template=template), model.chat_tokens(messages, template=template)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +15,7 @@ from moeshard.cli.options import (
     JsonOption,
     MaxFileSizeOption,
     ModelArgument,
+    one_of,
 )
 
 if TYPE_CHECKING:
@@ -28,7 +30,11 @@ def split(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write to; with --keep, the file.")],
     groups: Annotated[int | None, typer.Option(min=1, help="Deal the experts out to so many shards.")] = None,
     mode: Annotated[
-        str, typer.Option(help="How: contiguous, balanced, tiers or snake. The last two need --ranking.")
+        str,
+        typer.Option(
+            **one_of("moeshard.planning.deal:MODES"),
+            help="How: contiguous, balanced, tiers or snake. The last two need --ranking.",
+        ),
     ] = "contiguous",
     ranking: Annotated[
         Path | None, typer.Option(help="What experts are worth: CSV 'layer,expert,score', or a profile.")
@@ -89,18 +95,21 @@ def split(
 
     from moeshard import split as write_shards
     from moeshard._core import GGUFMap
-    from moeshard.cli.output import print_json, progress
+    from moeshard.cli.files import files_read, no_stdout
+    from moeshard.cli.output import progress
+    from moeshard.cli.terminal import print_json
     from moeshard.planning.plan import read_plan
     from moeshard.planning.planner import plan_groups
     from moeshard.traffic.embedded import resolve_model
 
+    no_stdout(out, "shards")
     source = GGUFMap(resolve_model(model))
     wanted: Plan | None = None
     if plan is not None:
         wanted = read_plan(plan)
     elif groups is not None:
         wanted = plan_groups(source, groups, mode, ranking=ranking, replicate=replicate, n_expert_used=experts_used)
-    new_plan = wanted is not None and not dry_run and _plan_is_new(wanted, out, plan, force)
+    keep_file = Path(keep) if keep is not None and os.path.isfile(keep) else None
 
     start = time.monotonic()
     with progress() as update:
@@ -114,14 +123,14 @@ def split(
             trunk_once=trunk_once,
             max_file_size=max_file_size,
             only=only,
+            write_plan=wanted is not None,
+            inputs=files_read(None, plan, ranking, keep_file),
             dry_run=dry_run,
             force=force,
             jobs=jobs,
             progress=lambda done, total: update("writing", done / max(total, 1)),
         )
     seconds = time.monotonic() - start
-    if wanted is not None and new_plan:
-        wanted.write(_plan_path(out), force=force)
     if as_json:
         print_json(
             {
@@ -139,6 +148,7 @@ def split(
 
 def _read_keep(source: GGUFMap, text: str, balance: bool) -> Keep:
     from moeshard import balanced_keep, parse_keep
+    from moeshard.cli.terminal import note
     from moeshard.keep.text import expert_layers
 
     layout = source.moe_layout()
@@ -148,7 +158,7 @@ def _read_keep(source: GGUFMap, text: str, balance: bool) -> Keep:
         return keep
     nearest = balanced_keep(keep, layers, expert_groups=layout.n_expert_groups, n_used=max(layout.n_expert_used))
     dropped, added = int((keep & ~nearest).sum()), int((nearest & ~keep).sum())
-    typer.secho(f"[balanced: {dropped} experts dropped, {added} added]", dim=True, err=True)
+    note(f"balanced: {dropped} experts dropped, {added} added")
     return nearest
 
 
@@ -158,22 +168,10 @@ def _plan_path(out: Path) -> Path:
     return out / PLAN_FILE
 
 
-def _plan_is_new(plan: Plan, out: Path, given: Path | None, force: bool) -> bool:
-    """Whether the plan is to be written beside the shards; where another one lies there, an error comes first."""
-    path = _plan_path(out)
-    if not path.exists():
-        return True
-    if (given is not None and path.samefile(given)) or path.read_bytes() == plan.to_json().encode():
-        return False
-    if not force:
-        from moeshard import MoeshardError
-
-        raise MoeshardError(f"{path}: is another plan; choose another folder, or replace it with --force")
-    return True
-
-
 def _report(source: GGUFMap, written: list[ShardFile], seconds: float, dry_run: bool) -> None:
-    from moeshard.cli.output import console, plain_table, size, span
+    from moeshard.cli.output import plain_table, show, span
+    from moeshard.cli.terminal import note
+    from moeshard.sizes import size
 
     whole = sum(part.size for part in source.parts)
     n_expert = source.moe_layout().n_expert
@@ -186,13 +184,13 @@ def _report(source: GGUFMap, written: list[ShardFile], seconds: float, dry_run: 
         name = first if not others else f"{first} and {len(others)} more"
         experts = f"{span(shard.n_expert_fewest, shard.n_expert)} of {n_expert}" if shard.n_expert else ""
         table.add_row(name, experts, size(shard.bytes), f"{shard.bytes / whole:.0%}")
-    console().print(table)
+    show(table)
     total = sum(shard.bytes for shard in written)
     if dry_run:
-        typer.secho(f"[{size(total)} in {_count(written)}; nothing was written]", dim=True, err=True)
+        note(f"{size(total)} in {_count(written)}; nothing was written")
     else:
         speed = f"{size(total / max(seconds, 1e-9))}/s"
-        typer.secho(f"[{size(total)} in {_count(written)}, {seconds:.1f} s, {speed}]", dim=True, err=True)
+        note(f"{size(total)} in {_count(written)}, {seconds:.1f} s, {speed}")
 
 
 def _count(written: list[ShardFile]) -> str:

@@ -129,6 +129,8 @@ def measure_losses(
     """
     if not 0 < n_prompt < window:
         raise MoeshardError(f"a prompt of {n_prompt} tokens does not fit a window of {window}; leave some to predict")
+    if model.n_ctx_train and window > model.n_ctx_train:
+        raise MoeshardError(f"windows of {window} tokens: the model was trained on {model.n_ctx_train} at most")
     nodes = masked_nodes(model, keeps) if nodes is None else nodes
     windows, owners = cut_windows(model, domains, window, n_windows)
     shape = (len(keeps), len(windows), window)
@@ -143,6 +145,7 @@ def measure_losses(
         np.empty(shape[:2]),
     )
     with ExitStack() as stack:
+        stack.enter_context(model.masked(None))  # the whole model, whatever mask the caller's thread runs it under
         runs = [_Run(stack, found, own, window) for found, own in by_model(model, nodes)]
         held = 1 + max(len(run.seqs) for run in runs)  # the whole model's beside those of a run
         step = max(1, min(window, LOGIT_BYTES // (held * model.n_vocab * 4)))
@@ -154,7 +157,7 @@ def measure_losses(
                 _predict(losses, row, piece, runs, tokens)
             if progress is not None:
                 progress(row + 1, len(windows))
-    losses.captured[:] = saliency_held(model, keeps, [tokens[:n_prompt] for tokens in windows])
+        losses.captured[:] = saliency_held(model, keeps, [tokens[:n_prompt] for tokens in windows])
     return losses
 
 

@@ -7,7 +7,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from moeshard._core import GGUFMap
+from moeshard._core import GGUFMap, MoeshardError
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,14 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         """Return the same as plain values, ready for JSON."""
         return asdict(self)
+
+
+def files_of(path: str | os.PathLike[str]) -> list[str]:
+    """Return the files of a model of which one is given: all its parts; where that is no GGUF file, itself."""
+    try:
+        return [part.path for part in GGUFMap(path).parts]
+    except MoeshardError:
+        return [os.fspath(path)]
 
 
 def inspect_model(path: str | os.PathLike[str]) -> Inspection:

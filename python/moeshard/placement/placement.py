@@ -92,8 +92,8 @@ class Placement:
         """Say which node should have the session of a prompt.
 
         Args:
-            prompt: text, control tokens in it being read as such (`moeshard.Model.chat_prompt` makes it of messages);
-                or token ids.
+            prompt: token ids (`moeshard.Model.chat_tokens` makes them of messages); or text, control tokens in it
+                being read as such.
             probe: ``loss``: the node that predicts the prompt itself best, all nodes being computed, in one batch;
                 ``saliency``: the one that holds most of what the whole model's router wants for it, which takes one
                 prefill however many nodes there are; ``both``: by the two together, which is right most often.
@@ -111,6 +111,11 @@ class Placement:
         limits = {"min_tokens": self.min_tokens, "n_cut": tokens.size - seen.size}
         if probe != SALIENCY and seen.size < 2:
             raise MoeshardError("the prompt is one token: none follows that could be predicted; use probe 'saliency'")
+        # Also where the caller's thread runs this model under a mask: a session is placed by the whole model.
+        with self.model.masked(None):
+            return self._place(seen, probe, limits)
+
+    def _place(self, seen: Tokens, probe: str, limits: dict[str, int]) -> Placed:
         if probe != LOSS:
             wanted, held = saliency(self.model, [node.keep for node in self.plan.nodes], seen)
         if probe == SALIENCY:

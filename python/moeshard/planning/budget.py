@@ -10,6 +10,7 @@ import numpy as np
 import moeshard._core as _core
 from moeshard._core import GGUFMap, MoeLayout, MoeshardError
 from moeshard.keep.text import Keep
+from moeshard.sizes import size
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,10 @@ def largest_keep(budget: int, fewest: int, most: int, step: int, memory: Callabl
     least = memory(fewest)
     if least.total > budget:
         raise MoeshardError(
-            f"{budget} bytes are too few for any shard: with {fewest} experts per layer, the fewest that a token can "
-            f"do with, weights take {least.weights}, the context {least.context} and intermediate results "
-            f"{least.compute}; give the node more memory, a shorter context or fewer sequences"
+            f"{size(budget)} are too few for any shard: with {fewest} experts per layer, the fewest that a token can "
+            f"do with, weights take {size(least.weights)}, the context {size(least.context)} and intermediate results "
+            f"{size(least.compute)}, together {size(least.total)}; give the node more memory, a shorter context or "
+            f"fewer sequences"
         )
     low, high = 0, (most - fewest) // step
     while low < high:

@@ -13,22 +13,24 @@ import numpy.typing as npt
 
 from moeshard._core import GGUFMap, MoeshardError
 from moeshard.arrays import Rows
-from moeshard.gguf.identity import ModelIdentity, identify
+from moeshard.gguf.identity import ModelIdentity, identify, no_experts
 from moeshard.keep.text import Keep, held_range
 from moeshard.planning.budget import Memory, Use, fit, largest_keep, shard_memory
 from moeshard.planning.deal import group_experts
 from moeshard.planning.islands import Begun, islands
+from moeshard.planning.options import ISLANDS, SHARED_CORE, IslandsOptions, SharedCoreOptions, check_cover, options_of
 from moeshard.planning.plan import PER_LAYER, Plan, PlanNode
-from moeshard.planning.strategies import STRATEGIES, across_layers
+from moeshard.planning.strategies import CHOOSING, STRATEGIES, across_layers, shared_core
 from moeshard.profile.packed import VALUES, regrouped
 from moeshard.profile.ranking import read_ranking
 from moeshard.profile.record import Profile
 from moeshard.profile.statistics import captured
 from moeshard.traffic.embedded import model_name
 
-ISLANDS = "islands"
-STRATEGY_NAMES = (ISLANDS, *STRATEGIES)
-PER_LAYER_STRATEGIES = (ISLANDS, "ranked", "reap")
+WHOLE_MEMORY = "whole_memory"
+"""Under this key a plan says how many bytes a node with all experts would take."""
+STRATEGY_NAMES = (ISLANDS, *STRATEGIES, SHARED_CORE)
+PER_LAYER_STRATEGIES = (ISLANDS, *CHOOSING)
 
 
 def choose_experts(
@@ -50,16 +52,17 @@ def choose_experts(
             equally many of every group. 0 or 1: none.
         fewest: layers may hold different numbers of experts, at least so many each; `sizes` are then means over layers.
             None: all layers of a node hold equally many.
-        options: of `moeshard.planning.islands.islands` for that strategy; ``core`` for ``shared-core``.
+        options: of the strategy, see `moeshard.planning.options`.
 
     Returns:
         Per node: bool (n_layer, n_expert); layers that the profile does not cover hold the experts of lowest ids.
 
     Raises:
-        MoeshardError: an unknown strategy, or one that cannot do it; sizes that the model cannot have.
+        MoeshardError: an unknown strategy, or one that cannot do it; an option of another strategy, or out of range;
+            sizes that the model cannot have.
     """
-    if strategy not in STRATEGY_NAMES:
-        raise MoeshardError(f"unknown strategy '{strategy}'; choose from {', '.join(STRATEGY_NAMES)}")
+    check_strategy(strategy)
+    chosen = options_of(strategy, options)
     groups = max(1, expert_groups)
     n_expert = profile.n_expert
     for size in sizes:
@@ -70,14 +73,35 @@ def choose_experts(
             )
     if fewest is not None:
         _check_per_layer(strategy, groups)
-        options |= {"fewest": fewest} if strategy == ISLANDS else {"choose": partial(across_layers, fewest=fewest)}
     divided = _regrouped(profile, groups)
     own = [size // groups for size in sizes]
-    if strategy == ISLANDS:
-        chosen = islands(divided, own, **options).keeps
+    if isinstance(chosen, IslandsOptions):
+        nodes = _islands(divided, own, chosen, fewest)
+    elif isinstance(chosen, SharedCoreOptions):
+        nodes = shared_core(divided, own, chosen.core)
+    elif fewest is not None:
+        nodes = CHOOSING[strategy](divided, own, partial(across_layers, fewest=fewest))
     else:
-        chosen = STRATEGIES[strategy](divided, own, **options)
-    return [_whole(rows, profile, size, groups) for rows, size in zip(chosen, sizes, strict=True)]
+        nodes = STRATEGIES[strategy](divided, own)
+    return [_whole(rows, profile, size, groups) for rows, size in zip(nodes, sizes, strict=True)]
+
+
+def check_strategy(strategy: str) -> None:
+    """Raise a `MoeshardError` where there is no such strategy."""
+    if strategy not in STRATEGY_NAMES:
+        raise MoeshardError(f"unknown strategy '{strategy}'; choose from {', '.join(STRATEGY_NAMES)}")
+
+
+def _islands(profile: Profile, sizes: list[int], options: IslandsOptions, fewest: int | None) -> list[Rows]:
+    if options.cover:
+        check_cover(sizes, profile.n_expert)
+    found = islands(profile, sizes, **vars(options), fewest=fewest).keeps
+    if options.cover and not np.logical_or.reduce(found).all():
+        raise MoeshardError(
+            "option 'cover': not every expert found a place beside those that every node has to hold, in some layer; "
+            "give the nodes more room, or leave it out"
+        )
+    return found
 
 
 def _check_per_layer(strategy: str, groups: int) -> None:
@@ -173,11 +197,13 @@ def make_plan(
         "domains": profile.domains,
         "texts": profile.facts.get("texts"),
         **vars(use),
-        **options,
+        **vars(options_of(strategy, options)),
     }
     if per_layer:
         parameters[PER_LAYER] = True
-    return Plan(nodes, strategy, parameters, replace(identity, facts={"path": model_name(source.path)}))
+    extra: dict[str, Any] = {WHOLE_MEMORY: memory(layout.n_expert).total}
+    extra |= {key: profile.facts[key] for key in ("sketches",) if key in profile.facts}
+    return Plan(nodes, strategy, parameters, replace(identity, facts={"path": model_name(source.path)}), extra)
 
 
 def _facts(profile: Profile, keep: Keep, memory: Memory) -> dict[str, Any]:
@@ -212,7 +238,7 @@ def plan_groups(
     source = model if isinstance(model, GGUFMap) else GGUFMap(model)
     identity = identify(source)
     if not identity.moe_layers:
-        raise MoeshardError(f"{source.path}: has no experts to take out: it is a dense model, or a trunk")
+        raise no_experts(source.path, identity)
     shape = (identity.n_layer, identity.n_expert, identity.moe_layers)
     keeps = group_experts(
         mode,
@@ -231,7 +257,7 @@ def plan_groups(
 
 def check_profile(profile: Profile, identity: ModelIdentity, path: str) -> None:
     """Raise a `MoeshardError` where a profile is not of this model, which lies in `path`."""
-    if profile.model != identity:
+    if not profile.model.is_same(identity):
         raise MoeshardError(f"the profile is of {profile.model}, not of {path}: {identity}; analyze this model")
 
 

@@ -38,7 +38,7 @@ class Growth:
         found = read_profile(path)
         n = int((found.n_tokens > 0).sum())
         same = (
-            found.model.fingerprint == wanted.model.fingerprint
+            found.model.is_same(wanted.model)
             and found.count.shape == wanted.count.shape
             and found.domains == wanted.domains
             and np.array_equal(found.domain, wanted.domain)

@@ -16,7 +16,9 @@ from moeshard.gguf.identity import identify
 from moeshard.profile.growth import Growth, Keeper
 from moeshard.profile.record import Profile, unfinished
 from moeshard.progress import Progress
+from moeshard.runtime.trace import check_finite
 from moeshard.traffic.domains import Domain, check_names
+from moeshard.traffic.likeness import sketch
 from moeshard.traffic.windows import default_window, sequences
 
 if TYPE_CHECKING:
@@ -83,6 +85,7 @@ def analyze(
         "n_tokens": n_tokens,
         "n_generate": n_generate,
         "texts": {domain.name: domain.digest for domain in domains},
+        "sketches": {domain.name: sketch(domain) for domain in domains},
     }
     check_names(domains)
     profile = unfinished(
@@ -118,10 +121,14 @@ def batch_sequences(window: int) -> int:
 
 def _check_layers(model: Model, layers: Sequence[int] | None) -> list[int]:
     if layers is None:
-        return list(model.moe_layers)
+        return list(model.computed_layers)
     for layer in layers:
         if layer not in model.moe_layers:
             raise MoeshardError(f"layer {layer} routes nothing; the MoE layers are {model.moe_layers}")
+        if layer not in model.computed_layers:
+            raise MoeshardError(
+                f"layer {layer} predicts further tokens and is not computed; there is nothing to measure in it"
+            )
     if not layers:
         raise MoeshardError("no layers to measure; leave out the option for all of them")
     return sorted(set(layers))
@@ -175,6 +182,8 @@ def _run(
             session.reset()
             tokens = {seq: sequence.tokens for seq, sequence in enumerate(batch)}
             sums = session.measure(tokens, profile.layers.tolist(), scores_are_logits=scores_are_logits)
+            for row, layer in enumerate(profile.layers):
+                check_finite(model.path, int(layer), np.flatnonzero(~np.isfinite(sums.saliency[:, row]).all(axis=0)))
             growth.add([len(sequence.tokens) for sequence in batch], batch[0].domain, sums)
             profile.facts["seconds"] = time.monotonic() - started
             if progress is not None:

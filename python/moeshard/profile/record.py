@@ -7,7 +7,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -185,7 +185,18 @@ def read_profile(path: str | os.PathLike[str]) -> Profile:
         raise MoeshardError(f"{name}: is not a profile, or it is damaged: {error}") from error
     profile = Profile(head.model, head.domains, facts=head.facts, **arrays)
     _check_shapes(profile, name)
-    return profile
+    return _without_idle_layers(profile)
+
+
+def _without_idle_layers(profile: Profile) -> Profile:
+    """Leave out layers in which no token chose an expert: blocks that predict further tokens, in older files."""
+    ran = np.flatnonzero(profile.count.any(axis=(0, 2)))
+    if ran.size == profile.layers.size or not profile.n_tokens.any():
+        return profile
+    rows: dict[str, Any] = {
+        key: np.take(getattr(profile, key), ran, axis=axes.index("M")) for key, axes in _AXES.items() if "M" in axes
+    }
+    return replace(profile, **rows)
 
 
 def _read_unfinished(name: str) -> Profile:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
+import moeshard._core as _core
 from moeshard._core import MoeshardError
 from moeshard.arrays import Tokens
 from moeshard.keep.text import Keep
 
 if TYPE_CHECKING:
     from moeshard.runtime.model import Model
-    from moeshard.runtime.session import Session
 
 
 BATCH = 16
@@ -37,24 +37,11 @@ class Sampling:
                 f"{self}: temperature and top_k must not be negative, top_p be in (0, 1] and min_p in [0, 1]"
             )
 
-    def draw(self, logits: npt.NDArray[np.floating], chances: npt.NDArray[np.float64]) -> Tokens:
-        """Return int32 (n,): a token for each row of logits (n, n_vocab), by numbers (n,) from 0 to 1."""
-        if self.temperature == 0:
-            likeliest: Tokens = logits.argmax(axis=1).astype(np.int32)
-            return likeliest
-        n, n_vocab = logits.shape
-        count = min(self.top_k or n_vocab, n_vocab)
-        best = np.argpartition(-logits, count - 1, axis=1)[:, :count]
-        best = np.take_along_axis(best, np.argsort(-np.take_along_axis(logits, best, axis=1), axis=1), axis=1)
-        scores = np.take_along_axis(logits, best, axis=1).astype(np.float64)
-        scores -= scores[:, :1]
-        probs = np.exp(scores)
-        # A token is dropped where those before it have this probability already, so the first one always stays.
-        before = (probs.cumsum(axis=1) - probs) / probs.sum(axis=1, keepdims=True)
-        probs = np.exp(scores / self.temperature) * ((before < self.top_p) & (probs >= self.min_p))
-        reached = probs.cumsum(axis=1) > chances[:, None] * probs.sum(axis=1, keepdims=True)
-        drawn: Tokens = best[np.arange(n), reached.argmax(axis=1)].astype(np.int32)
-        return drawn
+    def params(self, seed: int) -> _core.SamplingParams:
+        """Return what the core draws by."""
+        return _core.SamplingParams(
+            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, seed=seed
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,14 +62,14 @@ def write_answers(
     sampling: Sampling | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> list[Tokens]:
-    """Let the model answer prompts, up to `BATCH` at a time.
+    """Let the model answer prompts, up to `BATCH` at a time: where one ends, the next begins.
 
     Args:
         model: what writes.
         requests: prompts, seeds and keeps.
         n_tokens: of each answer; where the model ends one itself it is shorter.
         sampling: see `Sampling`.
-        progress: called with the number of answers that a batch has finished; what it raises ends the work.
+        progress: called with the number of answers that a step has finished; what it raises ends the work.
 
     Returns:
         int32 (n,) for each request. The same requests in the same order give the same answers. In another order they
@@ -93,33 +80,30 @@ def write_answers(
     """
     if any(request.prompt.size == 0 for request in requests):
         raise MoeshardError("a prompt is empty: an answer needs at least one token to start from")
-    answers: list[Tokens] = []
-    n_ctx = max((request.prompt.size for request in requests), default=0) + n_tokens
-    n_seq = min(BATCH, len(requests))
-    for at in range(0, len(requests), BATCH):
-        batch = requests[at : at + BATCH]
-        with model.session(n_seq=n_seq, n_ctx=n_ctx) as session:
-            answers += _write(model, session, batch, n_tokens, sampling or Sampling())
-        if progress is not None:
-            progress(len(batch))
-    return answers
-
-
-def _write(model: Model, session: Session, batch: Sequence[Request], n_tokens: int, sampling: Sampling) -> list[Tokens]:
-    chances = [np.random.default_rng(request.seed) for request in batch]
-    answers: list[list[int]] = [[] for _ in batch]
-    for seq, request in enumerate(batch):
-        session.set_keep(request.keep, seq)
-    inputs = {seq: request.prompt for seq, request in enumerate(batch)}
-    for _ in range(n_tokens):
-        logits = session.decode(inputs, "last")
-        drawn = sampling.draw(
-            np.concatenate([logits[seq] for seq in inputs]), np.array([chances[seq].random() for seq in inputs])
-        )
-        running = [(seq, token) for seq, token in zip(inputs, drawn, strict=True) if not model.is_end(int(token))]
-        for seq, token in running:
-            answers[seq].append(int(token))
-        inputs = {seq: np.array([token], dtype=np.int32) for seq, token in running}
-        if not inputs:
-            break
+    if not requests:
+        return []
+    n_ctx = max(request.prompt.size for request in requests) + n_tokens
+    batcher = model.batcher(min(BATCH, len(requests)), n_ctx)
+    sampling = sampling or Sampling()
+    answers: list[list[int]] = [[] for _ in requests]
+    running: dict[int, int] = {}  # the request behind each of the batcher's numbers
+    waiting = deque(enumerate(requests))
+    while waiting or running:
+        while waiting and batcher.n_free:
+            index, request = waiting.popleft()
+            number = batcher.submit(
+                request.prompt, keep=request.keep, max_tokens=n_tokens, sampling=sampling.params(request.seed)
+            )
+            running[number] = index
+        ended = 0
+        for step in batcher.step():
+            if step.error:
+                raise MoeshardError(step.error)
+            if step.token >= 0 and step.stop_reason != "end":
+                answers[running[step.id]].append(step.token)
+            if step.over:
+                del running[step.id]
+                ended += 1
+        if ended and progress is not None:
+            progress(ended)
     return [np.array(answer, dtype=np.int32) for answer in answers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 
 import moeshard._core as _core
 from moeshard._core import MoeshardError
+from moeshard.runtime.limits import MAX_INT32
 
 CTX_STEP = 256
 IDLE_CONTEXTS = 2
@@ -32,21 +34,59 @@ class ContextPool:
         # The garbage collector may end a session while this thread holds the lock: what is given back goes to where it
         # can be put without one.
         self._returned: SimpleQueue[_core.Context] = SimpleQueue()
+        self._process = os.getpid()
+        self._closed = False
 
     def take(self, n_seq: int, n_ctx: int) -> Lease:
-        """Return a context of `n_seq` sequences that hold at least `n_ctx` tokens each, without keeps and empty."""
+        """Return a context of `n_seq` sequences that hold `n_ctx` tokens each, without keeps and empty.
+
+        Raises:
+            MoeshardError: it cannot be made, the pool is closed, or belongs to a process that this one was forked from.
+        """
+        if os.getpid() != self._process:
+            # The locks may be held for ever by threads that stayed behind.
+            raise MoeshardError(
+                "the model was loaded before this process was forked, and the engine's threads stayed behind; load it "
+                "in the new process, or start that with the method 'spawn'"
+            )
         with self._lock:
+            if self._closed:
+                raise MoeshardError("the model is closed")
             self._collect()
-            fitting = (c for c in self._idle if c.n_seq_max == n_seq and c.n_ctx >= n_ctx)
-            context = min(fitting, key=lambda c: c.n_ctx, default=None)
+            fitting = (c for c in self._idle if c.n_seq_max == n_seq and c.capacity >= n_ctx)
+            context = min(fitting, key=lambda c: c.capacity, default=None)
             if context is not None:
                 self._idle.remove(context)
         if context is None:
-            # Several sequences are given their length; a single one may grow, so it gets the model's default.
-            wanted = n_ctx if n_seq > 1 else max(n_ctx, self._n_ctx)
-            steps = -(-wanted // CTX_STEP)
-            context = _core.Context(self._model, n_ctx=steps * CTX_STEP, n_seq_max=n_seq, **self._options)
+            context = self._make(n_seq, n_ctx)
+        context.limit(n_ctx)
         return Lease(context, self)
+
+    def _make(self, n_seq: int, n_ctx: int) -> _core.Context:
+        # Several sequences are given their length; a single one may serve a longer text next.
+        wanted = n_ctx if n_seq > 1 else max(n_ctx, self._n_ctx)
+        steps = -(-wanted // CTX_STEP)
+        if steps > MAX_INT32 // CTX_STEP:
+            most = MAX_INT32 // CTX_STEP * CTX_STEP
+            raise MoeshardError(f"a context of {wanted} tokens is too long: the engine takes {most} at most")
+        size = steps * CTX_STEP
+        try:
+            return _core.Context(self._model, n_ctx=size, n_seq_max=n_seq, **self._options)
+        except MoeshardError:
+            # What idle ones hold may be what is missing.
+            with self._lock:
+                idle, self._idle = self._idle, []
+            if not idle:
+                raise
+            del idle
+            return _core.Context(self._model, n_ctx=size, n_seq_max=n_seq, **self._options)
+
+    def close(self) -> None:
+        """Free what is idle, and whatever is given back from now on. Nothing can be taken any more."""
+        with self._lock:
+            self._closed = True
+            self._collect()
+            self._idle.clear()
 
     def give_back(self, context: _core.Context) -> None:
         """Take a context that nobody computes in any more."""
@@ -55,8 +95,9 @@ class ContextPool:
             for seq in range(-1, context.n_seq_max):
                 context.set_keep(None, seq)
         except MoeshardError:
-            return  # it failed inside the engine and is of no further use
-        self._returned.put(context)
+            return  # it failed inside the engine, or belongs to another process, and is of no further use
+        if not self._closed:
+            self._returned.put(context)
 
     def _collect(self) -> None:
         while True:

@@ -2,15 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import operator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from moeshard._core import MoeshardError
+from moeshard.runtime.limits import MAX_INT32, MAX_SEED
+
 if TYPE_CHECKING:
     import moeshard._core as _core
     from moeshard.runtime.contexts import Lease
+
+
+def generation_options(*, stop: str | Sequence[str], seed: int | None, **numbers: float) -> dict[str, Any]:
+    """Return the options of `Model.generate` as the engine takes them.
+
+    Raises:
+        MoeshardError: one is no number that the engine could take; it is named. Others are refused by the engine.
+    """
+    options: dict[str, Any] = {"stop": [stop] if isinstance(stop, str) else list(stop)}
+    if not all(isinstance(text, str) for text in options["stop"]):
+        raise MoeshardError(f"stop must be a text or several, got {stop!r}")
+    options["seed"] = None if seed is None else _integer("seed", seed, 0, MAX_SEED, "; None for a random one")
+    for name in ("max_tokens", "top_k", "repeat_last_n"):
+        options[name] = _integer(name, numbers.pop(name), -MAX_INT32, MAX_INT32)
+    for name, value in numbers.items():
+        if not (isinstance(value, (int, float, np.number)) and math.isfinite(value) and value >= 0):
+            raise MoeshardError(f"{name} must be a finite number that is not negative, got {value!r}")
+        options[name] = float(value)
+    return options
+
+
+def _integer(name: str, value: object, least: int, most: int, otherwise: str = "") -> int:
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = most + 1
+    if not least <= number <= most:
+        raise MoeshardError(f"{name} must be a whole number from {least} to {most}{otherwise}, got {value!r}")
+    return number
 
 
 class Generation(Iterator[str]):

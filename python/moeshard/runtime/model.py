@@ -15,27 +15,29 @@ import numpy.typing as npt
 import moeshard._core as _core
 from moeshard._core import MoeshardError
 from moeshard.arrays import TokensLike
+from moeshard.runtime.chat import Chat
 from moeshard.runtime.contexts import ContextPool
-from moeshard.runtime.generation import Generation
-from moeshard.runtime.origin import find_origin
+from moeshard.runtime.facts import ModelFacts
+from moeshard.runtime.generation import Generation, generation_options
+from moeshard.runtime.limits import MAX_INT32
+from moeshard.runtime.origin import Origin, find_origin
 from moeshard.runtime.session import Session, as_tokens
+from moeshard.runtime.template import Message
 from moeshard.runtime.trace import ChunkSink, Trace, TraceBuilder
 
 if TYPE_CHECKING:
     from moeshard.keep.text import KeepSpec
 
-Message = dict[str, str]
-
 # Of the models that run here most were trained on far more than fits; a longer text gets a longer context by itself.
 DEFAULT_CTX = 4096
 
 
-class Model:
+class Model(ModelFacts):
     """A GGUF model in llama.cpp. Safe to use from several threads; computing releases the GIL."""
 
     def __init__(
         self,
-        path: str | os.PathLike[str] | None = None,
+        path: str | os.PathLike[str] | Origin | None = None,
         *,
         keep: KeepSpec | None = None,
         trunk: str | os.PathLike[str] | None = None,
@@ -47,12 +49,12 @@ class Model:
         n_threads: int = 0,
         n_gpu_layers: int = -1,
         mmap: bool = True,
-        progress: Callable[[float], bool] | None = None,
+        progress: Callable[[float], object] | None = None,
     ):
         """Load a model.
 
         Args:
-            path: a GGUF file, or the first part (``-00001-of-0000N.gguf``) of one.
+            path: a GGUF file, or the first part (``-00001-of-0000N.gguf``) of one; or segments of files.
             keep: load only these experts, as `moeshard.split` would write them but without a file: only their bytes are
                 read, and the memory used is that of the shard. The model then has that many experts, numbered anew in
                 their order: see `expert_ids`. Layers may keep different numbers of them.
@@ -65,7 +67,7 @@ class Model:
             n_threads: 0 for as many as the processors this process may use.
             n_gpu_layers: layers on the GPU, where there is one; negative for all.
             mmap: map the file instead of reading it into memory.
-            progress: called with the fraction loaded; False stops the load.
+            progress: called with the fraction loaded; returning False (nothing else) stops the load.
 
         Raises:
             MoeshardError: the file is missing, damaged, or no model that llama.cpp can run.
@@ -73,9 +75,10 @@ class Model:
         if n_expert_used is not None and n_expert_used < 1:
             raise MoeshardError(f"n_expert_used must be positive, got {n_expert_used}")
         self._origin = find_origin(path, keep, trunk, experts, n_expert_used or 0)
-        self._native = self._origin.load(n_gpu_layers, mmap, n_expert_used or 0, progress)
-        if n_ctx is not None and n_ctx < 1:
-            raise MoeshardError(f"n_ctx must be positive, got {n_ctx}")
+        self._source: dict[str, Any] = {"path": path, "keep": keep, "trunk": trunk, "experts": experts}
+        self._loaded: _core.Model | None = self._origin.load(n_gpu_layers, mmap, n_expert_used or 0, progress)
+        if n_ctx is not None and not 1 <= n_ctx <= MAX_INT32:
+            raise MoeshardError(f"n_ctx must be from 1 to {MAX_INT32}, got {n_ctx}")
         self._n_ctx = n_ctx or min(self._native.n_ctx_train or DEFAULT_CTX, DEFAULT_CTX)
         self._load_options: dict[str, Any] = {"n_gpu_layers": n_gpu_layers, "mmap": mmap}
         self._context_options = {"n_batch": n_batch, "n_ubatch": n_ubatch, "n_threads": n_threads}
@@ -83,105 +86,28 @@ class Model:
         self._masks = threading.local()
 
     def sibling(self, path: str | os.PathLike[str] | None = None, *, n_expert_used: int | None = None) -> Model:
-        """Load another file, or the same with other experts per token, to run as this model does.
+        """Load another file, or the same experts of the same file with others per token, to run as this model does.
 
         A file that is mapped twice takes its memory once; on a GPU its weights are there twice.
         """
-        return Model(self.path if path is None else path, n_expert_used=n_expert_used, **self.load_options)
+        source = self._source if path is None else {"path": path}
+        return Model(**source, n_expert_used=n_expert_used, **self.load_options)
+
+    def close(self) -> None:
+        """Free the model, as soon as the sessions and answers that still use it are closed; then no call works."""
+        self._contexts.close()
+        self._loaded = None
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def load_options(self) -> dict[str, Any]:
         """How to load another model that is to run as this one does: further arguments of `Model`."""
         return {"n_ctx": self._n_ctx, **self._load_options, **self._context_options}
-
-    # What the model is.
-
-    @property
-    def path(self) -> str:
-        return self._native.path
-
-    @property
-    def routing(self) -> _core.Routing:
-        """Layers, experts, experts per token and expert groups, as the engine uses them."""
-        return self._native.routing
-
-    @cached_property
-    def layout(self) -> _core.MoeLayout:
-        """What of the loaded weights depends on experts, and their bytes."""
-        return self._origin.layout()
-
-    @cached_property
-    def expert_ids(self) -> npt.NDArray[np.int32]:
-        """Int32 (n_layer, n_expert): which expert of the whole model each expert of this one is.
-
-        The numbers themselves for a whole model, those kept, ascending, for a shard; -1 in layers without experts, and
-        behind the last where a layer of a shard holds fewer than others.
-        """
-        ids = np.full((self.n_layer, self.n_expert), -1, dtype=np.int32)
-        held = self._origin.held
-        for layer in self.moe_layers:
-            own = np.arange(self.n_expert) if held is None else np.flatnonzero(held[layer])
-            ids[layer, : own.size] = own
-        return ids
-
-    @property
-    def arch(self) -> str:
-        """The architecture's name in llama.cpp, e.g. ``qwen3moe``."""
-        return self.layout.arch
-
-    @property
-    def description(self) -> str:
-        """Architecture, size and file type in one line."""
-        return self._native.description
-
-    @property
-    def n_layer(self) -> int:
-        """Blocks of the model: the rows of a keep."""
-        return self.routing.n_layer
-
-    @property
-    def n_expert(self) -> int:
-        """Experts per MoE layer: the columns of a keep. 0 for a dense model.
-
-        In a shard whose layers hold different numbers (``routing.expert_counts``) it is the largest of them, and what a
-        keep says of experts that a layer does not have carries no meaning.
-        """
-        return self.routing.n_expert
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether no expert of the model was left out."""
-        held = self._origin.held
-        return held is None or bool(held[self.moe_layers].all())
-
-    @property
-    def n_expert_used(self) -> int:
-        """Experts that each token uses (of the widest layer where layers differ: see ``routing``)."""
-        return max(self.routing.n_expert_used, default=0)
-
-    @property
-    def moe_layers(self) -> list[int]:
-        """The layers that route, ascending."""
-        return self.routing.moe_layers
-
-    @property
-    def n_vocab(self) -> int:
-        return self._native.n_vocab
-
-    @property
-    def n_ctx_train(self) -> int:
-        """TokensLike of context that the model was trained on."""
-        return self._native.n_ctx_train
-
-    @property
-    def trunk_bytes(self) -> int:
-        """Bytes of all tensors that are not routed experts."""
-        return self.layout.trunk_bytes
-
-    @property
-    def expert_bytes(self) -> int:
-        """Bytes of all routed experts."""
-        return self.layout.expert_bytes
 
     # Text and tokens.
 
@@ -196,16 +122,51 @@ class Model:
         """Return the text of the tokens; bytes that are no UTF-8 become U+FFFD. `special` shows control tokens."""
         return self._native.detokenize(as_tokens(tokens), special).decode("utf-8", errors="replace")
 
+    def token_bytes(self, token: int) -> bytes:
+        """Return what a token reads, a control token too; a piece of a character, maybe."""
+        return self._native.detokenize([token], True)
+
     def is_end(self, token: int) -> bool:
         """Whether the model ends its answer with this token."""
         return self._native.is_end_of_generation(token)
 
-    def chat_prompt(self, messages: Sequence[Message], *, template: str = "", answer: bool = True) -> str:
-        """Format messages ``{"role": …, "content": …}`` as the model's chat template does, ready for its answer or not.
+    @property
+    def has_chat_template(self) -> bool:
+        return self._native.has_chat_template
 
-        Raises MoeshardError where the model has no template, or none that llama.cpp knows.
+    def chat_prompt(self, messages: Sequence[Message], *, template: str = "", answer: bool = True) -> str:
+        """Format messages ``{"role": …, "content": …}`` as the model's chat template does, as transformers renders it.
+
+        For text to look at, or to pass on: to this model give :meth:`chat_tokens`, where what a message says can not
+        be taken for a control token. A token that the tokenizer puts before every text (BOS) is left out.
+
+        Args:
+            messages: of a conversation, in order; other keys are the template's business.
+            template: instead of the model's own one: the name of another that it has, or of one that llama.cpp knows
+                (``"chatml"``), or a file of Jinja, or Jinja itself.
+            answer: whether the model's answer is to follow.
+
+        Raises:
+            MoeshardError: there is no template, or it fails or refuses these messages; it is named.
         """
-        return self._native.apply_chat_template([(m["role"], m["content"]) for m in messages], answer, template)
+        return self._chat.text(messages, template, answer)
+
+    def chat_tokens(
+        self, messages: Sequence[Message], *, template: str = "", answer: bool = True
+    ) -> npt.NDArray[np.int32]:
+        """Return int32 (n,): the tokens of `chat_prompt` for these messages, BOS included once where the model has it.
+
+        Control tokens are those that the template writes: ``<|im_end|>`` in a message is text.
+
+        Raises:
+            MoeshardError: as `chat_prompt`; or the template looks for a control token that a message contains, and
+                leaves some in the text, so that nobody can say whose they are.
+        """
+        return self._chat.tokens(messages, template, answer)
+
+    @cached_property
+    def _chat(self) -> Chat:
+        return Chat(self._native)
 
     # Keeps.
 
@@ -278,7 +239,7 @@ class Model:
         repeat_penalty: float = 1.0,
         repeat_last_n: int = 64,
         seed: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         ignore_end: bool = False,
     ) -> Generation:
         """Return an iterator over the pieces of the text that follows `prompt`.
@@ -286,7 +247,7 @@ class Model:
         Args:
             prompt: text, or token ids.
             keep: the experts that may be used, for the prompt too.
-            max_tokens: negative for as many as the context holds.
+            max_tokens: negative for as many as `n_ctx` of the model leaves room for.
             temperature: 0 for the likeliest token each time.
             top_k: sample from so many likeliest tokens; 0 for all.
             top_p: sample from the likeliest tokens that together have this probability; 1 for all.
@@ -294,33 +255,50 @@ class Model:
             repeat_penalty: divides the scores of recent tokens; 1 for none.
             repeat_last_n: how many tokens are recent.
             seed: None for a random one.
-            stop: texts that end the generation; not part of it.
+            stop: text, or several, that ends the generation; not part of it.
             ignore_end: go on where the model would end.
 
         Raises MoeshardError for an empty prompt, a parameter out of range or a keep that does not fit.
         """
+        options = generation_options(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repeat_penalty=repeat_penalty,
+            repeat_last_n=repeat_last_n,
+            seed=seed,
+            stop=stop,
+        )
         tokens = self.tokenize(prompt, parse=True) if isinstance(prompt, str) else as_tokens(prompt)
-        lease = self._contexts.take(1, len(tokens) + max(max_tokens, 0))
+        lease = self._contexts.take(1, max(self._n_ctx, len(tokens) + max(max_tokens, 0)))
         try:
             lease.context.set_keep(self._mask(keep))
             native = _core.Generation(
                 lease.context,
                 tokens,
-                max_tokens=max_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-                repeat_penalty=repeat_penalty,
-                repeat_last_n=repeat_last_n,
-                seed=seed,
-                stop=list(stop),
+                max_tokens=options.pop("max_tokens"),
+                stop=options.pop("stop"),
                 ignore_end=ignore_end,
+                sampling=_core.SamplingParams(**options),
             )
         except BaseException:
             lease.close()
             raise
         return Generation(native, lease)
+
+    def batcher(self, n_slots: int = 4, n_ctx: int | None = None, *, n_prefill: int = 512) -> _core.Batcher:
+        """Return what computes many requests together, a token of each per step; see csrc/include/moeshard/batcher.hpp.
+
+        Args:
+            n_slots: requests computed at once.
+            n_ctx: tokens that each can hold; by default those of the model.
+            n_prefill: tokens of prompts computed per step, which all others wait for.
+        """
+        return _core.Batcher(
+            self._native, n_slots=n_slots, n_ctx=n_ctx or self._n_ctx, n_prefill=n_prefill, **self._context_options
+        )
 
     def trace(
         self, tokens: TokensLike, keep: KeepSpec | None = None, *, probs: bool = False, norms: bool = False
@@ -331,7 +309,7 @@ class Model:
         :class:`Trace` for shapes. For texts that should not be held in memory whole, see :meth:`trace_stream`.
         """
         array = as_tokens(tokens)
-        builder = TraceBuilder(self.moe_layers, len(array), self.n_expert_used, self.n_expert, probs=probs, norms=norms)
+        builder = TraceBuilder(self.routing, len(array), self.n_expert_used, probs=probs, norms=norms)
         self.trace_stream(array, builder.add, keep, probs=probs, norms=norms)
         return builder.build()
 

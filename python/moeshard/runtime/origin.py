@@ -34,7 +34,7 @@ class Origin:
         return (self.segments or GGUFMap(self.path)).moe_layout()
 
     def load(
-        self, n_gpu_layers: int, mmap: bool, n_expert_used: int, progress: Callable[[float], bool] | None
+        self, n_gpu_layers: int, mmap: bool, n_expert_used: int, progress: Callable[[float], object] | None
     ) -> _core.Model:
         """Load it into the engine."""
         return _core.Model(
@@ -49,9 +49,15 @@ class Origin:
 
 
 def find_origin(
-    path: StrPath | None, keep: KeepSpec | None, trunk: StrPath | None, experts: StrPath | None, n_expert_used: int
+    path: StrPath | Origin | None,
+    keep: KeepSpec | None,
+    trunk: StrPath | None,
+    experts: StrPath | None,
+    n_expert_used: int,
 ) -> Origin:
     """Read the arguments of `moeshard.Model`. Headers are read, no weights."""
+    if isinstance(path, Origin):
+        return path
     if path is not None and trunk is None and experts is None:
         name = os.fspath(path)
         return _file(name) if keep is None else _part_of(name, keep, n_expert_used)
@@ -69,7 +75,7 @@ def _file(path: str) -> Origin:
         file = GGUFMap(path)
     except MoeshardError:
         return Origin(path, None, None)
-    return Origin(path, None, _held(file))
+    return Origin(file.path, None, _held(file))
 
 
 def _part_of(path: str, keep: KeepSpec, n_expert_used: int) -> Origin:
@@ -78,7 +84,7 @@ def _part_of(path: str, keep: KeepSpec, n_expert_used: int) -> Origin:
     file = GGUFMap(path)
     layout = file.moe_layout()
     held = parse_keep(keep, layout.n_layer, layout.n_expert, moe_layers=expert_layers(layout))
-    return Origin(path, _core.shard_segments(file, held, n_expert_used=n_expert_used, per_layer=True)[0], held)
+    return Origin(file.path, _core.shard_segments(file, held, n_expert_used=n_expert_used, per_layer=True)[0], held)
 
 
 def _held(file: GGUFMap) -> Keep | None:

@@ -86,7 +86,8 @@ class Session:
         """Append tokens to sequences, all in one batch where they fit, and return logits per sequence.
 
         `outputs` is ``"last"``: (1, n_vocab) after the last token; ``"all"``: (n_tokens, n_vocab); ``"none"``:
-        (0, n_vocab). A call that fails (a full sequence, an abort) leaves the sequences as they were.
+        (0, n_vocab). A call that fails (a full sequence, an abort) leaves the sequences as they were; where the model's
+        memory cannot be rolled back (recurrent layers), those that it had begun are empty afterwards (see `n_past`).
         """
         inputs = [(seq, as_tokens(ids)) for seq, ids in tokens.items()]
         with self._lease.computing() as context:

@@ -9,7 +9,7 @@ import numpy as np
 
 from moeshard._core import MoeshardError
 from moeshard.arrays import Tokens, TokensLike
-from moeshard.traffic.domains import Domain, check_names
+from moeshard.traffic.domains import Domain, check_names, tokens_of
 
 if TYPE_CHECKING:
     from moeshard.runtime.model import Model
@@ -41,7 +41,7 @@ def sequences(model: Model, domain: Domain, window: int, most_tokens: int | None
     """
     found: list[Tokens] = []
     for text in domain.texts:
-        tokens = model.tokenize(text)
+        tokens = tokens_of(model, text)
         pieces = [tokens[at : at + window] for at in range(0, len(tokens), window)]
         found += [piece for piece in pieces if len(piece) >= min(_SHORTEST, window)]
     if not found:
@@ -103,7 +103,7 @@ def cut_windows(
     windows: list[Tokens] = []
     owners: list[int] = []
     for index, domain in enumerate(domains):
-        documents = [model.tokenize(text) for text in domain.texts]
+        documents = [tokens_of(model, text) for text in domain.texts]
         found = [piece for tokens in documents if tokens.size > window for piece in text_windows(tokens, window)]
         if not found:
             raise MoeshardError(f"text '{domain.name}' is too short: it has no window of {window + 1} tokens")

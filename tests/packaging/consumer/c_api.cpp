@@ -5,7 +5,9 @@
 #include <string>
 #include <vector>
 
+#include "ggml.h"
 #include "llama.h"
+#include "moeshard/context.hpp"
 #include "moeshard/expert_mask.h"
 
 namespace {
@@ -26,6 +28,10 @@ int32_t number(const llama_model* model, const char* key) {
     return std::atoi(value);
 }
 
+int n_logged = 0;
+void own_log(ggml_log_level, const char*, void*) { ++n_logged; }
+void own_abort(const char*) {}
+
 bool check(bool ok, const char* what) {
     std::printf("%s: %s\n", ok ? "ok" : "FAILED", what);
     return ok;
@@ -38,7 +44,8 @@ int main(int argc, char** argv) {
         std::fprintf(stderr, "usage: %s MODEL.gguf\n", argv[0]);
         return 2;
     }
-    llama_log_set([](ggml_log_level, const char*, void*) {}, nullptr);
+    llama_log_set(own_log, nullptr);
+    ggml_set_abort_callback(own_abort);
     llama_model* model = llama_model_load_from_file(argv[1], llama_model_default_params());
     if (!model) return 1;
     llama_context_params params = llama_context_default_params();
@@ -60,6 +67,19 @@ int main(int argc, char** argv) {
     std::printf("    %s\n", llama_expert_mask_error());
     ok &= check(llama_context_set_expert_mask(ctx, -1, nullptr, 0, 0) == 0, "the mask is cleared");
     ok &= check(last_logits(ctx, tokens) == plain, "the logits are bit for bit what they were");
+
+    {
+        // Using the library from C++ too takes nothing from the program that it did not give.
+        moeshard::ContextParams small;
+        small.n_ctx = 64;
+        moeshard::Context beside(moeshard::Model::load(argv[1]), small);
+        beside.decode({{0, tokens.data(), tokens.size()}});
+    }
+    ggml_log_callback log = nullptr;
+    void* data = nullptr;
+    llama_log_get(&log, &data);
+    ok &= check(log == own_log && n_logged > 0, "the log is still the program's");
+    ok &= check(ggml_set_abort_callback(own_abort) == own_abort, "and so is what is called on an abort");
 
     llama_free(ctx);
     llama_model_free(model);
