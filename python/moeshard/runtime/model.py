@@ -164,11 +164,16 @@ class Model:
         """The layers that route, ascending."""
         return self.routing.moe_layers
 
-    @property
+    @cached_property
     def computed_layers(self) -> list[int]:
-        """Of `moe_layers`, those that every token passes: all but the blocks that predict further tokens, which nothing
-        is measured in and no loss comes from."""
-        return self.routing.computed_layers
+        """Of `moe_layers`, those in which a token is routed, found by computing one.
+
+        Not so are blocks that predict further tokens, and layers whose router an architecture loads and does not use:
+        nothing is measured in them, and no loss comes from them.
+        """
+        found: set[int] = set()
+        self.trace_stream([0], lambda chunk: found.update(layer.layer for layer in chunk.layers))
+        return sorted(found)
 
     @property
     def n_vocab(self) -> int:
