@@ -78,6 +78,8 @@ def choose_experts(
     divided = _regrouped(profile, groups)
     own = [size // groups for size in sizes]
     if isinstance(chosen, IslandsOptions):
+        if chosen.cover:
+            check_cover(sizes, n_expert)
         nodes = _islands(divided, own, chosen, fewest, begun)
     elif isinstance(chosen, SharedCoreOptions):
         nodes = shared_core(divided, own, chosen.core)
@@ -97,8 +99,6 @@ def check_strategy(strategy: str) -> None:
 def _islands(
     profile: Profile, sizes: list[int], options: IslandsOptions, fewest: int | None, begun: Begun | None
 ) -> list[Rows]:
-    if options.cover:
-        check_cover(sizes, profile.n_expert)
     found = islands(profile, sizes, **vars(options), fewest=fewest, begun=begun).keeps
     if options.cover and not np.logical_or.reduce(found).all():
         raise MoeshardError(

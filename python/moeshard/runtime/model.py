@@ -329,6 +329,17 @@ class Model(ModelFacts):
                 session.set_keep(keep)
             session.trace({0: array}, sink, probs=probs, norms=norms)
 
+    @cached_property
+    def computed_layers(self) -> list[int]:
+        """Of `moe_layers`, those in which a token is routed, found by computing one.
+
+        Not so are blocks that predict further tokens, and layers whose router an architecture loads and does not use:
+        nothing is measured in them, and no loss comes from them.
+        """
+        found: set[int] = set()
+        self.trace_stream([0], lambda chunk: found.update(layer.layer for layer in chunk.layers))
+        return sorted(found)
+
     def session(self, n_seq: int = 1, n_ctx: int | None = None) -> Session:
         """Return `n_seq` sequences of `n_ctx` tokens each, to be decoded in shared batches under a keep each."""
         if n_seq < 1:
