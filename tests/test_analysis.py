@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -223,13 +224,15 @@ def test_damaged_profiles_are_refused(profile: Profile, tmp_path: Path) -> None:
         return np.array(json.dumps(head))
 
     for name, value in (
-        ("count", arrays["count"][:-1]),
-        ("mass.low", arrays["mass.low"].astype(float)),
-        ("mass.high", arrays["mass.high"] | 0x7C),
+        ("count.0.z", arrays["count.0.z"][:-1]),
+        ("count.1.z", np.frombuffer(zlib.compress(b"few"), np.uint8)),
+        ("mass.0", arrays["mass.0"].astype(float)),
+        ("mass.0", arrays["mass.0"][1:]),
+        ("mass.1.z", np.frombuffer(zlib.compress(b"\x7c" * arrays["mass.0"].size), np.uint8)),
         ("mass_scale", arrays["mass_scale"] * np.nan),
         ("cells", arrays["cells"] | 1),
         ("cells", arrays["cells"][:, 1:]),
-        ("together", arrays["together"][:, :2]),
+        ("correlation.0", arrays["correlation.0"][1:]),
         ("squares", arrays["squares"][:1]),
         ("entropy", np.full_like(arrays["entropy"], np.nan)),
         ("domain", arrays["domain"] + 7),

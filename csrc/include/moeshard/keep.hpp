@@ -19,8 +19,8 @@ struct Routing {
     // Grouped selection (DeepSeek-V3): the best n_group_used of n_group groups are searched for experts.
     int32_t n_group = 1;
     int32_t n_group_used = 1;
-    // Layers that every token passes. Those after them predict further tokens, and llama.cpp computes none of them where
-    // it is not asked to draft.
+    // Layers that every token passes. Those after them predict further tokens, and llama.cpp computes none of them
+    // where it is not asked to draft.
     int32_t n_layer_computed = 0;
     // A token's weight of an expert multiplies the expert's input, not its output (Llama 4): see LayerTrace.
     bool weighs_inputs = false;

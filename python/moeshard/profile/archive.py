@@ -12,17 +12,19 @@
 | `correlation` | float16, the same shape: of `cosaliency`, in units of the roots of both squares |
 | `squares` | float32 (D, M, E): the diagonal of `cosaliency` |
 
-Each float16 array is held as two of uint8, `….high` and `….low`: the high bytes, sign, exponent and first digits, are
-much alike and are compressed; the low ones would not get smaller.
+`count`, `together` and all of float16 are held byte by byte: `mass.0` are all lowest bytes, uint8, and `mass.1` the
+next. Where a name ends in `.z` they are a zlib stream: all but the lowest bytes of float16, which get no smaller.
 
 Version 2 holds all arrays of a `Profile` as they are, version 1 all but `energy` and `cosaliency`.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import zipfile
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -36,8 +38,8 @@ VERSION = 3
 _PLAIN = ("layers", "domain", "n_tokens", "entropy", "peak")
 _HALVES = {"mass": "mass", "saliency": "saliency_by_sequence", "energy": "energy_root"}
 """Of arrays of sequences in the file. Under `saliency` others look for one score per expert."""
-_BYTES = (".low", ".high")
 _SCALES = {"mass": "mass_scale", "saliency": "saliency_scale", "energy": "energy_scale"}
+_PIECE = 1 << 24
 
 
 def write_archive(
@@ -54,66 +56,70 @@ def write_archive(
         for name in _PLAIN:
             _put(archive, name, arrays[name])
         _put(archive, "cells", sequences.cells.bits)
-        _put(archive, "count", sequences.values["count"], small=True)
+        _put_bytes(archive, "count", sequences.values["count"])
         for name, stored in _HALVES.items():
-            _put_halves(archive, stored, sequences.values[name].shape, [sequences.values[name]])
+            _put_bytes(archive, stored, sequences.values[name])
         for name, stored in _SCALES.items():
-            _put(archive, stored, sequences.scales[name], small=True)
+            _put(archive, stored, sequences.scales[name])
         _put_pairs(archive, arrays["together"], arrays["cosaliency"])
 
 
 def _put_pairs(archive: zipfile.ZipFile, together: Counts, cosaliency: Floats) -> None:
     domains, layers, n_expert = together.shape[:3]
     shape = (domains, layers, n_expert * (n_expert + 1) // 2)
-    kind = np.dtype("<u2" if together.max(initial=0) < 1 << 16 else "<u4")
-    _put_parts(archive, "together", kind, shape, (triangle(own).astype(kind) for own in together), small=True)
+    counts = np.empty(shape, dtype="<u2" if together.max(initial=0) < 1 << 16 else "<u4")
+    for half, own in zip(counts, together, strict=True):
+        half[:] = triangle(own)
+    _put_bytes(archive, "together", counts)
+    del counts
+    units = np.empty(shape, dtype="<f2")
     diagonals = np.empty((domains, layers, n_expert), dtype=np.float32)
-
-    units = np.empty(shape, dtype=np.float16)
-    for half, own, diagonal in zip(units, cosaliency, diagonals, strict=True):
+    for half, diagonal, own in zip(units, diagonals, cosaliency, strict=True):
         half[:], diagonal[:] = correlations(own)
-    _put_halves(archive, "correlation", shape, units)
+    _put_bytes(archive, "correlation", units)
     _put(archive, "squares", diagonals)
 
 
-def _put_halves(
-    archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], parts: Iterable[npt.NDArray[np.float16]]
-) -> None:
-    for index, suffix in enumerate(_BYTES):
-        planes = (part.astype("<f2", copy=False).view(np.uint8)[..., index::2] for part in parts)
-        _put_parts(archive, name + suffix, np.dtype(np.uint8), shape, planes, small=suffix == _BYTES[1])
+def _put(archive: zipfile.ZipFile, name: str, array: npt.NDArray[Any]) -> None:
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+        np.lib.format.write_array(member, array, allow_pickle=False)
 
 
-def _halves(file: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float16]:
-    found = np.empty((*shape[:-1], 2 * shape[-1]), dtype=np.uint8)
-    for index, suffix in enumerate(_BYTES):
-        found[..., index::2] = _checked(file, name + suffix, "u", shape)
-    halves: npt.NDArray[np.float16] = found.view("<f2")
-    return _finite(name, halves)
+def _put_bytes(archive: zipfile.ZipFile, name: str, array: npt.NDArray[Any]) -> None:
+    """Write an array byte by byte."""
+    width = array.dtype.itemsize
+    each = array.astype(array.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8)
+    for place in range(width):
+        plane = each[place::width]
+        if place == 0 and array.dtype.kind == "f":
+            _put(archive, f"{name}.{place}", plane)
+        else:
+            _put(archive, f"{name}.{place}.z", _compressed(plane))
 
 
-def _put(archive: zipfile.ZipFile, name: str, array: npt.NDArray[Any], *, small: bool = False) -> None:
-    _put_parts(archive, name, array.dtype, array.shape, [array], small=small)
+def _compressed(plane: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    # Bytes repeat, sequences of bytes hardly: to look for those takes long and misleads.
+    stream = zlib.compressobj(1, strategy=zlib.Z_RLE)
+    parts = [stream.compress(plane[at : at + _PIECE].tobytes()) for at in range(0, plane.size, _PIECE)]
+    return np.frombuffer(b"".join([*parts, stream.flush()]), dtype=np.uint8)
 
 
-def _put_parts(
-    archive: zipfile.ZipFile,
-    name: str,
-    kind: np.dtype[Any],
-    shape: tuple[int, ...],
-    parts: Iterable[npt.NDArray[Any]],
-    *,
-    small: bool = False,
-) -> None:
-    """Write an array by its parts. Only what is `small`, mostly zeros, is compressed: elsewhere that gains little."""
-    info = zipfile.ZipInfo(f"{name}.npy")
-    info.compress_type = zipfile.ZIP_DEFLATED if small else zipfile.ZIP_STORED
-    info._compresslevel = 1  # type: ignore[attr-defined]
-    with archive.open(info, "w", force_zip64=True) as member:
-        header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(member, header)
-        for part in parts:
-            member.write(np.ascontiguousarray(part).data)
+def _bytes(file: Mapping[str, Any], name: str, kind: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """What `_put_bytes` wrote, of so many values; `kind` is ``u`` or ``f``."""
+    width = 2 if kind == "f" or f"{name}.2.z" not in file else 4
+    found = np.empty((math.prod(shape), width), dtype=np.uint8)
+    for place in range(width):
+        if place == 0 and kind == "f":
+            plane = file[f"{name}.{place}"]
+        else:
+            stream = zlib.decompressobj()
+            plane = np.frombuffer(stream.decompress(file[f"{name}.{place}.z"], len(found) + 1), dtype=np.uint8)
+            if not stream.eof:
+                raise ValueError(f"'{name}' is not whole, or too long")
+        if plane.dtype != np.uint8 or plane.shape != (len(found),):
+            raise ValueError(f"'{name}' has {plane.size} values, not {len(found)}")
+        found[:, place] = plane
+    return _finite(name, found.view(f"<{kind}{width}").reshape(shape))
 
 
 def from_archive(file: Mapping[str, Any], version: int, n_expert: int) -> dict[str, Any]:
@@ -140,8 +146,8 @@ def _sequences(file: Mapping[str, Any], n_rows: int, n_expert: int) -> Sequences
         raise ValueError(f"'cells' is {bits.dtype} {bits.shape}")
     cells = Cells.of(bits, n_rows, n_expert)
     n = int(cells.ends[-1]) if len(bits) else 0
-    values = {"count": _checked(file, "count", "u", (n,))}
-    values |= {name: _halves(file, stored, (n,)) for name, stored in _HALVES.items()}
+    values = {"count": _bytes(file, "count", "u", (n,))}
+    values |= {name: _bytes(file, stored, "f", (n,)) for name, stored in _HALVES.items()}
     scales = {name: _checked(file, stored, "f", (len(bits), n_rows)) for name, stored in _SCALES.items()}
     return Sequences(cells, values, scales)
 
@@ -150,12 +156,12 @@ def _pairs(file: Mapping[str, Any], n_expert: int) -> dict[str, npt.NDArray[Any]
     diagonal = file["squares"]
     shape = (*diagonal.shape[:2], n_expert * (n_expert + 1) // 2)
     _checked(file, "squares", "f", (*shape[:2], n_expert))
-    counts = _checked(file, "together", "u", shape)
+    counts = _bytes(file, "together", "u", shape)
     together = np.empty((*diagonal.shape, n_expert), dtype=np.int32)
     for own, half in zip(together, counts, strict=True):
         own[:] = squares(half, n_expert)
     del counts
-    units = _halves(file, "correlation", shape)
+    units = _bytes(file, "correlation", "f", shape)
     cosaliency = np.empty((*diagonal.shape, n_expert), dtype=np.float32)
     for own, half, sums in zip(cosaliency, units, diagonal, strict=True):
         own[:] = products(half, sums)
@@ -166,13 +172,12 @@ def _checked(file: Mapping[str, Any], name: str, kind: str, shape: tuple[int, ..
     array: npt.NDArray[Any] = file[name]
     if array.dtype.kind != kind or array.shape != shape:
         raise ValueError(f"'{name}' is {array.dtype} {array.shape}, not {shape}")
-    return _finite(name, array) if kind == "f" else array
+    return _finite(name, array)
 
 
 def _finite(name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    # In pieces: what is not finite may be large.
     flat = array.reshape(-1)
-    if not all(np.isfinite(flat[at : at + (1 << 22)]).all() for at in range(0, flat.size, 1 << 22)):
+    if not all(np.isfinite(flat[at : at + _PIECE]).all() for at in range(0, flat.size, _PIECE)):
         raise ValueError(f"'{name}' holds values that are not finite")
     return array
 

@@ -125,25 +125,28 @@ class Checkpoint:
         try:
             places = dict(self._live)
             for domain, pairs in new.pairs.items():
-                places[domain] = self._write_pairs(_pairs_to_bytes(pairs))
+                places[domain] = self._write_pairs(_pairs_to_parts(pairs))
             self._flush()
-            self._write(self._end, b"done", _done_to_bytes(new, places))
+            self._write(self._end, b"done", [_done_to_bytes(new, places)])
             self._flush()
         except OSError as error:
             raise MoeshardError(f"cannot write '{self._name}': {error.strerror or error}") from error
         self._free += [place for domain, (place, _) in self._live.items() if places[domain][0] != place]
         self._live = places
 
-    def _write_pairs(self, content: bytes) -> tuple[int, int]:
+    def _write_pairs(self, parts: Sequence[memoryview]) -> tuple[int, int]:
         place = self._free.pop() if self._free else self._end
-        return place, self._write(place, b"sums", content)
+        return place, self._write(place, b"sums", parts)
 
-    def _write(self, place: int, kind: bytes, content: bytes) -> int:
+    def _write(self, place: int, kind: bytes, parts: Sequence[bytes | memoryview]) -> int:
         """Write a block, and return the CRC-32 of what it holds."""
-        checksum = zlib.crc32(content)
+        checksum = 0
+        for part in parts:
+            checksum = zlib.crc32(part, checksum)
         self._file.seek(place)
-        self._file.write(_BLOCK.pack(kind, checksum, len(content)))
-        self._file.write(content)
+        self._file.write(_BLOCK.pack(kind, checksum, sum(memoryview(part).nbytes for part in parts)))
+        for part in parts:
+            self._file.write(part)
         self._end = max(self._end, self._file.tell())
         return checksum
 
@@ -236,11 +239,11 @@ def _measured(file: IO[bytes], found: _Found) -> Measured | None:
     return _done_from_bytes(found.done, pairs) if found.done else None
 
 
-def _pairs_to_bytes(pairs: Pairs) -> bytes:
+def _pairs_to_parts(pairs: Pairs) -> list[memoryview]:
     """Of the same length for every domain, so that a place serves any of them."""
     shape = np.array(pairs.peak.shape, dtype="<i8")
-    parts = [shape, triangle(pairs.together), triangle(pairs.cosaliency), pairs.peak]
-    return b"".join(part.tobytes() for part in parts)
+    parts = [shape, triangle(pairs.together), triangle(pairs.cosaliency), np.ascontiguousarray(pairs.peak)]
+    return [part.reshape(-1).view(np.uint8).data for part in parts]
 
 
 def _pairs_from_bytes(content: bytes) -> Pairs:

@@ -54,6 +54,8 @@ class Growth:
         growth.n = n
         if n:
             growth._parts.append(first(packed({name: getattr(found, name) for name in VALUES}), n))
+        for name in VALUES:
+            setattr(found, name, getattr(wanted, name))
         return growth
 
     def add(self, n_tokens: list[int], domain: int, sums: Statistics) -> None:

@@ -177,11 +177,17 @@ def _scales(array: Floats) -> Floats:
 
 
 def join(parts: Sequence[Sequences]) -> Sequences:
-    """Put sequences after each other, all of the same layers and experts; there is at least one part."""
+    """Put sequences after each other, all of the same layers and experts; there is at least one part.
+
+    Parts are emptied meanwhile, so that what they hold is there only once.
+    """
+    if len(parts) == 1:
+        return parts[0]
     _, m, e = parts[0].cells.shape
     cells = Cells.of(np.concatenate([part.cells.bits for part in parts]), m, e)
-    values = {name: np.concatenate([part.values[name] for part in parts]) for name in parts[0].values}
-    scales = {name: np.concatenate([part.scales[name] for part in parts]) for name in parts[0].scales}
+    values = {name: np.concatenate([part.values.pop(name) for part in parts]) for name in VALUES}
+    names = [*parts[0].scales]
+    scales = {name: np.concatenate([part.scales.pop(name) for part in parts]) for name in names}
     return Sequences(cells, values, scales)
 
 
@@ -198,7 +204,7 @@ def first(sequences: Sequences, n: int) -> Sequences:
     """The first so many sequences, where those after them hold nothing."""
     _, m, e = sequences.cells.shape
     cells = Cells(sequences.cells.bits[:n], sequences.cells.ends[:n], (n, m, e))
-    return Sequences(cells, sequences.values, {name: scale[:n] for name, scale in sequences.scales.items()})
+    return Sequences(cells, dict(sequences.values), {name: scale[:n] for name, scale in sequences.scales.items()})
 
 
 def packed(arrays: Mapping[str, npt.NDArray[Any] | Packed]) -> Sequences:
