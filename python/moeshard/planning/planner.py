@@ -15,7 +15,7 @@ from moeshard._core import GGUFMap, MoeshardError
 from moeshard.arrays import Rows
 from moeshard.gguf.identity import ModelIdentity, identify, no_experts
 from moeshard.keep.text import Keep, held_range
-from moeshard.planning.budget import Memory, Use, fit, largest_keep, shard_memory
+from moeshard.planning.budget import Memory, Use, default_ctx, fit, largest_keep, shard_memory
 from moeshard.planning.deal import group_experts
 from moeshard.planning.islands import Begun, islands
 from moeshard.planning.options import ISLANDS, SHARED_CORE, IslandsOptions, SharedCoreOptions, check_cover, options_of
@@ -40,6 +40,7 @@ def choose_experts(
     *,
     expert_groups: int = 1,
     fewest: int | None = None,
+    begun: Begun | None = None,
     **options: Any,
 ) -> list[Keep]:
     """Choose the experts of nodes. A pure function.
@@ -52,6 +53,7 @@ def choose_experts(
             equally many of every group. 0 or 1: none.
         fewest: layers may hold different numbers of experts, at least so many each; `sizes` are then means over layers.
             None: all layers of a node hold equally many.
+        begun: of ``islands``: what earlier searches of the same profile found out, to be gone on with; it grows.
         options: of the strategy, see `moeshard.planning.options`.
 
     Returns:
@@ -76,7 +78,7 @@ def choose_experts(
     divided = _regrouped(profile, groups)
     own = [size // groups for size in sizes]
     if isinstance(chosen, IslandsOptions):
-        nodes = _islands(divided, own, chosen, fewest)
+        nodes = _islands(divided, own, chosen, fewest, begun)
     elif isinstance(chosen, SharedCoreOptions):
         nodes = shared_core(divided, own, chosen.core)
     elif fewest is not None:
@@ -92,10 +94,12 @@ def check_strategy(strategy: str) -> None:
         raise MoeshardError(f"unknown strategy '{strategy}'; choose from {', '.join(STRATEGY_NAMES)}")
 
 
-def _islands(profile: Profile, sizes: list[int], options: IslandsOptions, fewest: int | None) -> list[Rows]:
+def _islands(
+    profile: Profile, sizes: list[int], options: IslandsOptions, fewest: int | None, begun: Begun | None
+) -> list[Rows]:
     if options.cover:
         check_cover(sizes, profile.n_expert)
-    found = islands(profile, sizes, **vars(options), fewest=fewest).keeps
+    found = islands(profile, sizes, **vars(options), fewest=fewest, begun=begun).keeps
     if options.cover and not np.logical_or.reduce(found).all():
         raise MoeshardError(
             "option 'cover': not every expert found a place beside those that every node has to hold, in some layer; "
@@ -152,7 +156,7 @@ def make_plan(
     check_profile(profile, identity, source.path)
     if (n_keep is None) == (budgets is None):
         raise MoeshardError("give either the number of experts or the memory of each node")
-    use = use or Use()
+    use = use or Use(n_ctx=default_ctx(source))
     layout = source.moe_layout()
     groups = max(1, layout.n_expert_groups)
     fewest = max(n_expert_used or 0, *layout.n_expert_used, groups)
@@ -170,11 +174,11 @@ def make_plan(
             raise MoeshardError(f"a node cannot do with {size} experts per layer: a token uses {fewest}")
 
     # What is searched for again, for nodes a little smaller, is searched for from what was found.
-    more = options | ({"begun": Begun()} if strategy == ISLANDS else {})
+    begun = Begun() if strategy == ISLANDS else None
 
     def choose(sizes: Sequence[int]) -> list[Keep]:
         return choose_experts(
-            profile, sizes, strategy, expert_groups=groups, fewest=fewest if per_layer else None, **more
+            profile, sizes, strategy, expert_groups=groups, fewest=fewest if per_layer else None, begun=begun, **options
         )
 
     def exact(keep: Keep) -> Memory:

@@ -19,7 +19,7 @@ from moeshard.runtime.chat import Chat
 from moeshard.runtime.contexts import ContextPool
 from moeshard.runtime.facts import ModelFacts
 from moeshard.runtime.generation import Generation, generation_options
-from moeshard.runtime.limits import MAX_INT32
+from moeshard.runtime.limits import DEFAULT_CTX, MAX_INT32
 from moeshard.runtime.origin import Origin, find_origin
 from moeshard.runtime.session import Session, as_tokens
 from moeshard.runtime.template import Message
@@ -27,9 +27,6 @@ from moeshard.runtime.trace import ChunkSink, Trace, TraceBuilder
 
 if TYPE_CHECKING:
     from moeshard.keep.text import KeepSpec
-
-# Of the models that run here most were trained on far more than fits; a longer text gets a longer context by itself.
-DEFAULT_CTX = 4096
 
 
 class Model(ModelFacts):
