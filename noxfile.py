@@ -97,6 +97,12 @@ def sanitize(session: nox.Session) -> None:
 
 
 @nox.session
+def portable(session: nox.Session) -> None:
+    """Run the engine's tests with an engine built for SSE4.2 and nothing newer; arguments as for the script."""
+    session.run("tests/portable/run.sh", *session.posargs, external=True)
+
+
+@nox.session
 def fuzz(session: nox.Session) -> None:
     """Fuzz the readers and writers of files, for a minute unless arguments say otherwise."""
     build(session, "", "MOESHARD_ASAN=ON")

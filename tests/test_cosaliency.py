@@ -107,6 +107,36 @@ def test_layers_that_need_more_get_more(tokens: np.ndarray) -> None:
     assert lost(free) < lost(even)
 
 
+def one_after_the_other(products: np.ndarray, size: int, protected: np.ndarray, fewest: int) -> np.ndarray:
+    """Of all layers together, the expert is dropped that costs least beside those dropped before, again and again."""
+    n_layer, n_expert, _ = products.shape
+    own = np.einsum("mee->me", products)
+    dropped = np.zeros(own.shape, dtype=bool)
+    for _ in range((n_expert - size) * n_layer):
+        cost = own + 2 * np.einsum("mab,mb->ma", products, dropped)
+        cost[dropped | protected] = np.inf
+        cost[dropped.sum(axis=1) >= n_expert - fewest] = np.inf
+        dropped[np.unravel_index(cost.argmin(), cost.shape)] = True
+    return ~dropped
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_layers_that_drop_by_themselves_drop_what_they_would_together(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moeshard.planning.cosaliency._exchange", lambda *_: None)  # which comes after that
+    rng = np.random.default_rng(seed)
+    n_layer, n_expert = rng.integers(1, 6), rng.integers(4, 20)
+    tokens = rng.gamma(0.4, size=(30, n_layer, n_expert)) * rng.gamma(2, size=(n_layer, 1))
+    products = np.einsum("tma,tmb->mab", tokens, tokens).astype(np.float32)
+    size = int(rng.integers(2, n_expert))
+    fewest = int(rng.integers(1, size + 1))
+    protected = np.cumsum(rng.random((n_layer, n_expert)) < 0.1, axis=1) == 1  # no more than fit
+    protected &= np.cumsum(protected, axis=1) <= size
+    wanted = one_after_the_other(products.astype(np.float64), size, protected, fewest)
+    np.testing.assert_array_equal(least_lost(products, size, protected, fewest), wanted)
+
+
 def test_a_layer_without_contributions_is_no_error() -> None:
     tokens = np.zeros((1, 10, 2, 6))
     tokens[0, :, 0] = 1

@@ -18,12 +18,13 @@ from moeshard import MoeshardError
 from moeshard.evaluation.curve import Curve, Point, default_sizes, lone_node, measure_curve, read_curve, rule_of_thumb
 from moeshard.evaluation.losses import measure_losses
 from moeshard.evaluation.scores import Agreement, Scores
+from moeshard.planning.planner import choose_experts
 from moeshard.profile.measure import analyze
 from moeshard.profile.record import Profile
 from moeshard.traffic.domains import Domain
 from moeshard.traffic.embedded import embedded_domains, embedded_text
 
-WINDOW, PROMPT, WINDOWS = 64, 16, 3
+WINDOW, PROMPT, WINDOWS = 64, 16, 4
 STRATEGIES = ("ranked", "one-list", "contiguous")
 
 
@@ -64,7 +65,6 @@ def curve(model: moeshard.Model, profile: Profile, domains: list[Domain], sizes:
         n_windows=WINDOWS,
         window=WINDOW,
         n_prompt=PROMPT,
-        resamples=200,
     )
 
 
@@ -121,8 +121,11 @@ def test_what_lone_nodes_hold(profile: Profile) -> None:
     assert mass[kept["one-list"][0]].min() >= mass[~kept["one-list"][0]].max() * (1 - 1e-6)
     assert (kept["ranked"] != kept["ranked"][0]).any()
     assert kept["contiguous"][:, :size].all()
-    with pytest.raises(MoeshardError, match="one-list, contiguous"):
-        lone_node(profile, size, "islands")
+    # Islands of one node are that node: no others are beside it.
+    np.testing.assert_array_equal(lone_node(profile, size, "islands"), choose_experts(profile, [size], "islands")[0])
+    for strategy in ("snake", "balanced", "shared-core", "coactivation"):
+        with pytest.raises(MoeshardError, match=f"'{strategy}' deals experts out.* contiguous, one-list"):
+            lone_node(profile, size, strategy)
 
 
 def test_default_sizes() -> None:
@@ -229,11 +232,13 @@ def test_bad_requests_are_named(
         ({"sizes": [model.n_expert + 1]}, "cannot hold"),
         ({"sizes": []}, "at least one"),
         ({"strategies": ["best"]}, "unknown strategy 'best'"),
+        ({"strategies": ["snake"]}, "'snake' deals experts out to several nodes.*choose from ranked, reap, islands"),
+        ({"n_windows": 3}, "has 3 windows of"),
         ({"strategies": ["ranked", "ranked"]}, "differ"),
         ({"window": 10**6}, "too short"),
     ):
         with pytest.raises(MoeshardError, match=said):
-            measure_curve(model, profile, domains, **{"sizes": sizes, "n_windows": 2, **options})  # type: ignore[arg-type]
+            measure_curve(model, profile, domains, **{"sizes": sizes, "n_windows": 4, **options})  # type: ignore[arg-type]
     other = replace(profile, model=replace(profile.model, fingerprint="0" * 64))
     with pytest.raises(MoeshardError, match="analyze this model"):
         measure_curve(model, other, domains)
@@ -243,10 +248,13 @@ def test_command_line(
     cli: Cli, model: moeshard.Model, profile: Profile, names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     profile.save(tmp_path / "p.npz")
-    (tmp_path / "mine.txt").write_text(embedded_text(names[0])[:4000], encoding="utf-8")
+    texts: list[str | Path] = []
+    for name in names:
+        (tmp_path / f"{name}.txt").write_text(embedded_text(name)[:4000], encoding="utf-8")
+        texts += ["--text", tmp_path / f"{name}.txt"]
     half = model.n_expert // 2
-    base = ("curve", "tinymoe", "--profile", tmp_path / "p.npz", "--text", tmp_path / "mine.txt", "--threads", 1)
-    small = (*base, "--windows", 2, "--window", 64, "--prompt", 16, "--keep", f"{half},{model.n_expert}")
+    base = ("curve", "tinymoe", "--profile", tmp_path / "p.npz", "--threads", 1, *texts)
+    small = (*base, "--windows", 4, "--window", 64, "--prompt", 16, "--keep", f"{half},{model.n_expert}")
     files = [tmp_path / name for name in ("c.json", "c.csv", "c.png")]
     written = (*small, "-o", files[0], "--csv", files[1], "--png", files[2])
     done = cli(*written, "--strategies", "ranked,contiguous")
@@ -259,17 +267,17 @@ def test_command_line(
     assert again.code == 1 and "--force" in again.err
     told = json.loads(cli(*small, "--json").out)
     assert [point["keep"] for point in told["strategies"]["ranked"]] == [half, model.n_expert]
-    assert told["domains"] == ["mine"]
+    assert told["domains"] == names
 
     # Text that experts were chosen by says too little of what is lost.
     (tmp_path / "seen.txt").write_text(embedded_text(names[0], "calibration"), encoding="utf-8")
-    seen = cli(*base[:4], "--text", tmp_path / "seen.txt", *small[6:])
+    seen = cli(*base[:6], "--text", tmp_path / "seen.txt", *small[len(base) :])
     assert seen.code == 0 and "experts were chosen by text 'seen' too" in seen.err
     assert "warning" not in done.err
 
     assert cli(*base, "--keep", "many").code == 2
     wrong = cli(*base, "--strategies", "best")
-    assert wrong.code == 2 and "'best' is unknown; choose from " in wrong.err
+    assert wrong.code == 2 and "'best'" in wrong.err
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     missing = cli(*small, "--png", tmp_path / "new.png")
     assert missing.code == 1 and "moeshard[report]" in missing.err and not (tmp_path / "new.png").exists()

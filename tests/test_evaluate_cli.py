@@ -18,7 +18,7 @@ from moeshard.gguf.identity import identify
 from moeshard.placement.probes import PROBES
 from moeshard.traffic.embedded import embedded_domains, embedded_text
 
-QUICK = ("--windows", "3", "--window", "64", "--prompt", "16", "--threads", "1")
+QUICK = ("--windows", "4", "--window", "64", "--prompt", "16", "--threads", "1")
 SCORES = {"nll", "nll_ci", "perplexity", "excess", "excess_ci", "ratio", "ratio_ci", "kl", "kl_ci", "kl_p99"}
 SCORES |= {"top1", "top1_ci"}
 NAMES = embedded_domains()[:2]
@@ -59,7 +59,7 @@ def saved(tinymoe: Path, plan: Path, tmp_path_factory: pytest.TempPathFactory) -
         moeshard.Model(tinymoe, n_threads=1),
         plan,
         [moeshard.Domain(name, (embedded_text(name)[:4000],)) for name in NAMES],
-        n_windows=3,
+        n_windows=4,
         window=64,
         n_prompt=16,
         n_answers=2,
@@ -74,7 +74,7 @@ def test_json_has_what_it_should(run: Callable[..., Any], tinymoe: Path, plan: P
     found = json.loads(result.out)
     assert found["moeshard_evaluation"] == 1 and found["domains"] == NAMES and found["generation"] is None
     assert "warning" not in result.err and found["settings"]["seen"] == []
-    assert found["settings"]["windows"] == dict.fromkeys(NAMES, 3) and found["settings"]["prompt"] == 16
+    assert found["settings"]["windows"] == dict.fromkeys(NAMES, 4) and found["settings"]["prompt"] == 16
     model = moeshard.Model(tinymoe, n_threads=1)
     assert found["settings"]["n_expert_used"] == {"full": model.n_expert_used, "nodes": [model.n_expert_used, 12]}
     assert found["plan"] == {"file": str(plan), "strategy": "halves", "parameters": {"n": 2}}
@@ -99,7 +99,8 @@ def test_text_that_the_plan_was_made_from_is_told(
     made.parameters["texts"] = {"mail": seen.digest}
     made.write(tmp_path / "plan.json")
     result = cli("evaluate", "tinymoe", "--plan", tmp_path / "plan.json", *texts, *QUICK, "--generate", "0", "--json")
-    assert result.err.count("warning") == 1 and f"by text '{NAMES[0]}' too" in result.err
+    assert result.err.count("warning") == 2 and f"by text '{NAMES[0]}' too" in result.err
+    assert f"experts were not chosen for {NAMES[1]}:" in result.err
     found = json.loads(result.out)
     assert found["settings"]["seen"] == [NAMES[0]]
     assert found["plan"]["file"] == str(tmp_path / "plan.json")
@@ -109,7 +110,7 @@ def test_figures_are_those_of_the_losses(tinymoe: Path, plan: Path, saved: Path)
     model = moeshard.Model(tinymoe, n_threads=1)
     keeps = [node.keep for node in moeshard.read_plan(plan).nodes]
     domains = [moeshard.Domain(name, (embedded_text(name)[:4000],)) for name in NAMES]
-    losses = measure_losses(model, keeps, domains, n_windows=3, window=64, n_prompt=16)
+    losses = measure_losses(model, keeps, domains, n_windows=4, window=64, n_prompt=16)
     found = read_evaluation(saved)
     assert found.full.nll == pytest.approx(losses.mean(losses.full_loss()), rel=0.01)
     assert found.groups[0].scores.nll == pytest.approx(losses.mean(losses.group_losses()[0]), rel=0.01)
@@ -197,7 +198,7 @@ def test_bad_input_is_refused_before_the_work(
         (("-o", tmp_path / "nowhere" / "eval.json"), 1, "does not exist"),
         (("--probe", "luck"), 2, "loss, saliency"),
         (("--prompt", "64"), 2, "leaves nothing to predict"),
-        (("--windows", "1"), 2, "--windows"),
+        (("--windows", "3"), 2, "--windows"),
         (("--min-quality", "2"), 2, "--min-quality"),
         (("--text", f"short={short}", "--generate", "0"), 1, "'short' has 1 window of 65 tokens"),
         (("--plan", tmp_path / "other.json"), 1, "was made for the model"),
@@ -264,5 +265,5 @@ def test_half_a_file_is_named(saved: Path, tmp_path: Path) -> None:
 def test_python_refuses_what_the_command_line_does(tinymoe: Path, plan: Path) -> None:
     with pytest.raises(MoeshardError, match="unknown probe 'luck'"):
         moeshard.evaluate(tinymoe, plan, probe="luck")  # type: ignore[arg-type]
-    with pytest.raises(MoeshardError, match="n_windows at least 2"):
-        moeshard.evaluate(tinymoe, plan, n_windows=1)
+    with pytest.raises(MoeshardError, match="n_windows at least 4"):
+        moeshard.evaluate(tinymoe, plan, n_windows=3)

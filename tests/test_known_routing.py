@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 import moeshard
+from moeshard import MoeshardError
+from moeshard.placement.probes import saliency, saliency_held
 from moeshard.planning.planner import choose_experts
 from moeshard.planning.strategies import best
 from moeshard.profile.measure import analyze
@@ -133,3 +135,26 @@ def test_what_a_router_prefers_is_planned_for(biased: Profile, favourites: Value
     np.testing.assert_array_equal(best(biased.total("mass"), favourites.shape[1]), wanted)
     for keep in choose_experts(biased, [biased.n_expert // 4] * 2, "shared-core"):
         assert (keep | ~wanted).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_outputs_that_are_not_finite_are_named(tinymoe: Path, tmp_path: Path, value: float) -> None:
+    """Two experts of one layer whose scales are not numbers; all that is computed after them is none either."""
+
+    def spoil(name: str, values: Values) -> Values | None:
+        if name != "blk.2.ffn_down_exps.weight":
+            return None
+        blocks = values.reshape(values.shape[0], -1, Q8_0_BYTES)
+        for expert in (17, 70):
+            blocks[expert, 5, :2] = np.array([value], dtype=np.float16).view(np.uint8)
+        return values
+
+    path = rewritten(tinymoe, tmp_path / "spoiled.gguf", spoil)
+    model = moeshard.Model(path, n_threads=1)
+    text = Domain("mail", (moeshard.embedded_text("en")[:8000],))
+    with pytest.raises(MoeshardError, match=rf"{path}: layer 2, experts 17,70: .*not finite"):
+        analyze(model, [text], window=WINDOW, save_to=tmp_path / "p.partial")
+    prompt = model.tokenize(text.texts[0])[:200]
+    for probe in (saliency, lambda *given: saliency_held(*given[:2], [given[2]])):
+        with pytest.raises(MoeshardError, match=r"layer 2, experts? [17,0]+: .*not finite"):
+            probe(model, [model.keep("0-63")], prompt)

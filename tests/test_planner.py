@@ -16,11 +16,14 @@ import moeshard
 from moeshard import GGUFMap, MoeshardError, _core
 from moeshard.gguf.identity import ModelIdentity
 from moeshard.planning.budget import Use, shard_memory
+from moeshard.planning.cosaliency import contributions
 from moeshard.planning.islands import islands
 from moeshard.planning.planner import STRATEGY_NAMES, choose_experts, make_plan
 from moeshard.planning.strategies import best
+from moeshard.profile.measure import analyze
 from moeshard.profile.record import Profile
 from moeshard.profile.statistics import captured, super_experts
+from moeshard.traffic.domains import Domain, embedded_traffic
 
 
 def profile_of(saliency: np.ndarray, domain: list[int], n_expert: int) -> Profile:
@@ -113,6 +116,26 @@ def test_super_experts_are_on_every_island() -> None:
     assert not all(keep[2, 7] for keep in choose_experts(profile, [9, 9], "ranked"))
 
 
+def test_more_super_experts_than_places_go_by_their_scores() -> None:
+    scores = np.array([[5.0, 1, 2, 9, 4, 3]])
+    protected = np.array([[True, True, True, False, True, False]])
+    assert np.flatnonzero(best(scores, 2, protected)).tolist() == [0, 4]
+    assert np.flatnonzero(best(scores, 5, protected)).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_islands_of_monotonous_traffic_are_no_worse_than_the_ranking(tinymoe: Path) -> None:
+    """Experts that no token chose made all others super experts, and those of lowest ids were kept."""
+    model = moeshard.Model(tinymoe, n_threads=1)
+    profile = analyze(model, [Domain("a", ("aaaaaaaaaaaaaaaa " * 60,))])
+    assert (profile.count.sum(axis=0) == 0).mean() > 0.5
+    for size in (8, 16):
+        island, ranked = (choose_experts(profile, [size], name)[0] for name in ("islands", "ranked"))
+        assert captured(profile, island) > captured(profile, ranked) - 0.03
+        parts = contributions(profile, np.flatnonzero(profile.n_tokens))
+        lost = [parts.lost(keep[profile.layers]).mean() for keep in (island, ranked)]
+        assert lost[0] <= lost[1] + 1e-6
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.sampled_from(STRATEGY_NAMES),
@@ -161,6 +184,53 @@ def test_strategies_by_hand() -> None:
         nodes("best", [4])
 
 
+@pytest.mark.parametrize(
+    ("strategy", "options", "said"),
+    [
+        ("ranked", {"core": 0.5}, "'core' is of strategy shared-core; 'ranked' takes no options"),
+        ("ranked", {"cover": True}, "'cover' is of strategy islands"),
+        ("shared-core", {"seed": 1}, "'seed' is of strategy islands; 'shared-core' takes core"),
+        (
+            "islands",
+            {"core": 0.5},
+            "'core' is of strategy shared-core; 'islands' takes restarts, shrinkage, cover, seed",
+        ),
+        ("islands", {"luck": 1}, "there is no option 'luck'"),
+        # These two never ended, and gave a node more experts than it has room for.
+        ("shared-core", {"core": 1.5}, "'core': must be a number from 0 to 1, got 1.5"),
+        ("shared-core", {"core": -0.5}, "'core': must be a number from 0 to 1, got -0.5"),
+        ("shared-core", {"core": float("nan")}, "'core': must be a number"),
+        ("islands", {"restarts": 0}, "'restarts': must be a whole number of at least 1, got 0"),
+        ("islands", {"restarts": 1.5}, "'restarts': must be a whole number"),
+        ("islands", {"shrinkage": 1.1}, "'shrinkage': must be a number from 0 to 1"),
+        ("islands", {"seed": -1}, "'seed': must be a whole number"),
+        ("islands", {"cover": 1}, "'cover': must be true or false"),
+        ("islands", {"cover": True}, "'cover': 2 nodes have room for 10 experts per layer together, fewer than the 16"),
+    ],
+)
+def test_options_are_the_strategys_own(strategy: str, options: dict[str, object], said: str) -> None:
+    profile, _ = two_kinds()
+    with pytest.raises(MoeshardError, match=f"option {said}|{said}"):
+        choose_experts(profile, [5, 5], strategy, **options)
+
+
+@pytest.mark.parametrize("core", [0, 0.25, 1])
+def test_a_core_is_as_large_as_asked(core: float) -> None:
+    profile, _ = two_kinds()
+    keeps = choose_experts(profile, [8, 8], "shared-core", core=core)
+    assert all((keep.sum(axis=1) == 8).all() for keep in keeps)
+    assert ((keeps[0] & keeps[1]).sum(axis=1) == round(8 * core)).all()
+
+
+def test_what_cannot_be_covered_is_told() -> None:
+    profile, _ = two_kinds()
+    # Super experts are on both nodes, and leave too few places for all others.
+    profile.peak[:, :, :3] = 30
+    with pytest.raises(MoeshardError, match="not every expert found a place"):
+        choose_experts(profile, [8, 8], "islands", cover=True)
+    assert np.logical_or.reduce(choose_experts(profile, [10, 10], "islands", cover=True)).all()
+
+
 def test_coactivation_keeps_together_what_is_used_together() -> None:
     rng = np.random.default_rng(2)
     profile = profile_of(rng.random((8, 1, 8)), [0] * 8, 8)
@@ -174,9 +244,6 @@ def test_coactivation_keeps_together_what_is_used_together() -> None:
 
 @pytest.fixture(scope="module")
 def own_profile(tinymoe: Path) -> Profile:
-    from moeshard.profile.measure import analyze
-    from moeshard.traffic.domains import embedded_traffic
-
     return analyze(moeshard.Model(tinymoe, n_threads=1), embedded_traffic("calibration"), n_tokens=2048, window=128)
 
 
@@ -238,6 +305,9 @@ def test_command_line(cli: Cli, own_profile: Profile, tmp_path: Path) -> None:
         facts = json.loads(cli(*base, "-o", out, "--groups", 2, "--keep", 64, "--strategy", strategy, "--json").out)
         assert facts["strategy"] == strategy and len(facts["nodes"]) == 2
         assert cli("split", "tinymoe", "-o", tmp_path / "x", "--plan", out, "--dry-run").code == 0
+    few = ("--groups", 2, "--keep", 64, "--restarts", 3)
+    assert cli(*base, "-o", tmp_path / "few.json", *few).code == 0
+    made = moeshard.read_plan(tmp_path / "few.json")
     done = cli(*base, "-o", tmp_path / "n.json", "--nodes", "16MiB,24MiB", "--ctx", 512, "--json")
     sizes = [node["n_expert"] for node in json.loads(done.out)["nodes"]]
     assert 8 <= sizes[0] < sizes[1] <= 128
@@ -247,7 +317,14 @@ def test_command_line(cli: Cli, own_profile: Profile, tmp_path: Path) -> None:
         (("--nodes", "1MiB"), "too few"),
         (("--nodes", "lots"), "not a size"),
         (("--groups", 4, "--keep", 32, "--strategy", "luck"), "'luck' is unknown; choose from"),
+        (("--groups", 4, "--keep", 32, "--core", 0.3), "'core' is of strategy shared-core"),
+        (("--groups", 4, "--keep", 32, "--strategy", "shared-core", "--core", 1.5), "'core': must be a number from 0"),
+        (("--groups", 4, "--keep", 32, "--strategy", "ranked", "--cover"), "'cover' is of strategy islands"),
+        (("--groups", 4, "--keep", 32, "--strategy", "ranked", "--seed", 0), "'seed' is of strategy islands"),
+        (("--groups", 2, "--keep", 32, "--cover"), "room for 64 experts per layer together, fewer than the 128"),
     ):
         done = cli(*base, "-o", tmp_path / "no.json", *options)
         assert done.code != 0 and message in " ".join(done.err.split())
+    assert cli(*base, "-o", tmp_path / "no.json", *options[:4], "--strategy", "ranked", "--cover").code == 2
+    assert made.parameters["restarts"] == 3 and made.parameters["cover"] is False
     assert not (tmp_path / "no.json").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 import re
@@ -19,15 +20,19 @@ import moeshard
 from moeshard import MoeshardError, Plan, PlanNode
 from moeshard.evaluation.curve import Curve, measure_curve
 from moeshard.evaluation.record import Evaluation, read_evaluation
+from moeshard.evaluation.scores import Agreement, Scores
 from moeshard.gguf.identity import ModelIdentity
 from moeshard.planning.planner import choose_experts
 from moeshard.profile.measure import analyze
 from moeshard.profile.record import Profile
 from moeshard.profile.statistics import captured
+from moeshard.report.colours import GROUNDS, LINES, PALETTE, contrast, readable_on
 from moeshard.report.figures.evaluation import comparison
 from moeshard.report.sources import Sources, read_sources
+from moeshard.report.summary import summary
 from moeshard.report.writing import figures, folder_of, write_report
 from moeshard.traffic.domains import Domain
+from moeshard.traffic.likeness import Likeness
 
 NASTY = "<script>alert(1)</script> \"a\" & 'b' $x_1$ ]]>"
 FIGURES = {
@@ -66,7 +71,7 @@ def curve(model: moeshard.Model, profile: Profile, domains: list[Domain]) -> Cur
         *(model, profile, domains),
         sizes=sizes,
         strategies=["ranked", "contiguous"],
-        n_windows=2,
+        n_windows=4,
         window=64,
         n_prompt=16,
     )
@@ -97,7 +102,7 @@ def files(
 
 
 def _evaluate(found: dict[str, Path], texts: list[str | Path]) -> list[str | Path]:
-    size = ["--windows", "2", "--window", "64", "--prompt", "16", "--generate", "1", "-n", "16", "--threads", "1"]
+    size = ["--windows", "4", "--window", "64", "--prompt", "16", "--generate", "1", "-n", "16", "--threads", "1"]
     return ["evaluate", "tinymoe", "--plan", found["plan.json"], *texts, *size, "-o", found["eval.json"]]
 
 
@@ -160,19 +165,139 @@ class Reader(HTMLParser):
 def test_the_page_needs_nothing_but_itself(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     found = Reader(text)
-    assert "http" not in text and "@import" not in text and "script" not in found.tags
+    plain = re.sub(r"base64,[A-Za-z0-9+/=\s]*", "", text)
+    assert "http" not in plain and "@import" not in plain and "script" not in found.tags
     assert len(found.ids) == len(set(found.ids))
-    own = {path.name for path in folder_of(page).iterdir()}
     for link in found.links:
         if link.startswith("#"):
             assert link[1:] in found.ids
-        elif not link.startswith("data:image/png;base64,"):
-            folder, name = link.split("/")
-            assert folder == folder_of(page).name and name in own
+        else:
+            assert link.startswith(("data:image/png;base64,", "data:text/csv;base64,"))
     for reference in re.findall(r"url\(([^)]*)\)", text):
         assert reference.startswith("#") and reference[1:] in found.ids
-    assert found.tags.count("section") == len(FIGURES)
-    assert "svg" in found.tags and "currentColor" in text
+    assert found.tags.count("section") == len(FIGURES) + 1
+    assert "svg" in found.tags and "var(--ink)" in text
+
+
+def saved(page: Path) -> dict[str, bytes]:
+    """What the links of a page save, by name."""
+    links = re.findall(r'<a download="([^"]*)" href="data:[^;]*;base64,([^"]*)"', page.read_text(encoding="utf-8"))
+    assert len({name for name, _ in links}) == len(links)
+    return {name: base64.b64decode(data) for name, data in links}
+
+
+def test_a_page_that_is_sent_alone_holds_pictures_and_numbers(page: Path) -> None:
+    assert saved(page) == {path.name: path.read_bytes() for path in folder_of(page).iterdir()}
+
+
+def test_the_page_fits_a_phone(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
+    style = text[text.index("<style>") : text.index("</style>")]
+    # Pictures shrink to whatever width there is, and tables scroll by themselves.
+    assert "figure svg { display: block; width: 100%; height: auto }" in style and "min-width" not in style
+    for element in re.findall(r"<svg[^>]*>", text):
+        assert "viewBox" in element and "width=" not in element
+    # At 358 points, of 390 with the page's edges, letters of 8 points are no smaller than 7 pixels.
+    for width in re.findall(r'<svg[^>]*viewBox="0 0 ([0-9.]+)', text):
+        assert 8 * 358 / float(width) > 7
+    tables, wide = text.count("<table"), text.count('<div class="wide"><table')
+    assert tables == wide > 0
+
+
+def test_colours_can_be_read(page: Path) -> None:
+    """By the formula of WCAG 2, here written out."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        red, green, blue = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    text = page.read_text(encoding="utf-8")
+    light, dark, _ = (
+        dict(re.findall(r"--([a-z]+): (#[0-9a-f]{6})", own)) for own in re.findall(r":root {(.*?)}", text)
+    )
+    assert set(light) == set(dark) == set(PALETTE)
+    for setting in (light, dark):
+        for name in set(PALETTE) - {*GROUNDS, *LINES}:
+            for ground in GROUNDS:
+                low, high = sorted((luminance(setting[name]), luminance(setting[ground])))
+                assert (high + 0.05) / (low + 0.05) >= 4.5, (name, ground)
+                assert contrast(setting[name], setting[ground]) == pytest.approx((high + 0.05) / (low + 0.05))
+    # On any colour of a cell, and of the letters in the pictures none is of another colour.
+    for parts in product(np.linspace(0, 1, 9), repeat=3):
+        ground = "#" + "".join(f"{round(255 * part):02x}" for part in parts)
+        assert contrast(readable_on(*parts), ground) >= 4.5
+    known = {"#000000", "#ffffff", "none", *(f"var(--{name})" for name in PALETTE)}
+    for letters in re.findall(r"<text[^>]*>", text):
+        fill = re.search(r"fill: ([^;\"]+)", letters)
+        # Without one it is black, in a bright cell.
+        assert fill is None or fill[1] in known, letters
+
+
+def test_the_verdict_comes_first(page: Path, evaluation: Evaluation, files: dict[str, Path], tmp_path: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert text.index('class="verdict"') < text.index("<svg")
+    first = summary(read_sources([files[name] for name in ("plan.json", "eval.json")]))[0]
+    change = 100 * (evaluation.placed.ratio - 1)
+    assert first.startswith("3 nodes with 50% and 25% of the experts each") and f"perplexity {change:+.0f}%" in first
+    alone = Scores(1, (1, 1), np.log(1.16), (np.log(1.12), np.log(1.2)), Agreement(0, (0, 0), 0, 0.8, (0.8, 0.8)))
+    plan = moeshard.read_plan(files["plan.json"])
+    one = replace(plan, nodes=[replace(plan.nodes[0], facts={"memory": {"total": 5 << 29}})])
+    one.extra["whole_memory"] = 5 << 30
+    lost = replace(evaluation, groups=evaluation.groups[:1], placed=alone, loops=None)
+    assert summary(Sources(plan=one, evaluation=lost))[:1] == [
+        "One node with 50% of the experts (2.5 GiB of memory, 50% of the whole model's 5.0 GiB): perplexity +16% "
+        "(95% interval: +12% to +20%); for 80% of tokens the likeliest one is the whole model's."
+    ]
+    nothing = replace(alone, excess=0.01, excess_ci=(-0.02, 0.04))
+    assert (
+        "no difference that this much text could show"
+        in summary(Sources(plan=one, evaluation=replace(lost, placed=nothing)))[0]
+    )
+    said = summary(read_sources([files["p.npz"], files["plan.json"]]))
+    assert any("not measured yet" in sentence for sentence in said) and "Experts differ" in said[-1]
+    assert summary(read_sources([files["curve.json"]]))[0].startswith("One node with 50% of the experts (64 of 128")
+    told = replace(lost, settings=replace(lost.settings, likeness=Likeness(["mail"])))
+    assert "Mind: experts were chosen by text 'mail' too" in " ".join(summary(Sources(evaluation=told)))
+
+
+def test_where_it_comes_from_is_told(cli: Cli, files: dict[str, Path], page: Path, tmp_path: Path) -> None:
+    text = Reader(page.read_text(encoding="utf-8")).text
+    document = json.loads(files["eval.json"].read_text())
+    assert document["made"]["moeshard"] == moeshard.__version__
+    assert document["made"]["command"].startswith("moeshard evaluate tinymoe --plan")
+    minute = document["made"]["date"][:16].replace("T", " ")
+    for word in (minute, document["made"]["command"], str(files["eval.json"]), moeshard.__version__):
+        assert word in text
+    for digest in document["settings"]["texts"].values():
+        assert digest[:12] in text
+    assert "not recorded" in text, "the plan was made by no command"
+    # By the commands that make them, everything is.
+    assert cli("analyze", "tinymoe", "-n", 512, "--window", 64, "-o", tmp_path / "p.npz", "--threads", 1).code == 0
+    plan = ("plan", "tinymoe", "--profile", tmp_path / "p.npz", "--groups", 2, "--keep", 64, "-o", tmp_path / "pl.json")
+    assert cli(*plan).code == 0
+    assert cli("report", tmp_path / "p.npz", tmp_path / "pl.json", "-o", tmp_path / "r.html").code == 0
+    text = Reader((tmp_path / "r.html").read_text(encoding="utf-8")).text
+    assert "not recorded" not in text and "moeshard analyze tinymoe -n 512" in text and "tinymoe" in text
+    assert "of the whole model's" in text
+
+
+def test_what_is_interrupted_leaves_nothing_in_the_way(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = read_sources([files["plan.json"]])
+    monkeypatch.setattr("moeshard.report.writing.write_page", lambda *_: exec("raise KeyboardInterrupt"))
+    with pytest.raises(KeyboardInterrupt):
+        write_report(sources, tmp_path / "r.html")
+    monkeypatch.undo()
+    (tmp_path / "r.html").mkdir()
+    with pytest.raises(MoeshardError):
+        write_report(sources, tmp_path / "r.html", force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["r.html"]
+    (tmp_path / "r.html").rmdir()
+    write_report(sources, tmp_path / "r.html")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.html", "r_files"]
 
 
 def test_every_figure_has_picture_and_numbers(page: Path, profile: Profile) -> None:
@@ -183,8 +308,6 @@ def test_every_figure_has_picture_and_numbers(page: Path, profile: Profile) -> N
         assert (folder_of(page) / name).read_bytes().startswith(b"\x89PNG\r\n")
     found = Reader(page.read_text(encoding="utf-8"))
     assert set(found.ids) >= FIGURES
-    for name in FIGURES:
-        assert f"{folder_of(page).name}/{name}.csv" in found.links
 
 
 def brute_shares(profile: Profile, what: str, domains: list[int]) -> np.ndarray:
@@ -305,9 +428,12 @@ def test_losses_are_those_of_the_evaluation(page: Path, files: dict[str, Path], 
 
 
 def test_text_that_the_plan_was_made_from_is_told(evaluation: Evaluation) -> None:
-    assert "on other text more is lost" not in " ".join(comparison(evaluation).says)
-    told = replace(evaluation, settings=replace(evaluation.settings, seen=["mail"]))
-    assert "from the text of mail too: on other text more is lost" in comparison(told).says[-1]
+    assert "Mind:" not in " ".join(comparison(evaluation).says)
+    likeness = Likeness(["mail"], {"code": 0.41}, ["de"], ["chat"])
+    told = replace(evaluation, settings=replace(evaluation.settings, likeness=likeness))
+    assert len(likeness.sentences()) == 4
+    for sentence in likeness.sentences():
+        assert f"Mind: {sentence}." in comparison(told).says
 
 
 def test_any_of_the_files_will_do(files: dict[str, Path], tmp_path: Path) -> None:
@@ -326,13 +452,13 @@ def test_any_of_the_files_will_do(files: dict[str, Path], tmp_path: Path) -> Non
 def synthetic(n_layer: int, n_expert: int, n_node: int, n_domain: int, name: str = "d") -> Sources:
     rng = np.random.default_rng(0)
     model = ModelIdentity(name, name, "0" * 64, n_layer + 1, n_expert, list(range(1, n_layer + 1)))
-    n_seq, shape = 3 * n_domain, (n_layer, n_expert)
+    n_seq, shape = 4 * n_domain, (n_layer, n_expert)
     saliency = rng.gamma(0.5, size=(n_seq, *shape)).astype(np.float32)
     profile = Profile(
         model=model,
         domains=[f"{name} {index}" for index in range(n_domain)],
         layers=np.array(model.moe_layers, dtype=np.int32),
-        domain=np.repeat(np.arange(n_domain, dtype=np.int32), 3),
+        domain=np.repeat(np.arange(n_domain, dtype=np.int32), 4),
         n_tokens=np.full(n_seq, 64, dtype=np.int32),
         count=saliency.astype(np.int32),
         mass=saliency,
@@ -368,6 +494,16 @@ def test_a_layer_without_traffic_is_drawn_too(tmp_path: Path) -> None:
         getattr(sources.profile, what)[:, 1] = 0
     write_report(sources, tmp_path / "r.html")
     assert "nan" not in (folder_of(tmp_path / "r.html") / "heatmap.csv").read_text()
+
+
+def test_monotonous_traffic_is_drawn_too(model: moeshard.Model, tmp_path: Path) -> None:
+    """Of which half of the experts see nothing, and one sequence says nothing of others."""
+    profile = analyze(model, [Domain("a", ("aaaaaaaaaaaaaaaa " * 20,))])
+    assert profile.n_tokens.size == 1
+    write_report(Sources(profile), tmp_path / "r.html")
+    for path in (tmp_path / "r.html", *folder_of(tmp_path / "r.html").glob("*.csv")):
+        assert not re.search(r"\b(nan|inf)", path.read_text(encoding="utf-8"))
+    assert "± unknown" in Reader((tmp_path / "r.html").read_text(encoding="utf-8")).text
 
 
 def test_names_from_files_stay_text(evaluation: Evaluation, tmp_path: Path) -> None:

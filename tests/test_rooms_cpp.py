@@ -25,10 +25,13 @@ PUBLIC = {
     "shard.hpp": "shard",
     "memory.hpp": "engine",
     "trace.hpp": "engine",
+    "batcher.hpp": "runtime",
     "context.hpp": "runtime",
     "expert_mask.h": "runtime",
     "generation.hpp": "runtime",
     "model.hpp": "runtime",
+    "process.hpp": "runtime",
+    "sampler.hpp": "runtime",
     "statistics.hpp": "runtime",
 }
 # What of llama.cpp every room may see. The rest is private to it, and for engine/ alone.

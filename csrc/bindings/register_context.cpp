@@ -110,12 +110,13 @@ void trace(Context& context, const std::vector<std::pair<int32_t, TokenArray>>& 
     });
 }
 
-// (count, mass, saliency, energy, entropy, peak, together, cosaliency), summed per input; see RoutingStatistics.
+// (count, mass, saliency, energy, entropy, peak, together, cosaliency), summed per input; see RoutingStatistics. The
+// last two are None without `pairs`.
 py::tuple measure(Context& context, const std::vector<std::pair<int32_t, TokenArray>>& arrays,
-                  const std::vector<int32_t>& layers, bool scores_are_logits) {
+                  const std::vector<int32_t>& layers, bool scores_are_logits, bool pairs) {
     const Inputs given(arrays, Outputs::kNone);
     const int32_t n_expert = context.model().routing().n_expert;
-    RoutingStatistics sums(context.n_seq_max(), layers, n_expert, scores_are_logits);
+    RoutingStatistics sums(context.n_seq_max(), layers, n_expert, scores_are_logits, pairs);
     {
         const py::gil_scoped_release nogil;
         context.trace(given.inputs, TraceOptions{true, true}, [&](const UbatchTrace& ubatch) { sums.add(ubatch); });
@@ -123,10 +124,16 @@ py::tuple measure(Context& context, const std::vector<std::pair<int32_t, TokenAr
     const py::ssize_t s = sums.n_seq();
     const auto m = static_cast<py::ssize_t>(layers.size());
     const py::ssize_t e = n_expert;
+    py::object together = py::none();
+    py::object cosaliency = py::none();
+    if (pairs) {
+        together = take(std::move(sums.together), {m, e, e});
+        cosaliency = take(std::move(sums.cosaliency), {m, e, e});
+    }
     return py::make_tuple(take(std::move(sums.count), {s, m, e}), take(std::move(sums.mass), {s, m, e}),
                           take(std::move(sums.saliency), {s, m, e}), take(std::move(sums.energy), {s, m, e}),
-                          take(std::move(sums.entropy), {s, m}), take(std::move(sums.peak), {m, e}),
-                          take(std::move(sums.together), {m, e, e}), take(std::move(sums.cosaliency), {m, e, e}));
+                          take(std::move(sums.entropy), {s, m}), take(std::move(sums.peak), {m, e}), together,
+                          cosaliency);
 }
 
 }  // namespace
@@ -157,7 +164,8 @@ void register_context(py::module_& m) {
             py::arg("keep").none(true), py::arg("seq") = -1)
         .def("decode", &decode, py::arg("inputs"), py::arg("outputs") = "last")
         .def("trace", &trace, py::arg("inputs"), py::arg("sink"), py::arg("probs") = false, py::arg("norms") = false)
-        .def("measure", &measure, py::arg("inputs"), py::arg("layers"), py::arg("scores_are_logits") = false)
+        .def("measure", &measure, py::arg("inputs"), py::arg("layers"), py::arg("scores_are_logits") = false,
+             py::arg("pairs") = true)
         .def("reset", &Context::reset, py::arg("seq") = -1)
         .def("abort", &Context::abort);
 }

@@ -1,5 +1,7 @@
 #include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
 
+#include <filesystem>
 #include <memory>
 #include <optional>
 #include <string>
@@ -7,6 +9,7 @@
 
 #include "bindings/arrays.hpp"
 #include "bindings/register.hpp"
+#include "bindings/text.hpp"
 #include "moeshard/model.hpp"
 #include "moeshard/process.hpp"
 
@@ -16,8 +19,8 @@ using moeshard::Routing;
 
 namespace {
 
-std::shared_ptr<Model> load(const std::string& path, const moeshard::SegmentList* segments, int32_t n_gpu_layers,
-                            bool mmap, bool check_tensors, uint32_t n_expert_used, bool simulate,
+std::shared_ptr<Model> load(const std::filesystem::path& path, const moeshard::SegmentList* segments,
+                            int32_t n_gpu_layers, bool mmap, bool check_tensors, uint32_t n_expert_used, bool simulate,
                             const std::optional<py::function>& progress) {
     ModelParams params;
     params.n_gpu_layers = n_gpu_layers;
@@ -38,7 +41,7 @@ std::shared_ptr<Model> load(const std::string& path, const moeshard::SegmentList
         }
     };
     const py::gil_scoped_release nogil;
-    return segments == nullptr ? Model::load(path, params) : Model::load(*segments, path, params);
+    return segments == nullptr ? Model::load(path.string(), params) : Model::load(*segments, path.string(), params);
 }
 
 std::optional<py::bytes> as_bytes(const std::optional<std::string>& text) {
@@ -65,13 +68,14 @@ void register_model(py::module_& m) {
         .def_readonly("n_expert_used", &Routing::n_expert_used)
         .def_readonly("n_group", &Routing::n_group)
         .def_readonly("n_group_used", &Routing::n_group_used)
+        .def_readonly("weighs_inputs", &Routing::weighs_inputs)
         .def_property_readonly("moe_layers", &Routing::moe_layers);
 
     py::class_<Model, std::shared_ptr<Model>>(m, "Model", "A loaded model.")
         .def(py::init(&load), py::arg("path"), py::arg("segments") = nullptr, py::kw_only(),
              py::arg("n_gpu_layers") = -1, py::arg("mmap") = true, py::arg("check_tensors") = false,
              py::arg("n_expert_used") = 0, py::arg("simulate") = false, py::arg("progress") = py::none())
-        .def_property_readonly("path", &Model::path)
+        .def_property_readonly("path", [](const Model& model) { return path_to_str(model.path()); })
         .def_property_readonly("routing", &Model::routing, py::return_value_policy::reference_internal)
         .def_property_readonly("description", &Model::description)
         .def_property_readonly("n_vocab", &Model::n_vocab)
@@ -83,11 +87,11 @@ void register_model(py::module_& m) {
         .def("is_end_of_generation", &Model::is_end_of_generation, py::arg("token"))
         .def(
             "tokenize",
-            [](const Model& model, const std::string& text, bool special, bool parse) {
+            [](const Model& model, const Text& text, bool special, bool parse) {
                 std::vector<int32_t> tokens;
                 {
                     const py::gil_scoped_release nogil;
-                    tokens = model.tokenize(text, special, parse);
+                    tokens = model.tokenize(text.utf8, special, parse);
                 }
                 const auto n = static_cast<py::ssize_t>(tokens.size());
                 return take(std::move(tokens), {n});

@@ -1,6 +1,8 @@
 // Shards: laid out as segments, merged, joined, and what they say about themselves.
 #include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
 
+#include <filesystem>
 #include <memory>
 #include <optional>
 #include <string>
@@ -8,6 +10,7 @@
 
 #include "bindings/arrays.hpp"
 #include "bindings/register.hpp"
+#include "bindings/text.hpp"
 #include "moeshard/shard.hpp"
 
 namespace {
@@ -74,5 +77,10 @@ void register_shard(py::module_& m) {
     m.def("merge_segments", &merge, py::arg("shards"), py::kw_only(), py::arg("max_file_size") = 0);
     m.def("join_segments", &moeshard::join_segments, py::arg("trunk"), py::arg("experts"),
           py::call_guard<py::gil_scoped_release>());
-    m.def("part_path", &moeshard::part_path, py::arg("path"), py::arg("index"), py::arg("count"));
+    m.def(
+        "part_path",
+        [](const std::filesystem::path& path, uint64_t index, uint64_t count) {
+            return path_to_str(moeshard::part_path(path.string(), index, count));
+        },
+        py::arg("path"), py::arg("index"), py::arg("count"));
 }

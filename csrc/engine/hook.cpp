@@ -81,6 +81,7 @@ LayerTrace read_layer(const GraphInput::Traced& traced, const State& state, cons
     layer.layer = traced.il;
     layer.n_used = static_cast<int32_t>(traced.ids->ne[0]);
     layer.n_expert = state.routing.n_expert;
+    layer.weighs_inputs = state.routing.weighs_inputs;
     const size_t n_tokens = trace.n_tokens();
     const auto n_used = static_cast<size_t>(layer.n_used);
     if (traced.ids->ne[1] != static_cast<int64_t>(n_tokens)) {

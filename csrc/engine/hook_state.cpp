@@ -57,6 +57,8 @@ Routing routing_of(const llama_model& model) {
     Routing routing;
     routing.n_layer = static_cast<int32_t>(hparams.n_layer_all);
     routing.n_expert = static_cast<int32_t>(hparams.n_expert);
+    // As llm_graph_context::build_moe_ffn decides it.
+    routing.weighs_inputs = model.arch == LLM_ARCH_LLAMA4;
     bool equal = true;
     for (int32_t layer = 0; layer < routing.n_layer; ++layer) {
         const ggml_tensor* router = model.layers[static_cast<size_t>(layer)].ffn_gate_inp;

@@ -10,6 +10,9 @@
 #include <cerrno>
 #include <cstring>
 
+#include "files/place.hpp"
+#include "moeshard/error.hpp"
+
 namespace moeshard::files {
 
 namespace {
@@ -18,11 +21,6 @@ namespace {
 constexpr uint64_t kPieceBytes = 256 << 10;
 // The smallest blocks that file systems share.
 constexpr uint64_t kBlockBytes = 4096;
-
-[[noreturn]] void fail(const std::string& path, int error) {
-    const char* hint = error == ENOSPC || error == EDQUOT ? "; free space on that disk or choose another one" : "";
-    throw Error(path + ": cannot write: " + std::strerror(error) + hint);
-}
 
 // Begins to bring what was just written to the disk, which is then done while more is copied and not when all is.
 void start_flush(int fd, uint64_t offset, uint64_t size) {
@@ -90,7 +88,7 @@ void write_at(int fd, const std::string& path, uint64_t offset, const uint8_t* d
     while (size > 0) {
         const ssize_t n = ::pwrite(fd, data, static_cast<size_t>(size), static_cast<off_t>(offset));
         if (n < 0 && errno == EINTR) continue;
-        if (n < 0) fail(path, errno);
+        if (n < 0) fail_write(path, errno);
         data += n;
         offset += static_cast<uint64_t>(n);
         size -= static_cast<uint64_t>(n);
@@ -101,7 +99,7 @@ void reserve(int fd, const std::string& path, uint64_t offset, uint64_t size) {
 #ifdef __linux__
     // Not posix_fallocate: where the file system cannot, that writes zeros.
     while (::fallocate(fd, 0, static_cast<off_t>(offset), static_cast<off_t>(size)) != 0) {
-        if (errno == ENOSPC || errno == EDQUOT) fail(path, errno);
+        if (errno == ENOSPC || errno == EDQUOT) fail_write(path, errno);
         if (errno != EINTR) return;  // writing will do without, or fail with a reason
     }
 #else

@@ -67,6 +67,36 @@ void SegmentList::append_expert_ids(uint32_t source, uint64_t from, uint64_t row
         {Segment::Kind::kExpertIds, this->size(), size, source, static_cast<uint32_t>(tables_.size() - 1), from});
 }
 
+SegmentList SegmentList::with_bytes(uint64_t offset, std::string_view bytes) const {
+    if (offset > size() || bytes.size() > size() - offset) {
+        throw Error(std::to_string(bytes.size()) + " bytes at " + std::to_string(offset) +
+                    " reach past the end of the shard, " + std::to_string(size()) + " bytes");
+    }
+    SegmentList out = *this;
+    if (bytes.empty()) return out;
+    out.literals_ += bytes;
+    const uint64_t end = offset + bytes.size();
+    std::vector<Segment> parts;  // what is left of the segments that the bytes lie in, with the bytes between them
+    const auto first = std::partition_point(out.segments_.begin(), out.segments_.end(),
+                                            [&](const Segment& segment) { return segment.end() <= offset; });
+    auto last = first;
+    if (first->offset < offset) {
+        parts.push_back(*first);
+        parts.back().size = offset - first->offset;
+    }
+    parts.push_back({Segment::Kind::kLiteral, offset, bytes.size(), 0, 0, literals_.size()});
+    for (; last != out.segments_.end() && last->offset < end; ++last) {
+        if (last->kind == Segment::Kind::kExpertIds) throw Error("a table of expert ids cannot be written over");
+        if (last->end() <= end) continue;
+        parts.push_back(*last);
+        parts.back().offset = end;
+        parts.back().size = last->end() - end;
+        parts.back().from += end - last->offset;
+    }
+    out.segments_.insert(out.segments_.erase(first, last), parts.begin(), parts.end());
+    return out;
+}
+
 void SegmentList::read(uint64_t offset, uint8_t* out, uint64_t size) const {
     if (offset > this->size() || size > this->size() - offset) {
         throw Error("a read of " + std::to_string(size) + " bytes at " + std::to_string(offset) +

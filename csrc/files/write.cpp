@@ -15,17 +15,21 @@
 #include <memory>
 #include <mutex>
 #include <set>
+#include <string>
+#include <system_error>
 #include <thread>
 
 #include "files/copy.hpp"
-#include "files/temporary.hpp"
+#include "files/pending_file.hpp"
+#include "files/place.hpp"
 #include "files/threads.hpp"
 
 namespace moeshard {
 
 namespace {
 
-using files::TemporaryFile;
+using files::PendingFile;
+using files::Place;
 
 constexpr uint64_t kTaskBytes = 8 << 20;    // progress is seen, and work shared, in steps of this
 constexpr uint64_t kAheadBytes = 16 << 20;  // read before they are copied
@@ -63,7 +67,7 @@ std::vector<Task> tasks_of(const std::vector<Output>& outputs) {
     return tasks;
 }
 
-void run(const Task& task, const SegmentList& list, const TemporaryFile& file, files::Copier& copier) {
+void run(const Task& task, const SegmentList& list, const PendingFile& file, files::Copier& copier) {
     const uint64_t offset = task.segment->offset + task.at;
     switch (task.segment->kind) {
         case Segment::Kind::kLiteral: {
@@ -86,16 +90,8 @@ void run(const Task& task, const SegmentList& list, const TemporaryFile& file, f
     }
 }
 
-// One name for all ways to write it. The last part is not resolved: a link is replaced, not what it points to.
-std::string canonical(const std::string& path) {
-    const std::filesystem::path given(path);
-    std::error_code failed;
-    const std::filesystem::path folder = std::filesystem::weakly_canonical(files::folder_of(path), failed);
-    return failed ? path : (folder / given.filename()).string();
-}
-
 // Whatever does not share blocks with its source. A sparse one may need no space at all.
-void reserve(const SegmentList& list, const TemporaryFile& file) {
+void reserve(const SegmentList& list, const PendingFile& file) {
     for (const auto& source : list.sources()) {
         if (source->is_sparse()) return;
     }
@@ -112,32 +108,32 @@ void reserve(const SegmentList& list, const TemporaryFile& file) {
     reserve_up_to(list.size());
 }
 
-void check_outputs(const std::vector<Output>& outputs, bool force) {
-    std::set<std::string> names;
-    for (const Output& output : outputs) {
-        if (!names.insert(canonical(output.path)).second) throw Error(output.path + ": would be written twice");
-        struct stat status {};
-        if (::stat(output.path.c_str(), &status) != 0) {
-            if (errno == ENOENT || errno == ENOTDIR) continue;  // the folder is looked at when the file is made
-            throw Error(output.path + ": cannot stat: " + std::strerror(errno));
-        }
-        for (const Output& other : outputs) {
-            for (const auto& source : other.segments->sources()) {
-                struct stat read {};
-                if (::fstat(source->fd(), &read) == 0 && read.st_dev == status.st_dev && read.st_ino == status.st_ino) {
-                    throw Error(output.path + ": is the file that is read; write to another one");
-                }
-            }
-        }
-        if (S_ISDIR(status.st_mode)) throw Error(output.path + ": is a directory");
-        if (!force) throw Error(output.path + ": exists already; remove it or use --force");
+std::vector<Place> find_places(const std::vector<std::string>& paths, const std::vector<files::Input>& inputs,
+                               bool force) {
+    std::vector<Place> places;
+    std::set<std::string> targets;
+    for (const std::string& path : paths) {
+        places.push_back(files::find_place(path, inputs, force));
+        if (!targets.insert(places.back().target).second) throw Error(path + ": would be written twice");
     }
+    return places;
+}
+
+std::vector<Place> find_places(const std::vector<Output>& outputs, const WriteParams& params) {
+    std::vector<std::string> paths;
+    std::vector<files::Input> inputs;
+    for (const std::string& path : params.inputs) inputs.push_back({path});
+    for (const Output& output : outputs) {
+        paths.push_back(output.path);
+        for (const auto& source : output.segments->sources()) inputs.push_back({source->path(), source->fd()});
+    }
+    return find_places(paths, inputs, params.force);
 }
 
 // Runs tasks in threads while the calling one shows how far they are.
 class Crew {
 public:
-    Crew(const std::vector<Output>& outputs, const std::vector<std::unique_ptr<TemporaryFile>>& files)
+    Crew(const std::vector<Output>& outputs, const std::vector<std::unique_ptr<PendingFile>>& files)
         : outputs_(outputs), files_(files), tasks_(tasks_of(outputs)) {
         for (const Task& task : tasks_) total_ += task.size;
     }
@@ -151,9 +147,14 @@ public:
                     threads.emplace_back([this] { work(); });
                     ++running_;
                 }
-            } catch (const std::system_error& error) {
-                // Fewer do it too; without any there is nobody to wait for.
-                if (threads.empty()) throw Error(std::string("no thread can be started to copy with: ") + error.what());
+            } catch (const std::system_error&) {
+                // Fewer do it too; where there is none, this one does it.
+                if (threads.empty()) {
+                    ++running_;
+                    lock.unlock();
+                    work();
+                    lock.lock();
+                }
             }
             while (running_ > 0) {
                 changed_.wait_for(lock, std::chrono::milliseconds(50));
@@ -209,7 +210,7 @@ private:
     }
 
     const std::vector<Output>& outputs_;
-    const std::vector<std::unique_ptr<TemporaryFile>>& files_;
+    const std::vector<std::unique_ptr<PendingFile>>& files_;
     std::vector<Task> tasks_;
     uint64_t total_ = 0;
     std::mutex take_mutex_;  // for the four that follow
@@ -227,33 +228,31 @@ private:
 
 // All files get their names, or none does. Where existing files may be replaced what they were is lost, so then those
 // that have their names keep them.
-void publish(const std::vector<std::unique_ptr<TemporaryFile>>& files, bool force) {
+void publish(const std::vector<std::unique_ptr<PendingFile>>& files, bool force) {
     size_t n_published = 0;
     try {
         for (; n_published < files.size(); ++n_published) files[n_published]->publish(force);
     } catch (...) {
-        for (size_t i = 0; i < n_published && !force; ++i) ::unlink(files[i]->path().c_str());
+        for (size_t i = 0; i < n_published && !force; ++i) ::unlink(files[i]->target().c_str());
         throw;
     }
 }
 
-// A name in a folder is on the disk when the folder is.
-void flush_folder(const std::string& folder) {
-    const int fd = ::open(folder.c_str(), O_RDONLY | O_CLOEXEC);
-    if (fd < 0) return;
-    ::fsync(fd);
-    ::close(fd);
-}
-
 }  // namespace
 
+void check_outputs(const std::vector<std::string>& paths, const std::vector<std::string>& inputs, bool force) {
+    std::vector<files::Input> read;
+    for (const std::string& path : inputs) read.push_back({path});
+    find_places(paths, read, force);
+}
+
 void write_files(const std::vector<Output>& outputs, const WriteParams& params) {
-    check_outputs(outputs, params.force);
+    std::vector<Place> places = find_places(outputs, params);
     for (const Output& output : outputs) output.segments->check_sources();
-    std::vector<std::unique_ptr<TemporaryFile>> files;
-    for (const Output& output : outputs) {
-        files.push_back(std::make_unique<TemporaryFile>(output.path, output.segments->size()));
-        reserve(*output.segments, *files.back());
+    std::vector<std::unique_ptr<PendingFile>> files;
+    for (size_t i = 0; i < outputs.size(); ++i) {
+        files.push_back(std::make_unique<PendingFile>(std::move(places[i]), outputs[i].segments->size()));
+        reserve(*outputs[i].segments, *files.back());
     }
     const int jobs = files::threads_wanted(params.jobs, "jobs");
     Crew(outputs, files).run(params.jobs > 0 ? jobs : std::min(jobs, kMostJobs), params.progress);
@@ -261,8 +260,8 @@ void write_files(const std::vector<Output>& outputs, const WriteParams& params) 
     for (const Output& output : outputs) output.segments->check_sources();
     std::set<std::string> folders;
     publish(files, params.force);
-    for (const auto& file : files) folders.insert(files::folder_of(file->path()));
-    for (const std::string& folder : folders) flush_folder(folder);
+    for (const auto& file : files) folders.insert(files::folder_of(file->target()));
+    for (const std::string& folder : folders) files::flush_folder(folder);
 }
 
 }  // namespace moeshard

@@ -82,8 +82,8 @@ struct Context::Impl {
 
 Context::Impl::Impl(std::shared_ptr<const Model> of, const ContextParams& wanted)
     : model(std::move(of)), params(wanted) {
-    if (params.n_ctx < 0 || params.n_batch < 1 || params.n_ubatch < 1 || params.n_seq_max < 1 || params.n_threads < 0) {
-        throw Error("context parameters must be positive (n_ctx and n_threads may be 0)");
+    if (params.n_ctx < 0 || params.n_batch < 1 || params.n_ubatch < 1 || params.n_seq_max < 1) {
+        throw Error("context parameters must be positive (n_ctx may be 0)");
     }
     if (params.n_ctx == 0) params.n_ctx = std::max(model->n_ctx_train(), 1);
     const auto most = static_cast<int32_t>(llama_max_parallel_sequences());

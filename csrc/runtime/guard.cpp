@@ -6,10 +6,8 @@
 #include <mutex>
 
 #include "engine/control.hpp"
-#include "files/threads.hpp"
 #include "ggml.h"
 #include "llama.h"
-#include "moeshard/process.hpp"
 
 namespace moeshard {
 
@@ -77,9 +75,7 @@ struct EngineLog {
     }
 };
 
-int default_threads(const std::string& root) { return files::usable_processors(root); }
-
-void take_over_engine_callbacks() { EngineLog::install(); }
+void install_callbacks() { EngineLog::install(); }
 
 Guard::Guard() : outer_(innermost), passed_(hook::exceptions_pass(true)) {
     static std::once_flag once;

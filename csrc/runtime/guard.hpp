@@ -15,6 +15,9 @@ public:
     using Error::Error;
 };
 
+// Gives the engine's log and abort callbacks to guards, for good.
+void install_callbacks();
+
 // Lets exceptions pass through calls of the engine on this thread while it lives. Where the engine's callbacks were
 // taken over (process.hpp), it also collects the error messages of this thread, and a GGML_ABORT on it throws
 // EngineAbort instead of ending the process.

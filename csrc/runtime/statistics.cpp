@@ -33,8 +33,12 @@ double entropy_of_logits(const float* logits, int32_t n, std::vector<float>& scr
 }  // namespace
 
 RoutingStatistics::RoutingStatistics(int32_t n_seq, std::vector<int32_t> layers, int32_t n_expert,
-                                     bool scores_are_logits)
-    : n_seq_(n_seq), layers_(std::move(layers)), n_expert_(n_expert), scores_are_logits_(scores_are_logits) {
+                                     bool scores_are_logits, bool pairs)
+    : n_seq_(n_seq),
+      layers_(std::move(layers)),
+      n_expert_(n_expert),
+      scores_are_logits_(scores_are_logits),
+      pairs_(pairs) {
     if (n_seq <= 0 || n_expert <= 0) throw Error("statistics need at least one sequence and one expert");
     const size_t rows = static_cast<size_t>(n_seq) * layers_.size();
     const auto experts = static_cast<size_t>(n_expert);
@@ -44,6 +48,7 @@ RoutingStatistics::RoutingStatistics(int32_t n_seq, std::vector<int32_t> layers,
     energy.assign(rows * experts, 0);
     entropy.assign(rows, 0);
     peak.assign(layers_.size() * experts, 0);
+    if (!pairs) return;
     together.assign(layers_.size() * experts * experts, 0);
     cosaliency.assign(layers_.size() * experts * experts, 0);
 }
@@ -76,14 +81,14 @@ void RoutingStatistics::add_layer(size_t row, const std::vector<int32_t>& seq, c
         for (size_t i = 0; i < used; ++i) {
             if (ids[i] < 0 || ids[i] >= n_expert_) throw Error("a trace holds an expert that the model does not have");
             const auto expert = static_cast<size_t>(ids[i]);
-            contribution[i] = weights[i] * norms[i];
+            contribution[i] = layer.contribution(token * used + i);
             ++count[cell + expert];
             mass[cell + expert] += weights[i];
             saliency[cell + expert] += contribution[i];
             energy[cell + expert] += static_cast<double>(contribution[i]) * contribution[i];
             peak[row * experts + expert] = std::max(peak[row * experts + expert], norms[i]);
         }
-        for (size_t i = 0; i < used; ++i) {
+        for (size_t i = 0; pairs_ && i < used; ++i) {
             const size_t pairs = (row * experts + static_cast<size_t>(ids[i])) * experts;
             for (size_t j = 0; j < used; ++j) {
                 const size_t pair = pairs + static_cast<size_t>(ids[j]);

@@ -3,6 +3,7 @@
 #include <set>
 
 #include "gguf/checked.hpp"
+#include "shard/alike.hpp"
 #include "shard/counts.hpp"
 #include "shard/facts.hpp"
 #include "shard/holder.hpp"
@@ -28,10 +29,18 @@ const std::string* note(const ShardFacts& facts, const std::string& key) {
     return at == facts.notes.end() ? nullptr : &at->second;
 }
 
+// Fingerprints are HEAD.SAMPLES; older files have the head alone.
+bool same_fingerprint(const std::string& a, const std::string& b) {
+    const size_t end_a = a.find('.');
+    const size_t end_b = b.find('.');
+    if (end_a != a.npos && end_b != b.npos) return a == b;
+    return a.compare(0, end_a, b, 0, end_b) == 0;
+}
+
 void check_same_model(const GGUFMap& a, const ShardFacts& facts_a, const GGUFMap& b, const ShardFacts& facts_b) {
     const std::string* mark_a = note(facts_a, "fingerprint");
     const std::string* mark_b = note(facts_b, "fingerprint");
-    const bool same_marks = mark_a == nullptr || mark_b == nullptr || *mark_a == *mark_b;
+    const bool same_marks = mark_a == nullptr || mark_b == nullptr || same_fingerprint(*mark_a, *mark_b);
     if (!same_marks || facts_a.n_layer != facts_b.n_layer || facts_a.n_expert != facts_b.n_expert ||
         facts_a.layers != facts_b.layers) {
         throw Error(b.path() + ": was taken from another model than " + a.path());
@@ -139,8 +148,12 @@ std::vector<SegmentList> merge_segments(const std::vector<const GGUFMap*>& shard
         ShardFacts facts = facts_of(*shard);
         if (shard == shards.front()) first = facts;
         check_same_model(*shards.front(), first, *shard, facts);
+        if (provider != nullptr) check_alike(*provider, *shard);
         if (provider == nullptr && facts.kind != ShardKind::kExperts) provider = shard;
-        if (facts.kind != ShardKind::kTrunk) holders.emplace_back(*shard, facts.keep, facts.n_expert);
+        if (facts.kind == ShardKind::kTrunk) continue;
+        Holder holder(*shard, facts.keep, facts.n_expert);
+        check_alike(holders, holder);
+        holders.push_back(std::move(holder));
     }
     if (provider == nullptr)
         throw Error(shards.front()->path() + ": holds experts only; the file of the trunk is missing");

@@ -199,7 +199,7 @@ def routed(trace: Trace, n_layer: int, n_expert: int) -> Doubles:
     Returns float64 ``(n_layer, n_expert)``; rows of dense layers are 0.
     """
     sums = np.zeros((n_layer, n_expert))
-    values = trace.weights if trace.norms is None else trace.weights * trace.norms
+    values = trace.weights if trace.norms is None else trace.contributions()
     for i, layer in enumerate(trace.layers):
         chosen = trace.ids[i] >= 0
         sums[layer] = np.bincount(trace.ids[i][chosen], values[i][chosen], n_expert)

@@ -23,19 +23,20 @@ evaluation callback, which sets the dropped experts' router scores to -inf as th
 - **trace**: the experts chosen, their weights and all router scores are those that stock llama.cpp computed, and the
   norms of the experts' outputs are within float32 rounding.
 - **two masks in a batch**: two sequences under different masks in one batch give the logits of stock llama.cpp
-  computing the same batch, those of two separate runs within rounding, and exactly the experts of those runs.
+  computing the same batch, and those of two separate runs within rounding.
 - **2 shards**, **4 shards**: the experts of every layer are dealt out at random to as many files. Each loads in *stock*
   llama.cpp and chooses there the experts that the whole model chooses under a mask; its logits are those of the masked
   model; loading the same experts without a file gives them too; merged, the files are the whole model again, byte for
   byte.
 
 "exact" means: to the last bit. A softmax over all experts sums fewer numbers in a shard, in another order, which
-changes last bits of the weights. For such models "≤ 2e-6" is how far logits may be apart, relative to the largest; no
-expert is another one. That is measured in single precision. Models are usually run with a KV cache in half precision
-and experts in less: there a changed last bit may round to the next of fewer numbers, and logits were up to 1e-3 apart.
-GELU is such a place too, which llama.cpp looks up in a table of half-precision numbers: models that use it have a
-larger number in their row. GroveMoE with chunk experts refuses random keeps; those that it takes
-([splitting.md](splitting.md)) are "≤ 2e-6".
+changes last bits of the weights. For such models "≤ 2e-6" is how far logits may be apart, relative to the largest, of
+tokens that are sent to the same experts; a changed last bit may tip a near-tie of a router, and which ones depends on
+the processor. That is measured in single precision. Models are usually run with a KV cache in half precision and
+experts in less: there a changed last bit may round to the next of fewer numbers, and logits were up to 1e-3 apart on
+these models, up to 1e-2 on the embedded one, whose experts are quantised. GELU is such a place too, which llama.cpp
+looks up in a table of half-precision numbers: models that use it have a larger number in their row. GroveMoE with chunk
+experts refuses random keeps; those that it takes ([splitting.md](splitting.md)) are "≤ 2e-6".
 
 Shards of 4, 8 or 12 experts are exact where the table says so. With a number that is no multiple of 4, llama.cpp's CPU
 backend multiplies the router's matrix by another kernel, which sums in another order: all models are "≤ 2e-6" then.

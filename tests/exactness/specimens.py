@@ -15,27 +15,41 @@ ARCHITECTURES = (
 )
 # fmt: on
 
+FUSED = "gate and up in one tensor"
+NEXTN = "the last block predicts a further token"
+
 # Other gatings, groupings, layouts and types, with what they show.
 VARIANTS = {
     "bailingmoe2+grouped": "2 of 4 expert groups, sigmoid, selection bias",
-    "deepseek2+fused": "gate and up in one tensor",
+    "cohere2moe+fused": FUSED,
+    "deepseek2+fused": FUSED,
     "deepseek2+grouped": "2 of 4 expert groups, sigmoid, selection bias",
     "deepseek2+grouped-nobias": "2 of 4 expert groups, sigmoid",
     "deepseek2+grouped-softmax": "2 of 4 expert groups, softmax",
     "deepseek2+nobias": "sigmoid without selection bias, weights normalised and scaled",
     "deepseek2+softmax": "softmax, weights not normalised",
     "deepseek2+softmax-norm": "softmax, weights normalised",
+    "deepseek2-ocr+fused": FUSED,
     "deepseek4+hash": "two layers that look experts up by token id",
+    "gemma4+fused": FUSED,
+    "glm4moe+nextn": NEXTN,
+    "granite_swa+fused": FUSED,
     "grovemoe+chunks": "two experts share a chunk expert",
+    "hy_v3+fused": FUSED,
+    "hy_v3+nextn": NEXTN,
+    "qwen35moe+fused": FUSED,
     "qwen3moe+f32": "experts in F32",
-    "qwen3moe+fused": "gate and up in one tensor",
     "qwen3moe+q4_0": "experts in Q4_0",
     "qwen3moe+q8_0": "experts in Q8_0",
+    "qwen3next+fused": FUSED,
+    "qwen4exp+fused": FUSED,
+    "step35+nextn": NEXTN,
 }
 
 # Fixtures that hold experts but are of no use in the table.
 UNUSED = {
     "deepseek2+wide": "made for shards of every type",
+    "nemotron_h_moe+own-numbers": "made for layers that use different numbers of experts",
     "llama-embed": "an embedding model: it has no logits to compare",
     "qwen3moe+4096-tokens": "made for routing statistics",
     "refact": "llama.cpp loads experts for it and never routes to them",

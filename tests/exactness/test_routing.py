@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,14 @@ from compare import assert_same_bits, random_keep
 from reference import Run
 
 import moeshard
+from moeshard import GGUFMap
+from moeshard.placement.probes import saliency, saliency_held
+from moeshard.planning.planner import choose_experts
+from moeshard.profile.measure import analyze
+from moeshard.profile.record import read_profile
+from moeshard.profile.statistics import captured
+from moeshard.traffic.domains import Domain
+from moeshard.traffic.windows import sequences
 
 Make = Callable[[str], Path]
 
@@ -79,6 +88,66 @@ def test_random_model_has_a_flat_profile(make: Make) -> None:
     for profile in (chosen, mass):
         assert (profile.max(axis=1) < 2 * profile.mean(axis=1)).all(), profile / profile.mean(axis=1, keepdims=True)
     np.testing.assert_allclose(mass.sum(axis=1), n_tokens, rtol=1e-5)
+
+
+TEXT = "The llama walked over the hill and saw a long road, a river and a town behind it. " * 12
+
+
+@pytest.mark.parametrize(("name", "holds_weights"), [("llama4", True), ("qwen3moe", False), ("deepseek2", False)])
+def test_what_experts_contribute_holds_their_weights_once(make: Make, name: str, holds_weights: bool) -> None:
+    """Llama 4 weighs what goes into an expert: the norm of what comes out holds the weight already."""
+    model = moeshard.Model(make(name), n_threads=1)
+    profile = analyze(model, [Domain("text", (TEXT,))], window=32, n_tokens=32)
+    (tokens,) = sequences(model, Domain("text", (TEXT,)), 32, 32)
+    trace = model.trace(tokens, norms=True)
+    assert trace.norms is not None and trace.weighs_inputs == holds_weights
+    wide = trace.norms.astype(np.float64)
+    contributions = wide if holds_weights else trace.weights * wide
+    np.testing.assert_array_equal(trace.contributions(), contributions)
+    assert not np.allclose(trace.weights, 1, atol=0.05)
+    wanted = np.zeros((3, *profile.saliency.shape[1:]))
+    for layer, (ids, own, weights) in enumerate(zip(trace.ids, contributions, trace.weights, strict=True)):
+        for sums, values in zip(wanted, (own, own**2, weights), strict=True):
+            np.add.at(sums[layer], ids.ravel(), values.ravel())
+    for sums, found in zip(wanted, (profile.saliency, profile.energy, profile.mass), strict=True):
+        np.testing.assert_allclose(found[0], sums, rtol=1e-5)
+    keep = random_keep(np.random.default_rng(2), model.n_layer, model.n_expert, model.n_expert_used, 1)
+    held = wanted[0] * keep[profile.layers]
+    share = (held.sum(axis=1) / wanted[0].sum(axis=1)).mean()
+    assert saliency_held(model, [keep], [tokens])[0, 0] == pytest.approx(share, rel=1e-4)
+    whole, part = saliency(model, [keep], tokens)
+    np.testing.assert_allclose(whole.sum(axis=1), wanted[0].sum(axis=1))
+    np.testing.assert_allclose(part[0].sum(axis=1), held.sum(axis=1))
+
+
+@pytest.mark.parametrize("name", ["glm4moe+nextn", "hy_v3+nextn", "step35+nextn", "ernie4_5-moe"])
+def test_layers_that_route_no_token_do_not_count(make: Make, tmp_path: Path, name: str) -> None:
+    """Blocks that predict further tokens, and a layer that the tiny ERNIE computes as a dense one."""
+    model = moeshard.Model(make(name), n_threads=1)
+    last = model.n_layer - 1
+    assert last in GGUFMap(model.path).moe_layout().moe_layers and last not in model.computed_layers
+    profile = analyze(model, [Domain("text", (TEXT,))], window=32)
+    assert profile.layers.tolist() == model.computed_layers and profile.count.any(axis=2).all()
+    everything = np.ones((model.n_layer, model.n_expert), dtype=bool)
+    assert captured(profile, everything) == pytest.approx(1)
+    tokens = model.tokenize(TEXT)[:32]
+    assert saliency_held(model, [everything], [tokens])[0, 0] == pytest.approx(1)
+    assert model.trace(tokens).layers == tuple(model.computed_layers)
+    with pytest.raises(moeshard.MoeshardError, match=f"layer {last} "):
+        analyze(model, [Domain("text", (TEXT,))], window=32, layers=[last])
+    # All strategies hold the same there.
+    half = model.n_expert // 2
+    assert len({choose_experts(profile, [half], way)[0][last].tobytes() for way in ("islands", "ranked", "reap")}) == 1
+    # Profiles made before this was known have a row of nothing, which counts no more.
+    rows = {
+        key: np.concatenate([getattr(profile, key), np.zeros_like(getattr(profile, key)[:, :1])], axis=1)
+        for key in ("count", "mass", "saliency", "energy", "entropy", "peak", "together", "cosaliency")
+    }
+    replace(profile, layers=np.append(profile.layers, np.int32(last)), **rows).save(tmp_path / "old.npz")
+    old = read_profile(tmp_path / "old.npz")
+    assert old.layers.tolist() == profile.layers.tolist()
+    for key in rows:
+        np.testing.assert_array_equal(getattr(old, key), getattr(profile, key))
 
 
 @pytest.mark.parametrize("name", ["qwen3moe", "deepseek2+grouped", "gpt-oss"])

@@ -52,6 +52,22 @@ void grove_chunks(gguf_context *ctx, const LLM_KV &key) {
     set(ctx, key, LLM_KV_EXPERT_CHUNK_FEED_FORWARD_LENGTH, 32);
 }
 
+// As the published models with layers that use different numbers of experts: a list. The fixture has one such layer,
+// the third.
+void own_numbers(gguf_context *ctx, const LLM_KV &key) {
+    constexpr uint32_t n_layer = 5;
+    for (const llm_kv kv : {LLM_KV_FEED_FORWARD_LENGTH, LLM_KV_ATTENTION_HEAD_COUNT, LLM_KV_ATTENTION_HEAD_COUNT_KV}) {
+        const int64_t at = gguf_find_key(ctx, key(kv).c_str());
+        const auto *old = static_cast<const uint32_t *>(gguf_get_arr_data(ctx, at));
+        std::vector<uint32_t> values(old, old + gguf_get_arr_n(ctx, at));
+        values.resize(n_layer, values.back());
+        gguf_set_arr_data(ctx, key(kv).c_str(), GGUF_TYPE_UINT32, values.data(), n_layer);
+    }
+    const uint32_t used[n_layer] = {0, 0, 2, 4, 3};
+    gguf_set_arr_data(ctx, key(LLM_KV_EXPERT_USED_COUNT).c_str(), GGUF_TYPE_UINT32, used, n_layer);
+    set(ctx, key, LLM_KV_BLOCK_COUNT, n_layer);
+}
+
 // Rows of experts that hold a whole block of any type.
 void wide(gguf_context *ctx, const LLM_KV &key) {
     set(ctx, key, LLM_KV_EMBEDDING_LENGTH, 256);
@@ -112,14 +128,25 @@ std::vector<specimen> all_specimens() {
     out.push_back({"deepseek2+softmax", LLM_ARCH_DEEPSEEK2, gating(kSoftmax, false, 1.0f), bias});
     out.push_back({"deepseek2+softmax-norm", LLM_ARCH_DEEPSEEK2, gating(kSoftmax, true, 1.0f), bias});
     out.push_back({"deepseek2+wide", LLM_ARCH_DEEPSEEK2, wide});
-    out.push_back({"deepseek2+fused", LLM_ARCH_DEEPSEEK2, nullptr, "", true});
+    // Every architecture of the pin that reads gate and up from one tensor.
+    for (llm_arch arch :
+         {LLM_ARCH_COHERE2MOE, LLM_ARCH_DEEPSEEK2, LLM_ARCH_DEEPSEEK2OCR, LLM_ARCH_GEMMA4, LLM_ARCH_GRANITE_SWA,
+          LLM_ARCH_HY_V3, LLM_ARCH_QWEN35MOE, LLM_ARCH_QWEN3NEXT, LLM_ARCH_QWEN4EXP}) {
+        out.push_back({std::string(llm_arch_name(arch)) + "+fused", arch, basics(arch), "", true});
+    }
+    // llama.cpp leaves such a block of the first in the file, and loads those of the others, but computes none.
+    for (llm_arch arch : {LLM_ARCH_GLM4_MOE, LLM_ARCH_HY_V3, LLM_ARCH_STEP35}) {
+        specimen what = {std::string(llm_arch_name(arch)) + "+nextn", arch, basics(arch)};
+        what.nextn = true;
+        out.push_back(what);
+    }
     out.push_back({"deepseek4+hash", LLM_ARCH_DEEPSEEK4, hash_routed});
     out.push_back({"bailingmoe2+grouped", LLM_ARCH_BAILINGMOE2, grouped(kSigmoid)});
     out.push_back({"grovemoe+chunks", LLM_ARCH_GROVEMOE, grove_chunks});
-    out.push_back({"qwen3moe+fused", LLM_ARCH_QWEN3MOE, nullptr, "", true});
-    out.push_back({"qwen3moe+f32", LLM_ARCH_QWEN3MOE, nullptr, "", false, GGML_TYPE_F32});
-    out.push_back({"qwen3moe+q8_0", LLM_ARCH_QWEN3MOE, nullptr, "", false, GGML_TYPE_Q8_0});
-    out.push_back({"qwen3moe+q4_0", LLM_ARCH_QWEN3MOE, nullptr, "", false, GGML_TYPE_Q4_0});
-    out.push_back({"qwen3moe+4096-tokens", LLM_ARCH_QWEN3MOE, many_tokens, "", false, GGML_TYPE_F16, 1.0f});
+    out.push_back({"nemotron_h_moe+own-numbers", LLM_ARCH_NEMOTRON_H_MOE, own_numbers});
+    out.push_back({"qwen3moe+f32", LLM_ARCH_QWEN3MOE, nullptr, "", false, false, GGML_TYPE_F32});
+    out.push_back({"qwen3moe+q8_0", LLM_ARCH_QWEN3MOE, nullptr, "", false, false, GGML_TYPE_Q8_0});
+    out.push_back({"qwen3moe+q4_0", LLM_ARCH_QWEN3MOE, nullptr, "", false, false, GGML_TYPE_Q4_0});
+    out.push_back({"qwen3moe+4096-tokens", LLM_ARCH_QWEN3MOE, many_tokens, "", false, false, GGML_TYPE_F16, 1.0f});
     return out;
 }

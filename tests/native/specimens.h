@@ -25,6 +25,9 @@ struct specimen {
     // Keep ffn_gate_up_exps in one tensor, as it is made, instead of splitting it as most files have it.
     bool fused = false;
 
+    // Mark the last block as one that predicts a further token, with the tensors that make it one.
+    bool nextn = false;
+
     // Type of the expert tensors in the file. Rows of ffn_down_exps have 32 elements in most architectures.
     ggml_type experts = GGML_TYPE_F16;
 

@@ -11,7 +11,8 @@ namespace {
 
 class writer {
 public:
-    writer(const specimen &what, const gguf_context *meta) : what(what), out(gguf_init_empty()) {
+    writer(const specimen &what, const gguf_context *meta, uint32_t n_layer)
+        : what(what), out(gguf_init_empty()), last(n_layer - 1) {
         // Room for the tensors that are not written as they are in memory.
         tensors.reset(ggml_init({1u << 26, nullptr, false}));
         gguf_set_kv(out.get(), meta);
@@ -23,6 +24,10 @@ public:
         if (!seen.insert(name).second || (!what.drop.empty() && name.find(what.drop) != std::string::npos)) {
             return;
         }
+        // llama.cpp does not look for the optional scales of a block that it does not load, and then has some left.
+        if (name.rfind(unscaled, 0) == 0 && name.find("scale") != std::string::npos) {
+            return;
+        }
         const std::string merged = "ffn_gate_up_exps.weight";
         const size_t at = name.find(merged);
         if (at != std::string::npos && !what.fused) {
@@ -30,19 +35,33 @@ public:
             add_expert(half(tensor, 0), prefix + "ffn_gate_exps.weight");
             add_expert(half(tensor, 1), prefix + "ffn_up_exps.weight");
         } else if (is_expert_tensor(name)) {
+            n_fused += at != std::string::npos;
             add_expert(tensor, name);
         } else {
             gguf_add_tensor(out.get(), tensor);
         }
     }
 
+    // The last block, as it is, becomes one that a draft of a further token runs through.
+    void add_nextn(const llama_model &model) {
+        const llm_arch arch = what.arch;
+        const int64_t n_embd = model.hparams.n_embd;
+        gguf_set_val_u32(out.get(), LLM_KV(arch)(LLM_KV_NEXTN_PREDICT_LAYERS).c_str(), 1);
+        add_zeros(LLM_TN(arch)(LLM_TENSOR_NEXTN_EH_PROJ, "weight", last), 2 * n_embd, n_embd);
+        add_zeros(LLM_TN(arch)(LLM_TENSOR_NEXTN_ENORM, "weight", last), n_embd, 1);
+        add_zeros(LLM_TN(arch)(LLM_TENSOR_NEXTN_HNORM, "weight", last), n_embd, 1);
+    }
+
     bool save(const char *path) const { return gguf_write_to_file(out.get(), path, /*only_meta=*/false); }
 
     size_t n_expert_tensors = 0;
+    size_t n_fused = 0;
 
 private:
     const specimen &what;
     gguf_context_ptr out;
+    const uint32_t last;
+    const std::string unscaled = what.nextn ? "blk." + std::to_string(last) + "." : "?";
     ggml_context_ptr tensors;
     std::set<std::string> seen;
 
@@ -56,6 +75,14 @@ private:
             memcpy(static_cast<char *>(one->data) + expert * one->nb[2], from, one->nb[2]);
         }
         return one;
+    }
+
+    void add_zeros(const std::string &name, int64_t n_col, int64_t n_row) {
+        ggml_tensor *one = n_row == 1 ? ggml_new_tensor_1d(tensors.get(), GGML_TYPE_F32, n_col)
+                                      : ggml_new_tensor_2d(tensors.get(), GGML_TYPE_F32, n_col, n_row);
+        ggml_set_name(one, name.c_str());
+        ggml_set_zero(one);
+        gguf_add_tensor(out.get(), one);
     }
 
     void add_expert(const ggml_tensor *tensor, const std::string &name) {
@@ -76,12 +103,18 @@ private:
 }  // namespace
 
 bool write_model(const specimen &what, const gguf_context *meta, const llama_model *model, const char *path) {
-    writer file(what, meta);
+    writer file(what, meta, model->hparams.n_layer_all);
     for (const auto &[name, tensor] : llama_internal_get_tensor_map(model)) {
         file.add(tensor);
     }
     if (file.n_expert_tensors == 0) {
         return false;
+    }
+    if (what.fused && file.n_fused == 0) {
+        throw std::runtime_error(what.name + " has no tensor that holds gate and up");
+    }
+    if (what.nextn) {
+        file.add_nextn(*model);
     }
     if (!file.save(path)) {
         throw std::runtime_error(std::string("cannot write ") + path);

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -210,9 +211,9 @@ def test_source_replaced_by_another_file(model: Path, tmp_path: Path) -> None:
 # The process
 
 
-@pytest.fixture
-def blocked(model: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that stays in the middle of writing out.gguf until a line is sent."""
+@contextmanager
+def writing(model: Path, out: Path, within: tuple[str, ...] = ()) -> Iterator[subprocess.Popen[str]]:
+    """A process that stays in the middle of writing a file until a line is sent."""
     script = """
 def wait(done, total):
     if not seen:
@@ -223,43 +224,64 @@ def wait(done, total):
 seen = []
 attempt(moeshard.split, sys.argv[1], "0-3", sys.argv[2], progress=wait)
 """
-    command = [sys.executable, "-c", PRELUDE + script, str(model), str(tmp_path / "out.gguf")]
+    command = [*within, sys.executable, "-c", PRELUDE + script, str(model), str(out)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "writing\n"
-    yield process
-    process.kill()
-    process.communicate()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+# Without /proc a file that has no name cannot be given one: such a process writes under a hidden name, as all do where
+# the file system knows no files without names.
+WITHOUT_PROC = ("unshare", "-rm", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh")
+
+
+@pytest.fixture(params=["as here", "hidden name"])
+def within(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    if request.param == "as here":
+        return ()
+    if sys.platform != "linux" or not can_mount():
+        pytest.skip("may not hide /proc here")
+    return WITHOUT_PROC
 
 
 def hidden(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name.startswith("."))
 
 
-def test_kill_in_the_middle(blocked: subprocess.Popen[str], model: Path, tmp_path: Path) -> None:
+def test_kill_in_the_middle(within: tuple[str, ...], model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
+    with writing(model, out, within) as process:
+        assert not out.exists()
+        leftovers = hidden(tmp_path)
+        assert len(leftovers) == (1 if within else len(leftovers))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     assert not out.exists()
-    (leftover,) = hidden(tmp_path)
-    blocked.send_signal(signal.SIGKILL)
-    blocked.wait()
-    assert not out.exists()
-    assert hidden(tmp_path) == [leftover]
-    others = [tmp_path / ".out.gguf.notes.part", tmp_path / ".other.gguf.abcdef.part", tmp_path / ".out.gguf.abcdef"]
+    assert hidden(tmp_path) == leftovers
+    others = [".out.gguf.abcdef.part", ".moeshard-zzzzzzzz-abcdefgh.part", ".moeshard.part"]
+    others += [f"{leftover.name}x" for leftover in leftovers]
     for other in others:
-        other.write_bytes(b"mine")
+        (tmp_path / other).write_bytes(b"mine")
+    moeshard.split(model, "4-7", tmp_path / "another.gguf")  # whichever file it writes
+    assert hidden(tmp_path) == sorted(tmp_path / other for other in others)
     moeshard.split(model, "4-7", out)
-    assert hidden(tmp_path) == sorted(others)
     moeshard.verify(out, model)
 
 
-def test_two_processes_write_one_file(blocked: subprocess.Popen[str], model: Path, tmp_path: Path) -> None:
+def test_two_processes_write_one_file(within: tuple[str, ...], model: Path, tmp_path: Path) -> None:
     """The second does not take the first's file from it, and the first does not replace the second's."""
     out = tmp_path / "out.gguf"
-    (of_first,) = hidden(tmp_path)
-    moeshard.split(model, "4-7", out)
-    assert hidden(tmp_path) == [of_first]
-    data = out.read_bytes()
-    said, _ = blocked.communicate("go on\n")
+    with writing(model, out, within) as process:
+        of_first = hidden(tmp_path)
+        moeshard.split(model, "4-7", out)
+        assert hidden(tmp_path) == of_first
+        data = out.read_bytes()
+        said, _ = process.communicate("go on\n")
     assert "out.gguf: appeared while it was being written; it was left alone" in said
     assert out.read_bytes() == data
     assert hidden(tmp_path) == []

@@ -87,7 +87,7 @@ def test_existing_files(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     moeshard.split(model, "0-3", out)
     old, data = GGUFMap(out), out.read_bytes()
-    with refused(tmp_path, "out.gguf: exists already; remove it or use --force"):
+    with refused(tmp_path, "out.gguf: exists already; choose another name, or replace it with --force"):
         moeshard.split(model, "4-7", out)
     moeshard.split(model, "4-7", out, force=True)
     assert out.read_bytes() != data
@@ -95,9 +95,39 @@ def test_existing_files(model: Path, tmp_path: Path) -> None:
 
     link = tmp_path / "link.gguf"
     link.symlink_to(tmp_path / "nowhere.gguf")
-    with refused(tmp_path, "link.gguf: "):
-        moeshard.split(model, "0-3", link)
+    for force in (False, True):
+        with refused(tmp_path, "link.gguf: is a link to '.*nowhere.gguf', which does not exist"):
+            moeshard.split(model, "0-3", link, force=force)
     assert link.is_symlink() and not link.exists()
+    link.unlink()
+    link.symlink_to(out)
+    moeshard.split(model, "0-3", link, force=True)
+    assert link.is_symlink() and out.read_bytes() == data
+
+
+def test_what_is_no_file(model: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.gguf"
+    os.mkfifo(pipe)
+    (tmp_path / "model.group-1.gguf").symlink_to(pipe)
+    for force in (False, True):
+        with refused(tmp_path, "pipe.gguf: is a pipe, not a file"):
+            moeshard.split(model, "0-3", pipe, force=force)
+        with refused(tmp_path, "model.group-1.gguf: is a pipe, not a file"):
+            moeshard.split(model, ["0-3", "4-7"], tmp_path, force=force)
+
+
+def test_names_as_long_as_they_may_be_and_not_of_utf_8(model: Path, tmp_path: Path) -> None:
+    for name in ("n" * 250 + ".gguf", os.fsdecode(b"mod\xe9le.gguf")):
+        out = tmp_path / name
+        (shard,) = moeshard.split(model, "0-3", out)
+        assert shard.paths == (str(out),)
+        moeshard.split(model, "0-3", out, force=True)
+        moeshard.verify(out, model)
+        with pytest.raises(MoeshardError) as caught:
+            moeshard.split(model, "0-3", out)
+        assert str(caught.value).startswith(f"{out}: exists already")
+    with refused(tmp_path, "cannot write: File name too long; choose a shorter one"):
+        moeshard.split(model, "0-3", tmp_path / ("n" * 300 + ".gguf"))
 
 
 def test_a_file_that_appears_meanwhile(model: Path, tmp_path: Path) -> None:

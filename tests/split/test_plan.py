@@ -128,7 +128,7 @@ def test_write(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     plan().write(path)
     assert read_plan(path).to_json() == plan().to_json()
-    with pytest.raises(MoeshardError, match="plan.json' exists.*--force"):
+    with pytest.raises(MoeshardError, match="plan.json: exists already.*--force"):
         plan(strategy="other").write(path)
     plan(strategy="other").write(path, force=True)
     assert read_plan(path).strategy == "other"

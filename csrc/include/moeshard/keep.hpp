@@ -19,6 +19,8 @@ struct Routing {
     // Grouped selection (DeepSeek-V3): the best n_group_used of n_group groups are searched for experts.
     int32_t n_group = 1;
     int32_t n_group_used = 1;
+    // A token's weight of an expert multiplies the expert's input, not its output (Llama 4): see LayerTrace.
+    bool weighs_inputs = false;
 
     // Experts of a layer that routes. What a keep says of others, up to n_expert, carries no meaning.
     int32_t experts_in(int32_t layer) const {

@@ -53,6 +53,10 @@ public:
 
     void end_header() { header_size_ = size(); }  // what follows is tensor data
 
+    // The same file with other bytes from byte `offset` on. Throws Error where they would reach past its end or into a
+    // table of expert ids.
+    SegmentList with_bytes(uint64_t offset, std::string_view bytes) const;
+
     // Bytes before the data of tensors.
     uint64_t header_size() const { return header_size_; }
     uint64_t size() const { return segments_.empty() ? 0 : segments_.back().end(); }

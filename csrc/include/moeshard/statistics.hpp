@@ -10,11 +10,14 @@
 namespace moeshard {
 
 // Of the tokens of sequences 0 .. n_seq-1 in some layers of a model. Arrays are row-major; a *weight* is what an
-// expert's output is multiplied by, a *norm* the L2 norm of that output before, and a *contribution* weight x norm.
+// expert's output is multiplied by, a *norm* the L2 norm of that output before, and a *contribution* the norm after:
+// weight x norm, but where the norm holds the weight already (see LayerTrace).
 class RoutingStatistics {
 public:
-    // `scores_are_logits`: the router's scores have yet to go through a softmax (gpt-oss).
-    RoutingStatistics(int32_t n_seq, std::vector<int32_t> layers, int32_t n_expert, bool scores_are_logits);
+    // `scores_are_logits`: the router's scores have yet to go through a softmax (gpt-oss). Without `pairs`, which take
+    // by far the most room, `together` and `cosaliency` stay empty.
+    RoutingStatistics(int32_t n_seq, std::vector<int32_t> layers, int32_t n_expert, bool scores_are_logits,
+                      bool pairs = true);
 
     // Layers that are not among those asked for are skipped. The trace must hold norms and probs. Throws Error on a
     // sequence or an expert that is out of range.
@@ -40,6 +43,7 @@ private:
     std::vector<int32_t> layers_;
     int32_t n_expert_;
     bool scores_are_logits_;
+    bool pairs_;
 };
 
 }  // namespace moeshard

@@ -21,12 +21,17 @@ struct LayerTrace {
     int32_t n_expert = 0;
     std::vector<int32_t> ids;    // (n_tokens, n_used), best first as the model orders them
     std::vector<float> weights;  // (n_tokens, n_used), as the expert outputs are weighted
+    // The weights are applied to the experts' inputs instead (Llama 4): `norms` are then of outputs that hold them.
+    bool weighs_inputs = false;
     // (n_tokens, n_expert) or empty: probabilities where the gating is a softmax over all experts, independent scores
     // where it is elementwise (sigmoid, sqrt-softplus), and the logits where the softmax comes after the selection.
     // A dropped expert has 0 (-inf among logits), and so has one that the layer of a shard does not hold while others
     // do.
     std::vector<float> probs;
     std::vector<float> norms;  // (n_tokens, n_used) or empty
+
+    // The norm of what the i-th of all chosen experts adds to its token. Needs norms.
+    float contribution(size_t i) const { return weighs_inputs ? norms[i] : weights[i] * norms[i]; }
 };
 
 // What one micro-batch did. Valid during the callback only, which may move the vectors out.

@@ -21,16 +21,23 @@ struct Output {
 };
 
 struct WriteParams {
-    bool force = false;  // replace existing files
-    int32_t jobs = 0;    // threads that copy; 0: as many as are useful
+    bool force = false;               // replace existing files
+    int32_t jobs = 0;                 // threads that copy; 0: as many as are useful
+    std::vector<std::string> inputs;  // files beside the sources that were read, and are not written over either
     ByteProgress progress;
 };
+
+// Throws Error, naming the path, where a file could not be written there: before the work that it shall hold. That is
+// so where something other than a file has the name (a device, a pipe, a socket), where it is one of `inputs` under any
+// of its names, where it is a link to nothing, a file exists without `force`, the folder takes no file, or a path
+// stands twice. Inputs that do not exist are passed over.
+void check_outputs(const std::vector<std::string>& paths, const std::vector<std::string>& inputs, bool force);
 
 // Writes all outputs in one pass over their sources. Each is written beside its place, flushed, and renamed once all
 // are complete: under the final names there are whole files or none. Bytes are copied by the kernel where it can
 // (sharing extents where the file system does that), holes of sparse sources stay holes. Throws Error, naming the file,
-// where one cannot be written, exists without `force`, or is one of its own sources, and where a source changes
-// meanwhile; nothing is left behind then.
+// where one cannot be written (see check_outputs(), with all sources as inputs), and where a source changes meanwhile;
+// nothing is left behind then.
 void write_files(const std::vector<Output>& outputs, const WriteParams& params = {});
 
 // The first byte of the file at `path` that is not what `segments` says; nothing if there is none. A file of another

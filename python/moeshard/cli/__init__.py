@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from moeshard.cli.process import orderly_exit, warnings_told
+
 
 def main() -> None:
     """Run the command line of this process and exit.
 
     Exit codes: 0 done, 1 an error (also: stdout cannot be written), 2 wrong usage, 3 (``place``) no node is good
-    enough, 130 interrupted, 141 the reader of stdout has left.
+    enough, 130 interrupted, 129 hung up, 143 terminated, 141 the reader of stdout has left.
     """
     try:
-        from moeshard.cli.app import app
+        with orderly_exit(), warnings_told():
+            from moeshard.cli.app import app
 
-        app(prog_name="moeshard")
+            app(prog_name="moeshard")
     except KeyboardInterrupt:  # before or after what the application itself guards
         raise SystemExit(130) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -74,19 +75,26 @@ def analyze(
     if micro and tokens is not None:
         raise typer.BadParameter("--micro says how many tokens; leave --tokens out")
 
-    from moeshard import write_ranking
+    from moeshard import MoeshardError, write_ranking
+    from moeshard.cli.files import check_files, files_read, no_stdout
     from moeshard.cli.loading import load_model
-    from moeshard.cli.output import check_free, progress, tokens_per_second
+    from moeshard.cli.output import progress, tokens_per_second
     from moeshard.cli.terminal import print_json, warn
+    from moeshard.files.provenance import MADE, stamp
     from moeshard.profile.measure import analyze as measure
     from moeshard.profile.statistics import verdict
     from moeshard.traffic.domains import embedded_traffic, read_texts
 
-    check_free(out, export_ranking, force=force)
+    no_stdout(out, "a profile")
+    if export_ranking is not None:
+        no_stdout(export_ranking, "a ranking beside a profile")
+    partial = out.with_name(out.name + ".partial")
+    read = files_read(model, *(chat or []), chat_template, texts=text)
+    check_files(out, export_ranking, inputs=read, force=force)
+    check_files(partial, inputs=[*read, out], force=True)
     loaded = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers)
     given = read_texts(text or [], chat or [], model=loaded, template=chat_template or "")
     domains = given or embedded_traffic("calibration")
-    partial = out.with_name(out.name + ".partial")
     if partial.exists() and not resume:
         warn(f"{partial}: what an interrupted analysis left, to go on from with --resume, will be replaced")
     chosen = None if layers is None else _parse_layers(layers, loaded.n_layer)
@@ -102,7 +110,12 @@ def analyze(
             resume=resume,
             progress=tokens_per_second(update, "reading"),
         )
-    profile.save(out, force=force)
+    profile.facts[MADE] = stamp(sys.argv[1:])
+    try:
+        profile.save(out, force=force)
+    except MoeshardError as error:
+        raise MoeshardError(f"{error}; what was measured is in '{partial}': run this again with --resume") from error
+    partial.unlink(missing_ok=True)
     if export_ranking is not None:
         write_ranking(export_ranking, profile.ranking(ranking), profile.layers.tolist(), force=force)
     found = verdict(profile)
@@ -188,7 +201,7 @@ def _report(profile: Profile, found: Verdict, out: Path) -> None:
         profile.layers, concentration(profile, shown), mean_entropy(profile), _most_salient(profile), strict=True
     )
     for layer, row, entropy, (best, share, error) in rows:
-        salient = f"{best}: {share:.1%} ± {error:.1%}"
+        salient = f"{best}: {share:.1%} ± {'unknown' if math.isnan(error) else f'{error:.1%}'}"
         table.add_row(str(layer), *(f"{part:.0%}" for part in row), f"{entropy:.2f}", salient)
     even = [f"{top / profile.n_expert:.0%}" for top in shown]
     table.add_row("even", *even, f"{math.log(profile.n_expert):.2f}", f"{1 / profile.n_expert:.1%}", style="dim")

@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from moeshard.cli.analyze import analyze
+from moeshard.cli.chat import chat
 from moeshard.cli.curve import curve
 from moeshard.cli.demo import demo
 from moeshard.cli.evaluate import evaluate
@@ -25,6 +26,7 @@ from moeshard.cli.options import one_of
 from moeshard.cli.place import place
 from moeshard.cli.plan import plan
 from moeshard.cli.report import report
+from moeshard.cli.serve import serve
 from moeshard.cli.split import split
 from moeshard.cli.terminal import (
     BROKEN_PIPE,
@@ -191,11 +193,13 @@ def moeshard(
 
 app.command(short_help="Show architecture, routing and sizes of a model.")(inspect)
 app.command(short_help="Generate text with all experts or some.")(generate)
+app.command(short_help="Chat in the terminal.")(chat)
 app.command(short_help="Measure which experts some text uses.")(analyze)
 app.command(short_help="Measure what is lost by how many experts are kept.")(curve)
 app.command(short_help="Choose the experts of each node by a profile.")(plan)
 app.command(short_help="Measure what the nodes of a plan lose.")(evaluate)
 app.command(short_help="Say which node should have a session.")(place)
+app.command(short_help="Serve a model to OpenAI's clients.")(serve)
 app.command(short_help="Draw what was measured, on one page.")(report)
 app.command(short_help="Write shards: GGUF files with some of the experts.")(split)
 app.command(short_help="Compare a shard with the model it was taken from.")(verify)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,14 +42,17 @@ def curve(
         str,
         typer.Option(
             **one_of("moeshard.evaluation.curve:CURVE_STRATEGIES", several=True),
-            help="How they are chosen, several after commas: ranked (per layer, by saliency), one-list (the same ids "
-            "in every layer), contiguous, or another strategy of plan.",
+            help="How they are chosen, several after commas: ranked (per layer, by saliency), reap, islands (of one "
+            "node), contiguous, one-list (the same ids in every layer).",
         ),
     ] = "ranked",
-    windows: Annotated[int, typer.Option(min=2, help="Windows of each domain.")] = 8,
+    windows: Annotated[int, typer.Option(min=4, help="Windows of each domain.")] = 8,
     window: Annotated[int, typer.Option(min=2, help="Tokens predicted in a window.")] = 256,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens at its beginning that do not count.")] = 64,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write all figures as JSON.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Write all figures as JSON; '-', here as below: to stdout, and nothing else."),
+    ] = None,
     csv: Annotated[Path | None, typer.Option(help="Write a table of them.")] = None,
     png: Annotated[
         Path | None, typer.Option(help="Draw the curve: a .png, .svg or .pdf (needs moeshard[report]).")
@@ -64,17 +68,28 @@ def curve(
     """
     check_template(chat, chat_template)
     sizes = None if keep is None else _parse_sizes(keep)
+    names = [name.strip() for name in strategies.split(",")]
     form = "png" if png is None else _picture_form(png)
 
+    from moeshard import MoeshardError
+    from moeshard.cli.files import STDOUT, Results, check_files, files_read
     from moeshard.cli.loading import load_model
-    from moeshard.cli.output import check_free, progress, warn_of_seen
+    from moeshard.cli.output import progress, warn_of_text
     from moeshard.cli.terminal import print_json
-    from moeshard.evaluation.curve import measure_curve
-    from moeshard.files.atomic import write_atomically
+    from moeshard.evaluation.curve import check_curve_strategy, measure_curve
+    from moeshard.files.provenance import MADE, stamp
     from moeshard.profile.record import read_profile
-    from moeshard.traffic.domains import embedded_traffic, read_texts, texts_seen
+    from moeshard.traffic.domains import embedded_traffic, read_texts
+    from moeshard.traffic.likeness import likeness
 
-    check_free(out, csv, png, force=force)
+    try:
+        for name in names:
+            check_curve_strategy(name)
+    except MoeshardError as error:
+        raise typer.BadParameter(f"--strategies: {error}") from error
+    read = files_read(model, profile, *(chat or []), chat_template, texts=text)
+    check_files(out, csv, binary=png, inputs=read, force=force, as_json=as_json)
+    results = Results(force=force)
     if png is not None:
         from moeshard.report.drawing import require_matplotlib
 
@@ -83,29 +98,29 @@ def curve(
     loaded = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers)
     given = read_texts(text or [], chat or [], model=loaded, template=chat_template or "")
     domains = given or embedded_traffic("heldout")
-    warn_of_seen(texts_seen(domains, measured.facts.get("texts")))
+    warn_of_text(likeness(domains, measured.facts.get("texts"), measured.facts.get("sketches")))
     with progress() as update:
         found = measure_curve(
             loaded,
             measured,
             domains,
             sizes=sizes,
-            strategies=[name.strip() for name in strategies.split(",")],
+            strategies=names,
             n_windows=windows,
             window=window,
             n_prompt=prompt,
             progress=lambda done, total: update("predicting", done / total),
         )
-    if out is not None:
-        found.save(out, force=force)
-    if csv is not None:
-        write_atomically(csv, found.to_csv(), force=force)
+    found.settings[MADE] = stamp(sys.argv[1:])
+    results.write(out, found.to_text())
+    results.write(csv, found.to_csv())
     if png is not None:
-        write_atomically(png, draw_picture(found, form), force=force)
+        results.write(png, draw_picture(found, form))
     if as_json:
         print_json(found.to_json())
-    else:
+    elif STDOUT not in (out, csv, png):
         _report(found, [path for path in (out, csv, png) if path is not None])
+    results.finish()
 
 
 def _parse_sizes(text: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -43,7 +44,7 @@ def evaluate(
             "holds most of the experts that it wants. both: by the two together.",
         ),
     ] = "both",
-    windows: Annotated[int, typer.Option(min=2, help="Windows of each domain, evenly spread over its text.")] = 16,
+    windows: Annotated[int, typer.Option(min=4, help="Windows of each domain, evenly spread over its text.")] = 16,
     window: Annotated[int, typer.Option(min=2, help="Tokens predicted in a window.")] = 256,
     prompt: Annotated[
         int, typer.Option(min=1, help="Tokens at its beginning that place the session and do not count.")
@@ -52,9 +53,14 @@ def evaluate(
         int,
         typer.Option(min=0, help="Look for degenerate loops in so many answers per domain and node; 0: in none."),
     ] = 4,
-    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Length of an answer.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Of the answers; 0: the likeliest token always.")] = 0.8,
-    seed: Annotated[int, typer.Option(min=0, help="Of the resampling, and the first one of the answers.")] = 0,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", "-n", min=1, show_default="128", help="Length of an answer.")
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0.0, show_default="0.8", help="Of the answers; 0: the likeliest token always."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The first one of the answers.")] = 0,
     min_quality: Annotated[
         float | None,
         typer.Option(
@@ -63,7 +69,10 @@ def evaluate(
             help="Exit with code 1 where the whole model's perplexity, divided by that as placed, is lower.",
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write all figures as JSON.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Also write all figures as JSON; '-': to stdout, and nothing else."),
+    ] = None,
     threads: ThreadsOption = 0,
     gpu_layers: GpuLayersOption = -1,
     force: ForceOption = False,
@@ -79,22 +88,30 @@ def evaluate(
     check_template(chat, chat_template)
     from moeshard import evaluate as measure
     from moeshard.cli.evaluation_tables import report
+    from moeshard.cli.files import STDOUT, Results, check_files, files_read
     from moeshard.cli.loading import load_model
-    from moeshard.cli.output import check_free, progress, warn_of_seen
+    from moeshard.cli.output import progress, warn_of_text
     from moeshard.cli.terminal import command, note, print_json
+    from moeshard.evaluation.loops import N_TOKENS
+    from moeshard.files.provenance import stamp
     from moeshard.planning.plan import read_plan
     from moeshard.runtime.answers import Sampling
-    from moeshard.traffic.domains import embedded_traffic, read_texts, texts_seen
+    from moeshard.traffic.domains import embedded_traffic, read_texts
+    from moeshard.traffic.likeness import likeness
 
     if prompt >= window:
         raise typer.BadParameter(f"--prompt {prompt} leaves nothing to predict of --window {window}")
+    if not generate and (tokens is not None or temperature is not None):
+        raise typer.BadParameter("--tokens and --temperature are of answers, of which --generate 0 writes none")
     # All that can be wrong is looked at before the work, not after it.
-    check_free(out, force=force)
+    read = files_read(model, plan, *(chat or []), chat_template, texts=text, folder=shards)
+    check_files(out, inputs=read, force=force, as_json=as_json)
+    results = Results(force=force)
     nodes = read_plan(plan)
     loaded = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers)
     given = read_texts(text or [], chat or [], model=loaded, template=chat_template or "")
     domains = given or embedded_traffic("heldout")
-    warn_of_seen(texts_seen(domains, nodes.parameters.get("texts")))
+    warn_of_text(likeness(domains, nodes.parameters.get("texts"), nodes.extra.get("sketches")))
     with progress() as update:
         found = measure(
             loaded,
@@ -106,20 +123,20 @@ def evaluate(
             window=window,
             n_prompt=prompt,
             n_answers=generate,
-            n_tokens=tokens,
-            sampling=Sampling(temperature=temperature),
+            n_tokens=N_TOKENS if tokens is None else tokens,
+            sampling=Sampling() if temperature is None else Sampling(temperature=temperature),
             seed=seed,
             progress=update,
         )
-    found = replace(found, plan_file=str(plan))
-    if out is not None:
-        found.save(out, force=force)
+    found = replace(found, plan_file=str(plan), made=stamp(sys.argv[1:]))
+    results.write(out, found.to_text())
     if as_json:
         print_json(found.to_json())
-    else:
+    elif out != STDOUT:
         report(found)
         if out is not None:
             note(f"{out}; show it with: {command('moeshard', 'report', out)}")
+    results.finish()
     if min_quality is not None:
         _demand(found, min_quality)
 

@@ -25,10 +25,12 @@ def merge(
     Every tensor is, byte for byte, that of the model which the shards were taken from.
     """
     from moeshard import merge as put_together
+    from moeshard.cli.files import no_stdout
     from moeshard.cli.output import progress
     from moeshard.cli.terminal import note, print_json, say
     from moeshard.sizes import size
 
+    no_stdout(out, "a model")
     with progress() as update:
         paths = put_together(
             shards,

@@ -5,19 +5,18 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from moeshard.cli.terminal import pour_styled, printable, warn
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from rich.console import Console
     from rich.table import Table
 
     from moeshard.progress import StageProgress
+    from moeshard.traffic.likeness import Likeness
 
 # What takes no longer than this shows no progress bar.
 PATIENCE_SECONDS = 0.5
@@ -91,21 +90,10 @@ def _narrowest(table: Table) -> int:
     return total + gaps + lines
 
 
-def warn_of_seen(names: Iterable[str]) -> None:
-    """Warn of texts, by the names of their domains, that experts were chosen by: see `texts_seen` in traffic/."""
-    for name in names:
-        warn(f"experts were chosen by text '{name}' too: on other text more is lost than on this")
-
-
-def check_free(*paths: Path | None, force: bool) -> None:
-    """Raise a `MoeshardError` where a file cannot be written: said before the work that it shall hold."""
-    from moeshard import MoeshardError
-
-    for path in filter(None, paths):
-        if not path.parent.is_dir():
-            raise MoeshardError(f"{path}: the folder '{path.parent}' does not exist; make it, or choose another one")
-        if path.exists() and not force:
-            raise MoeshardError(f"{path}: exists already; choose another name, or replace it with --force")
+def warn_of_text(found: Likeness) -> None:
+    """Warn where figures are of text that is too near to what experts were chosen by, or of other kinds."""
+    for sentence in found.sentences():
+        warn(sentence)
 
 
 def span(fewest: int, most: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 def plan(
     model: ModelArgument,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The plan to write, a JSON file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The plan to write, a JSON file; '-' for stdout.")],
     profile: Annotated[Path, typer.Option(help="What `moeshard analyze` measured.")],
     groups: Annotated[int | None, typer.Option(min=1, help="So many nodes, each with --keep experts.")] = None,
     keep: Annotated[int | None, typer.Option(min=1, help="Experts per layer of each node.")] = None,
@@ -37,17 +38,32 @@ def plan(
             help="islands, contiguous, balanced, ranked, snake, shared-core, reap or coactivation.",
         ),
     ] = "islands",
-    ctx: Annotated[int, typer.Option(min=1, help="Tokens of context that a node has room for, per sequence.")] = 4096,
+    ctx: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            show_default="what the model was trained on, at most 4096",
+            help="Tokens of context that a node has room for, per sequence.",
+        ),
+    ] = None,
     parallel: Annotated[int, typer.Option(min=1, help="Sequences at once on a node.")] = 1,
     experts_used: Annotated[
         int | None, typer.Option(min=1, show_default="as the model", help="Experts per token on every node.")
     ] = None,
     cover: Annotated[bool, typer.Option("--cover", help="islands: every expert lives on some node.")] = False,
-    restarts: Annotated[int, typer.Option(min=1, help="islands: random beginnings, of which the best counts.")] = 16,
-    seed: Annotated[int, typer.Option(min=0, help="islands: of these beginnings.")] = 0,
+    restarts: Annotated[
+        int | None,
+        typer.Option(show_default="16", help="islands: random beginnings, of which the best counts."),
+    ] = None,
+    shrinkage: Annotated[
+        float | None,
+        typer.Option(show_default="0.1", help="islands: how far nodes are drawn to what all traffic needs, 0 to 1."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(show_default="0", help="islands: of these beginnings.")] = None,
     core: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="shared-core: part of a node that is the same everywhere.")
-    ] = 0.5,
+        float | None,
+        typer.Option(show_default="0.5", help="shared-core: part of a node that is the same everywhere, 0 to 1."),
+    ] = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -58,38 +74,48 @@ def plan(
     if (nodes is None) == (groups is None or keep is None) or (nodes is not None and (groups or keep)):
         raise typer.BadParameter("give either --groups with --keep, or --nodes")
 
-    from moeshard.cli.output import check_free
+    from moeshard import GGUFMap, MoeshardError
+    from moeshard.cli.files import STDOUT, Results, check_files, files_read
     from moeshard.cli.terminal import print_json
-    from moeshard.planning.budget import Use
-    from moeshard.planning.planner import make_plan
+    from moeshard.files.provenance import MADE, stamp
+    from moeshard.planning.budget import Use, default_ctx
+    from moeshard.planning.options import options_of
+    from moeshard.planning.planner import check_strategy, make_plan
     from moeshard.profile.record import read_profile
     from moeshard.traffic.embedded import resolve_model
 
-    check_free(out, force=force)
-    options: dict[str, Any] = {}
-    if strategy == "islands":
-        options = {"restarts": restarts, "seed": seed, "cover": cover}
-    elif strategy == "shared-core":
-        options = {"core": core}
+    given = {"cover": cover or None, "restarts": restarts, "shrinkage": shrinkage, "seed": seed, "core": core}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    try:
+        check_strategy(strategy)
+        options_of(strategy, options)
+    except MoeshardError as error:
+        raise typer.BadParameter(str(error)) from error
+    check_files(out, inputs=files_read(model, profile), force=force, as_json=as_json)
+    results = Results(force=force)
+    path = resolve_model(model)
     made = make_plan(
-        resolve_model(model),
+        path,
         read_profile(profile),
         n_keep=None if groups is None or keep is None else [keep] * groups,
         budgets=None if nodes is None else [parse_size(part) for part in nodes.split(",")],
         strategy=strategy,
-        use=Use(n_ctx=ctx, n_seq=parallel),
+        use=Use(n_ctx=ctx or default_ctx(GGUFMap(path)), n_seq=parallel),
         n_expert_used=experts_used,
         per_layer=per_layer,
         **options,
     )
-    made.write(out, force=force)
+    made.extra[MADE] = stamp(sys.argv[1:])
+    results.write(out, made.to_json())
     if as_json:
         print_json(
             {"plan": str(out), "strategy": strategy, "nodes": [_facts(made, index) for index in range(len(made.nodes))]}
         )
-    else:
+    elif out != STDOUT:
         _report(made, model, out)
-    _say_what_fits(made)
+    if out != STDOUT:
+        _say_what_fits(made)
+    results.finish()
 
 
 def _facts(made: Plan, index: int) -> dict[str, Any]:

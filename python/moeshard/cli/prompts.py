@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moeshard.files.text import readable
+
 if TYPE_CHECKING:
     from moeshard.arrays import Tokens
     from moeshard.runtime.model import Model
@@ -36,6 +38,9 @@ def read_prompt(prompt: str | None, file: Path | None, chat: bool, system: str |
         raise typer.BadParameter("--system needs --chat")
     if template is not None and not chat:
         raise typer.BadParameter("--chat-template needs --chat")
+    for option, text in (("--prompt", prompt), ("--system", system)):
+        if text is not None and readable(text) != text:
+            raise typer.BadParameter(f"{option} is not UTF-8 text: '{readable(text)}'")
     if file is None:
         assert prompt is not None
         return prompt

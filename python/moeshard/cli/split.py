@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -94,19 +95,21 @@ def split(
 
     from moeshard import split as write_shards
     from moeshard._core import GGUFMap
+    from moeshard.cli.files import files_read, no_stdout
     from moeshard.cli.output import progress
     from moeshard.cli.terminal import print_json
     from moeshard.planning.plan import read_plan
     from moeshard.planning.planner import plan_groups
     from moeshard.traffic.embedded import resolve_model
 
+    no_stdout(out, "shards")
     source = GGUFMap(resolve_model(model))
     wanted: Plan | None = None
     if plan is not None:
         wanted = read_plan(plan)
     elif groups is not None:
         wanted = plan_groups(source, groups, mode, ranking=ranking, replicate=replicate, n_expert_used=experts_used)
-    new_plan = wanted is not None and not dry_run and _plan_is_new(wanted, out, plan, force)
+    keep_file = Path(keep) if keep is not None and os.path.isfile(keep) else None
 
     start = time.monotonic()
     with progress() as update:
@@ -120,14 +123,14 @@ def split(
             trunk_once=trunk_once,
             max_file_size=max_file_size,
             only=only,
+            write_plan=wanted is not None,
+            inputs=files_read(None, plan, ranking, keep_file),
             dry_run=dry_run,
             force=force,
             jobs=jobs,
             progress=lambda done, total: update("writing", done / max(total, 1)),
         )
     seconds = time.monotonic() - start
-    if wanted is not None and new_plan:
-        wanted.write(_plan_path(out), force=force)
     if as_json:
         print_json(
             {
@@ -163,20 +166,6 @@ def _plan_path(out: Path) -> Path:
     from moeshard.shards.split import PLAN_FILE
 
     return out / PLAN_FILE
-
-
-def _plan_is_new(plan: Plan, out: Path, given: Path | None, force: bool) -> bool:
-    """Whether the plan is to be written beside the shards; where another one lies there, an error comes first."""
-    path = _plan_path(out)
-    if not path.exists():
-        return True
-    if (given is not None and path.samefile(given)) or path.read_bytes() == plan.to_json().encode():
-        return False
-    if not force:
-        from moeshard import MoeshardError
-
-        raise MoeshardError(f"{path}: is another plan; choose another folder, or replace it with --force")
-    return True
 
 
 def _report(source: GGUFMap, written: list[ShardFile], seconds: float, dry_run: bool) -> None:

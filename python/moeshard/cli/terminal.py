@@ -74,6 +74,14 @@ def pour(text: str) -> None:
         sys.stdout.flush()
 
 
+def pour_bytes(data: bytes) -> None:
+    """Write to stdout what is no text."""
+    with writing_stdout():
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+        sys.stdout.flush()
+
+
 def pour_styled(text: str) -> None:
     """Write what has been made printable and styled already."""
     with writing_stdout():

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moeshard.cli.options import JsonOption
+
+if TYPE_CHECKING:
+    from moeshard.shards.logits import LogitCheck
 
 
 def verify(
@@ -46,14 +49,29 @@ def verify(
         held = f", {experts}" if found.n_expert else ""
         say(f"{found.path}: a {found.kind} of {source}{held}: all {size(found.bytes)} are the model's own")
         if found.logits is not None:
-            difference = found.logits.largest_difference
-            how = "bit for bit" if difference == 0 else f"within {difference:.1e} of the largest"
-            say(
-                f"logits of {found.logits.n_tokens} tokens: those of the masked model, {how}; "
-                f"{found.logits.same_choice:.1%} the same likeliest token"
-            )
+            for line in lines(found.logits):
+                say(line)
     if found.logits is not None and not found.logits.agrees:
         raise MoeshardError(
-            f"{found.path}: its logits differ from those of the masked model by {found.logits.largest_difference:.1e} "
-            f"of the largest, more than the {found.logits.allowed:.0e} that rounding explains"
+            f"{found.path}: does not compute what the masked model does: {found.logits.problem}; this is a fault of "
+            "moeshard, please report it with the architecture and the keep"
         )
+
+
+def lines(check: LogitCheck) -> list[str]:
+    """Say what was found by running a shard and its model."""
+    different = f"{check.n_different:,} of {check.n_choices:,} choices of experts differ"
+    if check.n_different:
+        different += (
+            f", each between scores within {check.largest_gap:.1e} of each other "
+            f"(rounding explains {check.allowed_gap:.1e})"
+        )
+    if check.largest_difference == 0 and check.agrees:
+        how = "bit for bit"
+    else:
+        how = f"within {check.largest_difference:.1e} of the largest (rounding explains {check.allowed:.1e})"
+    return [
+        f"routing: {different}",
+        f"logits of the {check.n_compared:,} of {check.n_tokens:,} tokens whose experts are the same: "
+        f"those of the masked model, {how}; {check.same_choice:.1%} the same likeliest token",
+    ]

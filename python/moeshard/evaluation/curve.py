@@ -6,23 +6,26 @@ import csv
 import io
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moeshard._core import GGUFMap, MoeshardError
 from moeshard.evaluation.losses import PROMPT, measure_losses
-from moeshard.evaluation.scores import CONFIDENCE, RESAMPLES, Scorer, Scores, scores_from_json
+from moeshard.evaluation.scores import Scorer, Scores, check_windows, scores_from_json
 from moeshard.files.atomic import write_atomically
 from moeshard.files.documents import check_version, expect, parse_named, read_document, take, write_document
 from moeshard.gguf.identity import ModelIdentity, identify, model_from_json, model_to_json
 from moeshard.keep.text import Keep
-from moeshard.planning.planner import ISLANDS, STRATEGY_NAMES, check_profile, choose_experts
+from moeshard.planning.options import ISLANDS
+from moeshard.planning.planner import STRATEGY_NAMES, check_profile, choose_experts
+from moeshard.profile.intervals import CONFIDENCE
 from moeshard.profile.record import Profile
 from moeshard.progress import Progress
 from moeshard.traffic.domains import Domain
-from moeshard.traffic.windows import WINDOW
+from moeshard.traffic.likeness import Likeness, likeness, likeness_from_json
+from moeshard.traffic.windows import WINDOW, cut_windows
 
 if TYPE_CHECKING:
     from moeshard.runtime.model import Model
@@ -30,8 +33,8 @@ if TYPE_CHECKING:
 VERSION = 1
 ONE_LIST = "one-list"
 """The same ids in every layer, by mass summed over layers: what older tools do."""
-CURVE_STRATEGIES = (ONE_LIST, *(name for name in STRATEGY_NAMES if name != ISLANDS))
-"""Islands of one node are `ranked`, but for super experts."""
+CURVE_STRATEGIES = ("ranked", "reap", ISLANDS, "contiguous", ONE_LIST)
+"""Those that mean something for a lone node. Others deal experts out to several: of one they make another ranking."""
 MULTIPLES = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 """Of the experts that a token uses: what is measured unless told otherwise."""
 RULE = (4, 8)
@@ -58,7 +61,7 @@ class Curve:
     """Of the whole model."""
     settings: dict[str, Any]
     """``n_expert_used`` (experts per token), ``window``, ``prompt``, of each domain ``windows`` and ``texts``
-    (SHA-256), ``confidence``, ``resamples``."""
+    (SHA-256), ``confidence``, and what `moeshard.traffic.likeness.Likeness` says of them."""
 
     @property
     def domains(self) -> list[str]:
@@ -69,6 +72,11 @@ class Curve:
         """Experts that a token uses."""
         return int(self.settings["n_expert_used"])
 
+    @property
+    def likeness(self) -> Likeness:
+        """How the text relates to that which experts were chosen by."""
+        return likeness_from_json(self.settings, "settings")
+
     def times_top_k(self, point: Point) -> float:
         """Return how many times as many experts are kept as a token uses."""
         return point.keep / self.n_expert_used
@@ -78,7 +86,11 @@ class Curve:
 
         Raises MoeshardError where it cannot be written, or exists and `force` is False.
         """
-        write_atomically(path, write_document(self.to_json(), "curve"), force=force)
+        write_atomically(path, self.to_text(), force=force)
+
+    def to_text(self) -> str:
+        """Return what `save` writes."""
+        return write_document(self.to_json(), "curve")
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that `save` writes."""
@@ -142,9 +154,7 @@ def measure_curve(
     n_windows: int | None = None,
     window: int = WINDOW,
     n_prompt: int = PROMPT,
-    resamples: int = RESAMPLES,
     confidence: float = CONFIDENCE,
-    seed: int = 0,
     progress: Progress | None = None,
 ) -> Curve:
     """Measure what keeping few experts costs, all keeps side by side on the same text.
@@ -157,7 +167,7 @@ def measure_curve(
         strategies: of `CURVE_STRATEGIES`, each for a single node.
         n_windows, window, n_prompt, progress: see `moeshard.evaluation.losses.measure_losses`; only tokens after
             the prompt count, so that figures compare with those of plans.
-        resamples, confidence, seed: of intervals; see `moeshard.evaluation.scores.Scorer`.
+        confidence: of intervals.
 
     Raises:
         MoeshardError: the profile is of another model, a size is one that the model cannot have, an unknown strategy,
@@ -169,10 +179,12 @@ def measure_curve(
     sizes = default_sizes(model.n_expert, model.n_expert_used, groups) if sizes is None else sorted(set(sizes))
     _check_choice(model, sizes, strategies)
     keeps = [lone_node(profile, size, name, expert_groups=groups) for name in strategies for size in sizes]
+    # Said before the work, not after it.
+    check_windows([domain.name for domain in domains], cut_windows(model, domains, window, n_windows)[1], window)
     losses = measure_losses(
         model, keeps, domains, n_windows=n_windows, window=window, n_prompt=n_prompt, progress=progress
     )
-    scorer = Scorer(losses, resamples=resamples, confidence=confidence, seed=seed)
+    scorer = Scorer(losses, confidence=confidence)
     points = [Point(sizes[index % len(sizes)], scorer.group(index)) for index in range(len(keeps))]
     return Curve(
         identity,
@@ -185,7 +197,7 @@ def measure_curve(
             "windows": {name: int((losses.domain == index).sum()) for index, name in enumerate(losses.domains)},
             "texts": {domain.name: domain.digest for domain in domains},
             "confidence": confidence,
-            "resamples": resamples,
+            **asdict(likeness(domains, profile.facts.get("texts"), profile.facts.get("sketches"))),
         },
     )
 
@@ -196,13 +208,25 @@ def lone_node(profile: Profile, size: int, strategy: str, *, expert_groups: int 
     Raises:
         MoeshardError: a strategy that is none of `CURVE_STRATEGIES`, or a size that the model cannot have.
     """
-    if strategy not in CURVE_STRATEGIES:
-        raise MoeshardError(f"unknown strategy '{strategy}'; choose from {', '.join(CURVE_STRATEGIES)}")
+    check_curve_strategy(strategy)
     if strategy == ONE_LIST:
-        mass = profile.mass.sum(axis=1, keepdims=True)
-        profile = replace(profile, saliency=np.repeat(mass, profile.layers.size, axis=1))
+        mass = np.asarray(profile.mass).sum(axis=1, keepdims=True)
+        profile = replace(profile, saliency=np.broadcast_to(mass, profile.mass.shape))
         strategy = "ranked"
     return choose_experts(profile, [size], strategy, expert_groups=expert_groups)[0]
+
+
+def check_curve_strategy(strategy: str) -> None:
+    """Raise a `MoeshardError` where a strategy is none of `CURVE_STRATEGIES`."""
+    if strategy in CURVE_STRATEGIES:
+        return
+    choose = f"choose from {', '.join(CURVE_STRATEGIES)}"
+    if strategy in STRATEGY_NAMES:
+        raise MoeshardError(
+            f"strategy '{strategy}' deals experts out to several nodes, and a curve is of one that stands alone; "
+            f"{choose}"
+        )
+    raise MoeshardError(f"unknown strategy '{strategy}'; {choose}")
 
 
 def _check_choice(model: Model, sizes: Sequence[int], strategies: Sequence[str]) -> None:
@@ -240,6 +264,7 @@ def curve_from_json(document: dict[str, Any]) -> Curve:
     if not strategies:
         raise MoeshardError("strategies: is empty; expected at least one")
     settings = take(document, "settings", dict)
+    likeness_from_json(settings, "settings")
     if take(settings, "n_expert_used", int, "settings") < 1:
         raise MoeshardError("settings.n_expert_used: is less than 1")
     return Curve(

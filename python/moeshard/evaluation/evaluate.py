@@ -12,13 +12,15 @@ from moeshard._core import MoeshardError
 from moeshard.evaluation.loops import N_ANSWERS, N_TOKENS, Loops, Prompt, measure_loops
 from moeshard.evaluation.losses import PROMPT, Losses, measure_losses
 from moeshard.evaluation.record import Evaluation, GroupScores, ProbeScores, Settings
-from moeshard.evaluation.scores import CONFIDENCE, RESAMPLES, Scorer, check_windows
+from moeshard.evaluation.scores import Scorer, check_windows
 from moeshard.placement.nodes import NodeModel, plan_nodes
 from moeshard.placement.probes import PROBES, Probe
 from moeshard.planning.plan import Plan, read_plan
+from moeshard.profile.intervals import CONFIDENCE, FEWEST
 from moeshard.progress import StageProgress
 from moeshard.runtime.answers import Sampling
-from moeshard.traffic.domains import Domain, embedded_traffic, texts_seen
+from moeshard.traffic.domains import Domain, embedded_traffic
+from moeshard.traffic.likeness import likeness
 from moeshard.traffic.windows import WINDOW, cut_windows
 
 if TYPE_CHECKING:
@@ -43,7 +45,6 @@ def evaluate(
     n_tokens: int = N_TOKENS,
     sampling: Sampling | None = None,
     confidence: float = CONFIDENCE,
-    resamples: int = RESAMPLES,
     seed: int = 0,
     progress: StageProgress | None = None,
 ) -> Evaluation:
@@ -63,21 +64,20 @@ def evaluate(
         n_tokens: of each answer.
         sampling: how answers are drawn.
         confidence: of all intervals.
-        resamples: draws of the bootstrap.
-        seed: of the bootstrap, and the first one of the answers.
+        seed: the first one of the answers.
         progress: see `StageProgress`.
 
     Raises:
-        MoeshardError: the plan is for another model, a shard is not what the plan says, a text has less than two
-            windows, or an argument is out of range.
+        MoeshardError: the plan is for another model, a shard is not what the plan says, a text has fewer than
+            four windows, or an argument is out of range.
     """
     from moeshard.runtime.model import Model
 
     if probe not in PROBES:
         raise MoeshardError(f"unknown probe '{probe}'; choose from {', '.join(PROBES)}")
-    if n_answers < 0 or n_tokens < 1 or (n_windows is not None and n_windows < 2):
+    if n_answers < 0 or n_tokens < 1 or (n_windows is not None and n_windows < FEWEST):
         raise MoeshardError(
-            f"n_answers must not be negative, n_tokens be at least 1 and n_windows at least 2: got {n_answers}, "
+            f"n_answers must not be negative, n_tokens be at least 1 and n_windows at least {FEWEST}: got {n_answers}, "
             f"{n_tokens} and {n_windows}"
         )
     loaded = model if isinstance(model, Model) else Model(model)
@@ -86,8 +86,7 @@ def evaluate(
     nodes = plan_nodes(loaded, planned, shards)
 
     windows, owners = cut_windows(loaded, texts, window, n_windows)
-    for index, domain in enumerate(texts):
-        check_windows(domain.name, owners.count(index), window)
+    check_windows([domain.name for domain in texts], owners, window)
 
     reading = len(windows) * window * (1 + len(nodes))
     writing = len(texts) * n_answers * (2 + len(nodes)) * (n_prompt + _GENERATED_TOKEN * n_tokens)
@@ -111,7 +110,7 @@ def evaluate(
         n_prompt=n_prompt,
         progress=read,
     )
-    scorer = Scorer(losses, resamples=resamples, confidence=confidence, seed=seed)
+    scorer = Scorer(losses, confidence=confidence)
     where = losses.placement(probe)
     loops: Loops | None = None
     if n_answers:
@@ -140,9 +139,8 @@ def evaluate(
             prompt=n_prompt,
             windows={name: int((losses.domain == index).sum()) for index, name in enumerate(losses.domains)},
             texts={domain.name: domain.digest for domain in texts},
-            seen=texts_seen(texts, planned.parameters.get("texts")),
+            likeness=likeness(texts, planned.parameters.get("texts"), planned.extra.get("sketches")),
             confidence=confidence,
-            resamples=resamples,
             seed=seed,
             shards=None if shards is None else os.fspath(shards),
             n_expert_used=_used(loaded, nodes),

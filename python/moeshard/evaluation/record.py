@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from moeshard._core import MoeshardError
@@ -11,7 +11,9 @@ from moeshard.evaluation.loops import Example, Loops, Rate, Thresholds
 from moeshard.evaluation.scores import Interval, Scores, interval, scores_from_json
 from moeshard.files.atomic import write_atomically
 from moeshard.files.documents import check_version, expect, parse_named, read_document, take, write_document
+from moeshard.files.provenance import MADE
 from moeshard.gguf.identity import ModelIdentity, model_from_json, model_to_json
+from moeshard.traffic.likeness import Likeness, likeness_from_json
 
 VERSION = 1
 _KEY = "moeshard_evaluation"
@@ -29,12 +31,11 @@ class Settings:
     """Per domain."""
     texts: dict[str, str]
     """SHA-256 of each domain's texts, see `moeshard.traffic.domains.Domain.digest`."""
-    seen: list[str]
-    """Domains whose text the plan was made from, as far as the plan says: on other text more is lost."""
+    likeness: Likeness
+    """How these texts relate to those that the plan was made from, as far as the plan says."""
     confidence: float
-    resamples: int
     seed: int
-    """Of the resampling, and the first one of the answers."""
+    """The first one of the answers."""
     shards: str | None
     """The folder of the shards that were run; None: masks on the model."""
     n_expert_used: dict[str, Any]
@@ -90,6 +91,8 @@ class Evaluation:
     """Each session on the node that turns out best."""
     probes: dict[str, ProbeScores]
     loops: Loops | None
+    made: dict[str, Any] = field(default_factory=dict)
+    """See `moeshard.files.provenance`; empty where nobody said."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that `read_evaluation` reads from a file."""
@@ -99,7 +102,7 @@ class Evaluation:
             _KEY: VERSION,
             "model": model_to_json(self.model),
             "plan": {"file": self.plan_file, "strategy": self.strategy, "parameters": self.parameters},
-            "settings": asdict(self.settings),
+            "settings": _settings_to_json(self.settings),
             "domains": self.domains,
             "full": self.full.to_json(),
             "groups": [
@@ -110,7 +113,12 @@ class Evaluation:
             "oracle": self.oracle.to_json(),
             "probes": {name: asdict(probe) for name, probe in self.probes.items()},
             "generation": None if self.loops is None else _loops_to_json(self.loops),
+            **({MADE: self.made} if self.made else {}),
         }
+
+    def to_text(self) -> str:
+        """Return what `save` writes."""
+        return write_document(self.to_json(), "evaluation")
 
     def save(self, path: str | os.PathLike[str], force: bool = False) -> None:
         """Write the evaluation to a JSON file, which appears whole or not at all.
@@ -118,7 +126,7 @@ class Evaluation:
         Raises:
             MoeshardError: the file cannot be written, or it exists and `force` is False.
         """
-        write_atomically(path, write_document(self.to_json(), "evaluation"), force=force)
+        write_atomically(path, self.to_text(), force=force)
 
 
 def read_evaluation(path: str | os.PathLike[str]) -> Evaluation:
@@ -157,6 +165,7 @@ def evaluation_from_json(document: dict[str, Any]) -> Evaluation:
         oracle=_scores(document, "oracle"),
         probes={name: _probe(value, f"probes.{name}") for name, value in take(document, "probes", dict).items()},
         loops=None if document.get("generation") is None else _loops(take(document, "generation", dict)),
+        made=take(document, MADE, dict) if MADE in document else {},
     )
     _check(found)
     return found
@@ -198,6 +207,12 @@ def _probe(value: object, where: str) -> ProbeScores:
     return ProbeScores(nll, excess, right, regret, interval(source, "regret_ci", where))
 
 
+def _settings_to_json(settings: Settings) -> dict[str, Any]:
+    found = asdict(settings)
+    told = found.pop("likeness")
+    return {**found, **told}
+
+
 def _settings(value: dict[str, Any]) -> Settings:
     where = "settings"
     windows, texts = take(value, "windows", dict, where), take(value, "texts", dict, where)
@@ -207,9 +222,8 @@ def _settings(value: dict[str, Any]) -> Settings:
         prompt=take(value, "prompt", int, where),
         windows={name: expect(number, int, f"{where}.windows.{name}") for name, number in windows.items()},
         texts={name: expect(digest, str, f"{where}.texts.{name}") for name, digest in texts.items()},
-        seen=_list(value, "seen", str, where) if "seen" in value else [],
+        likeness=likeness_from_json(value, where),
         confidence=take(value, "confidence", float, where),
-        resamples=take(value, "resamples", int, where),
         seed=take(value, "seed", int, where),
         shards=None if value.get("shards") is None else take(value, "shards", str, where),
         n_expert_used={

@@ -1,15 +1,14 @@
-"""What losses amount to: means over domains, with intervals of a bootstrap that is paired over windows.
+"""What losses amount to: means over domains, with intervals over windows.
 
-Every figure is a mean over the domains, each counting alike, of the mean over its windows. Intervals come from drawing
-windows anew within each domain; one draw serves every figure of an evaluation, so that the spread of a difference is
-that of the difference, not of its two sides. Of a domain's n windows n - 1 are drawn: the spread of their mean is then
-the standard error without bias (Rao and Wu, Resampling inference with complex survey data, JASA 83, 1988), where
-n draws make it too small.
+Every figure is a mean over the domains, each counting alike, of the mean over its windows. Intervals are Student's, see
+`moeshard.profile.intervals`. Those of a difference are of the windows' own differences: what makes a window hard for
+both sides cancels.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +19,10 @@ from moeshard._core import MoeshardError
 from moeshard.arrays import Doubles, Ints
 from moeshard.evaluation.losses import Losses
 from moeshard.files.documents import expect, take
+from moeshard.profile.intervals import CONFIDENCE, FEWEST, estimate
 
 Interval = tuple[float, float]
 
-RESAMPLES = 1000
-CONFIDENCE = 0.95
 _LARGEST = 700.0
 """exp of more is no float."""
 
@@ -137,46 +135,41 @@ def interval(source: dict[str, Any], key: str, where: str) -> Interval:
     return values[0], values[1]
 
 
-def check_windows(name: str, number: int, window: int) -> None:
-    """Raise a `MoeshardError` where a domain has too few windows (of so many predicted tokens) for an interval."""
-    if number < 2:
-        raise MoeshardError(
-            f"text '{name}' has {number} window of {window + 1} tokens, but an interval needs two or more; give more "
-            f"text, or a smaller window"
-        )
+def check_windows(domains: Sequence[str], owners: npt.ArrayLike, window: int) -> None:
+    """Raise a `MoeshardError` where a domain has too few windows for an interval.
+
+    Args:
+        domains: their names.
+        owners: (S,): the index of each window's domain.
+        window: tokens predicted in each.
+    """
+    for name, number in zip(domains, np.bincount(owners, minlength=len(domains)), strict=True):
+        if number < FEWEST:
+            raise MoeshardError(
+                f"text '{name}' has {number} {'window' if number == 1 else 'windows'} of {window + 1} tokens, but an "
+                f"interval needs {FEWEST} or more; give more text, or a smaller window"
+            )
 
 
 class Scorer:
-    """Scores of one set of `Losses`, all of them from the same draws of windows."""
+    """Scores of one set of `Losses`."""
 
-    def __init__(
-        self, losses: Losses, *, resamples: int = RESAMPLES, confidence: float = CONFIDENCE, seed: int = 0
-    ) -> None:
-        """Draw windows.
+    def __init__(self, losses: Losses, *, confidence: float = CONFIDENCE) -> None:
+        """Look at losses.
 
         Args:
             losses: of `moeshard.evaluation.losses.measure_losses`.
-            resamples: draws; at least 2.
             confidence: of intervals, above 0 and below 1.
-            seed: of the draws.
 
         Raises:
-            MoeshardError: a domain has one window only, of which no interval can be had, or an argument is out of
-                range.
+            MoeshardError: a domain has too few windows for an interval, or the confidence is out of range.
         """
-        if resamples < 2 or not 0 < confidence < 1:
-            raise MoeshardError(
-                f"resamples must be at least 2 and confidence between 0 and 1: {resamples}, {confidence}"
-            )
+        if not 0 < confidence < 1:
+            raise MoeshardError(f"confidence must be above 0 and below 1: {confidence}")
         self.losses = losses
-        self._tails = ((1 - confidence) / 2, (1 + confidence) / 2)
+        self._confidence = confidence
         self._rows = [np.flatnonzero(losses.domain == index) for index in range(len(losses.domains))]
-        self._draws = np.zeros((resamples, losses.domain.size))
-        rng = np.random.default_rng(seed)
-        for name, rows in zip(losses.domains, self._rows, strict=True):
-            check_windows(name, rows.size, losses.full.shape[1])
-            draws = rng.multinomial(rows.size - 1, np.full(rows.size, 1 / rows.size), resamples)
-            self._draws[:, rows] = draws / (rows.size - 1)
+        check_windows(losses.domains, losses.domain, losses.full.shape[1])
         self._full = losses.full_loss()
         self._groups = losses.group_losses()
 
@@ -202,7 +195,8 @@ class Scorer:
 
     def regret(self, node: Ints) -> tuple[float, Interval]:
         """Return what sessions on nodes (S,) lose over the best node of each, nats per token, and its interval."""
-        return self.estimate(self.losses.placed_losses(node) - self._groups.min(axis=0))
+        values = self.losses.placed_losses(node) - self._groups.min(axis=0)
+        return self.losses.mean(values), self._interval(values, least=0)
 
     def right(self, node: Ints) -> float:
         """Return the share of sessions whose node (S,) none is better than."""
@@ -233,8 +227,8 @@ class Scorer:
             same = np.mean([part.mean(axis=1) for part in tokens[1]], axis=0)
             peak = float(np.mean([self._percentile(part, 0.99, domain) for part in tokens[0]]))
             agreement = Agreement(
-                *(self._mean(kl, domain), self._interval(kl, domain), peak),
-                *(self._mean(same, domain), self._interval(same, domain)),
+                *(self._mean(kl, domain), self._interval(kl, domain, least=0), peak),
+                *(self._mean(same, domain), self._interval(same, domain, least=0, most=1)),
             )
         excess = nll - self._full
         inside = enumerate(self.losses.domains) if domain is None else ()
@@ -248,14 +242,13 @@ class Scorer:
     def _mean(self, values: Doubles, domain: int | None) -> float:
         return self.losses.mean(values) if domain is None else float(values[self._rows[domain]].mean())
 
-    def _interval(self, values: Doubles, domain: int | None = None) -> Interval:
-        """Percentiles of the drawn means of values (S,)."""
-        if domain is None:
-            means = self._draws @ values / len(self._rows)
-        else:
-            means = self._draws[:, self._rows[domain]] @ values[self._rows[domain]]
-        low, high = np.quantile(means, self._tails)
-        return float(low), float(high)
+    def _interval(
+        self, values: Doubles, domain: int | None = None, *, least: float = -math.inf, most: float = math.inf
+    ) -> Interval:
+        """Where the mean of values (S,) is, which cannot be less than `least` or more than `most`."""
+        rows = self._rows if domain is None else [self._rows[domain]]
+        low, high = estimate(values, rows).interval(self._confidence)
+        return max(float(low), least), min(float(high), most)
 
     def _percentile(self, values: npt.NDArray[np.float32], part: float, domain: int | None) -> float:
         """Smallest value (S, n) that so large a part does not exceed, domains counting alike."""

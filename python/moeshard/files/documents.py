@@ -63,16 +63,20 @@ def write_document(document: dict[str, Any], what: str) -> str:
         raise MoeshardError(f"cannot write the {what} as JSON: {error}; use plain values in it") from error
 
 
-def check_version(document: dict[str, Any], key: str, version: int, what: str) -> None:
-    """Raise a `MoeshardError` where a document does not say by `key` that it is of this version."""
+def check_version(document: dict[str, Any], key: str, version: int, what: str, *, oldest: int | None = None) -> int:
+    """Return the version that a document says by `key` that it is of: this one, or an older one from `oldest` on.
+
+    Raises MoeshardError where it says no such version.
+    """
     if key not in document:
         raise MoeshardError(f'it is no {what}: the key "{key}" is missing (for this version, with the value {version})')
     found = take(document, key, int)
-    if found != version:
+    if not (version if oldest is None else oldest) <= found <= version:
         raise MoeshardError(
             f"{key}: it is of version {found}, but this moeshard reads version {version}; "
             + ("update moeshard" if found > version else "make the file again")
         )
+    return found
 
 
 def take(source: dict[str, Any], key: str, kind: type[_T], parent: str = "") -> _T:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,11 +9,9 @@ from typing import Any
 from moeshard._core import GGUFMap, MoeshardError
 from moeshard.files.documents import check_other, expect, other_keys, take
 from moeshard.files.text import readable
+from moeshard.gguf.fingerprint import fingerprint, same_fingerprint
 from moeshard.keep.text import expert_layers, format_ids
 
-# Of each tensor so many bytes are looked at: two fine-tunings of one model differ in nearly all of them, and a model of
-# hundreds of gigabytes is not read for its name.
-SAMPLE_BYTES = 256
 _OF_FILES = "split."
 _MODEL_KEYS = ("name", "arch", "fingerprint", "n_layer", "n_expert", "moe_layers")
 # Many times what any model has. A small file that claims more would take the memory of each node's keep.
@@ -29,7 +26,7 @@ class ModelIdentity:
     """For people; two names may mean the same model."""
     arch: str
     fingerprint: str
-    """Equal for equal models only."""
+    """See `moeshard.gguf.fingerprint.fingerprint`; compare with `is_same`, not by ``==``."""
     n_layer: int
     n_expert: int
     moe_layers: list[int]
@@ -37,30 +34,20 @@ class ModelIdentity:
     facts: dict[str, Any] = field(default_factory=dict, compare=False)
     """Whatever else a plan file says about its model: JSON values."""
 
+    def is_same(self, other: ModelIdentity) -> bool:
+        """Whether both are of one model, whatever it is called, as far as their fingerprints can tell."""
+        return (
+            same_fingerprint(self.fingerprint, other.fingerprint)
+            and self.arch == other.arch
+            and (self.n_layer, self.n_expert, self.moe_layers) == (other.n_layer, other.n_expert, other.moe_layers)
+        )
+
     def __str__(self) -> str:
         """Describe the model by all that has to agree."""
         return (
             f"'{self.name}' ({self.arch}, {self.n_expert} experts in layers {format_ids(self.moe_layers)} of "
             f"{self.n_layer}, fingerprint {self.fingerprint})"
         )
-
-
-def fingerprint(model: GGUFMap) -> str:
-    """Return SHA-256, in hex, of the metadata, the tensor directory and the first bytes of every tensor.
-
-    Parts do not matter: the same model in one file or in several has one fingerprint.
-    """
-    digest = hashlib.sha256()
-    # Read, not looked at in the map: there, each look makes the kernel read megabytes around it. And read from what is
-    # open, which need not be what has the name by now.
-    parts = model.parts
-    for key, (offset, size) in parts[0].entry_ranges.items():
-        if not key.startswith(_OF_FILES):
-            digest.update(parts[0].read(offset, size))
-    for info in model.tensor_infos:
-        digest.update(f"{info.name} {info.type} {info.shape}\n".encode())
-        digest.update(parts[info.part].read(info.offset, min(SAMPLE_BYTES, info.nbytes)))
-    return digest.hexdigest()
 
 
 def identify(model: GGUFMap) -> ModelIdentity:

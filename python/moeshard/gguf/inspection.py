@@ -7,7 +7,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from moeshard._core import GGUFMap
+from moeshard._core import GGUFMap, MoeshardError
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,14 @@ def shown(text: Any) -> str | None:
     if not isinstance(text, str):
         return None
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def files_of(path: str | os.PathLike[str]) -> list[str]:
+    """Return the files of a model of which one is given: all its parts; where that is no GGUF file, itself."""
+    try:
+        return [part.path for part in GGUFMap(path).parts]
+    except MoeshardError:
+        return [os.fspath(path)]
 
 
 def inspect_model(path: str | os.PathLike[str]) -> Inspection:

@@ -11,6 +11,7 @@ import numpy as np
 
 import moeshard._core as _core
 from moeshard._core import GGUFMap, MoeshardError
+from moeshard.gguf.fingerprint import same_fingerprint
 from moeshard.gguf.identity import identify
 from moeshard.keep.text import Keep, held_range
 from moeshard.planning.plan import Plan, PlanNode
@@ -86,7 +87,7 @@ def _open_shard(model: Model, plan: Plan, node: PlanNode, folder: str) -> NodeMo
     facts = _core.shard_facts(file)
     if facts is None or facts.kind == "trunk":
         raise MoeshardError(f"{path}: is no shard: it does not say which experts it holds")
-    if dict(facts.notes).get("fingerprint") != plan.model.fingerprint:
+    if not same_fingerprint(dict(facts.notes).get("fingerprint", ""), plan.model.fingerprint):
         raise MoeshardError(f"{path}: is a shard of another model than {model.path}; split this one by the plan")
     layers = plan.model.moe_layers
     if not np.array_equal(np.array(facts.keep)[layers], node.keep[layers]):

@@ -14,6 +14,7 @@ from moeshard.arrays import Doubles, Floats, Tokens
 from moeshard.keep.text import Keep
 from moeshard.placement.nodes import NodeModel, by_model
 from moeshard.runtime.logits import LOGIT_BYTES, token_losses
+from moeshard.runtime.trace import check_finite
 
 if TYPE_CHECKING:
     from moeshard.runtime.model import Model
@@ -133,13 +134,11 @@ def prompt_losses(model: Model, nodes: Sequence[NodeModel], tokens: Tokens, n_ct
 
 
 def saliency(model: Model, keeps: Sequence[Keep], tokens: Tokens) -> tuple[Doubles, Doubles]:
-    """Trace a prompt through the whole model; return `wanted` and `held` of `by_saliency`.
-
-    Layers that the engine does not compute (next-token prediction) are left out.
-    """
+    """Trace a prompt through the whole model; return `wanted` and `held` of `by_saliency`."""
     trace = model.trace(tokens, norms=True)
-    assert trace.norms is not None
-    values = trace.weights.astype(np.float64) * trace.norms
+    values = trace.contributions()
+    for layer, ids, own in zip(trace.layers, trace.ids, values, strict=True):
+        check_finite(model.path, layer, np.unique(ids[~np.isfinite(own)]))
     layers = np.array(trace.layers)[:, None, None]
     # Layers with fewer experts per token are padded with id -1, of weight 0.
     held = [np.where(np.asarray(keep)[layers, trace.ids], values, 0).sum(axis=2) for keep in keeps]
@@ -151,7 +150,7 @@ def saliency_held(model: Model, keeps: Sequence[Keep], prompts: Sequence[Tokens]
 
     What `by_saliency` finds for one prompt, for many at once: summed in the core, in shared batches.
     """
-    layers = model.moe_layers
+    layers = model.computed_layers
     held = np.stack([np.asarray(keep)[layers] for keep in keeps]).astype(np.float64)
     found = np.empty((len(keeps), len(prompts)))
     per_batch = max(1, 1024 // max(len(prompt) for prompt in prompts))
@@ -159,7 +158,9 @@ def saliency_held(model: Model, keeps: Sequence[Keep], prompts: Sequence[Tokens]
         for at in range(0, len(prompts), per_batch):
             batch = prompts[at : at + per_batch]
             session.reset()
-            saliency = session.measure(dict(enumerate(batch)), layers).saliency[: len(batch)]
+            saliency = session.measure(dict(enumerate(batch)), layers, pairs=False).saliency[: len(batch)]
+            for row, layer in enumerate(layers):
+                check_finite(model.path, layer, np.flatnonzero(~np.isfinite(saliency[:, row]).all(axis=0)))
             share = saliency / np.maximum(saliency.sum(axis=2, keepdims=True), 1e-30)
             found[:, at : at + len(batch)] = np.einsum("gme,sme->gs", held, share) / len(layers)
     return found

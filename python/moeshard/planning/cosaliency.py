@@ -10,7 +10,10 @@ their other experts too: it is better that each token keeps some of its experts 
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,85 +28,146 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class Contributions:
-    """S sequences' contributions in M layers, each sequence scaled so that losing all experts loses 1 / M per layer."""
+    """S sequences' contributions in M layers, each sequence scaled so that losing all experts loses 1 / M per layer.
 
-    domain: Ints
-    """int (S,)."""
+    Of each domain they are held in units of the root of its own squares, an expert's in a layer. The sequences of a
+    domain stand together, domains in their order.
+    """
+
+    spans: list[slice]
+    """Where the sequences of each domain are."""
     roots: Floats
-    """float32 (S, M, E): square roots of the summed squares of each expert's contributions."""
-    correlation: Floats
-    """float32 (D, M, E, E): of the contributions of two experts, 0 to 1, in the tokens of each domain."""
+    """float32 (M, S, E): square roots of the summed squares of each expert's contributions."""
+    pairs: Floats
+    """float32 (D, M, E, E): the products of two experts' contributions in the tokens of each domain."""
+    beside: Floats
+    """float32 (M, S, E): products of each expert with all experts together."""
 
     def lost(self, keep: Rows) -> Doubles:
         """Return float64 (S,): the share of the squared contributions that a node with these rows (M, E) loses."""
-        lost = np.zeros(self.domain.size)
-        dropped = self.roots * ~keep
-        for domain, correlation in enumerate(self.correlation):
-            own = np.flatnonzero(self.domain == domain)
-            for row, pairs in enumerate(correlation):
-                part = dropped[own, row]
-                lost[own] += np.einsum("se,se->s", part @ pairs, part)
-        return lost
+        lost = np.zeros(self.roots.shape[1])
+        for pairs, span in zip(self.pairs, self.spans, strict=True):
+            for row, kept in enumerate(keep):
+                roots = self.roots[row, span]
+                dropped = np.flatnonzero(~kept)
+                if 2 * dropped.size <= kept.size:
+                    lost[span] += _form(roots, pairs[row], dropped)
+                else:  # all that the kept ones do not hold, alone or with a dropped one
+                    beside = self.beside[row, span]
+                    held = np.einsum("se,se->s", roots, beside * (1 - 2 * kept.astype(np.float32)))
+                    lost[span] += held + _form(roots, pairs[row], np.flatnonzero(kept))
+        return np.maximum(lost, 0)
 
-    def products(self, weights: Doubles) -> Doubles:
-        """Return float64 (M, E, E): sums of products of contributions over sequences weighted by (S,)."""
-        products = np.zeros(self.correlation.shape[1:])
-        for domain, correlation in enumerate(self.correlation):
-            own = np.flatnonzero((self.domain == domain) & (weights > 0))
-            for row, pairs in enumerate(correlation):
-                roots = self.roots[own, row]
-                products[row] += pairs * ((roots * weights[own, None].astype(np.float32)).T @ roots)
+    def products(self, weights: Doubles) -> Floats:
+        """Return float32 (M, E, E): sums of products of contributions over sequences weighted by (S,)."""
+        products = np.zeros(self.pairs.shape[1:], dtype=np.float32)
+        self.add_products(weights, products)
         return products
+
+    def add_products(self, weights: Doubles, products: Floats) -> None:
+        """Add them to `products`."""
+        for pairs, span in zip(self.pairs, self.spans, strict=True):
+            own = span.start + np.flatnonzero(weights[span] > 0)
+            if not own.size:
+                continue
+            scale = np.sqrt(weights[own]).astype(np.float32)[:, None]
+            for row in range(len(products)):
+                roots = self.roots[row, own] * scale
+                products[row] += pairs[row] * (roots.T @ roots)
+
+
+def _form(roots: Floats, pairs: Floats, experts: Ints) -> Floats:
+    """float32 (S,): the quadratic form of some experts."""
+    own = roots[:, experts]
+    form: Floats = np.einsum("se,se->s", own @ pairs[np.ix_(experts, experts)], own)
+    return form
 
 
 def contributions(profile: Profile, sequences: Ints) -> Contributions:
-    """Return the contributions of some sequences (indices) of a profile.
+    """Return the contributions of some sequences (indices) of a profile, which stand in the order of their domains.
 
     Which experts contribute to the same tokens is kept per domain only; how much each contributes, per sequence.
     """
-    scale = np.sqrt(np.maximum(np.einsum("dmee->dme", profile.cosaliency), _TINY))
-    correlation = profile.cosaliency / scale[:, :, :, None]
-    correlation /= scale[:, :, None, :]
-    roots = np.sqrt(profile.energy[sequences])
-    domain = profile.domain[sequences].astype(np.int64)
-    raw = Contributions(domain, roots, correlation)
-    for row in range(profile.layers.size):
-        layer = Contributions(domain, roots[:, row : row + 1], correlation[:, row : row + 1])
-        whole = layer.lost(np.zeros((1, profile.n_expert), dtype=bool))
-        roots[:, row] /= np.sqrt(np.maximum(whole * profile.layers.size, _TINY))[:, None]
-    return raw
+    domain = profile.domain[sequences]
+    roots = np.sqrt(np.asarray(profile.energy[sequences])).transpose(1, 0, 2)
+    units = domain_units(profile)
+    roots = np.stack([own / units[domain, row] for row, own in enumerate(roots)])
+    return scaled(roots, profile.cosaliency, domain_spans(domain, len(profile.domains)))
 
 
-def least_lost(products: Doubles, size: int, protected: Rows, fewest: int | None = None) -> Rows:
+def domain_units(profile: Profile) -> Floats:
+    """Return float32 (D, M, E): the units of `Contributions`; 1 of experts that contributed nothing."""
+    squares = np.einsum("dmee->dme", profile.cosaliency)
+    units: Floats = np.sqrt(np.where(squares > 0, squares, np.float32(1)))
+    return units
+
+
+def domain_spans(domain: npt.NDArray[np.integer[Any]], n_domains: int) -> list[slice]:
+    """Return where each domain's sequences are; they stand in the order of their domains, `domain` (S,)."""
+    ends = np.searchsorted(domain, np.arange(n_domains + 1)).tolist()
+    return [slice(start, end) for start, end in itertools.pairwise(ends)]
+
+
+def scaled(roots: Floats, pairs: Floats, spans: Sequence[slice]) -> Contributions:
+    """Return the contributions whose roots, of whatever size, these are; changes `roots`."""
+    beside = np.empty_like(roots)
+    for own, span in zip(pairs, spans, strict=True):
+        if span.start < span.stop:
+            np.matmul(roots[:, span], own, out=beside[:, span])
+    for row, (own, products) in enumerate(zip(roots, beside, strict=True)):
+        whole = np.einsum("se,se->s", own, products)
+        factor = 1 / np.sqrt(np.maximum(whole * len(roots), _TINY))[:, None]
+        roots[row] *= factor
+        beside[row] *= factor
+    return Contributions(list(spans), roots, pairs, beside)
+
+
+def least_lost(products: Floats, size: int, protected: Rows, fewest: int | None = None) -> Rows:
     """Return bool (M, E): experts to keep so that little is lost of the squared contributions.
 
     One after the other the expert is dropped that costs least beside those dropped before; then single experts are
     exchanged within a layer as long as that helps.
 
     Args:
-        products: float64 (M, E, E): of `Contributions.products`.
+        products: float (M, E, E): of `Contributions.products`.
         size: experts to keep per layer.
         protected: bool (M, E): experts that are never dropped.
         fewest: layers may keep different numbers, at least so many, and `size` on average; None: equally many each.
     """
-    own = np.einsum("mee->me", products)
+    own = np.einsum("mee->me", products).astype(np.float64)
+    n_layer, n_expert = own.shape
     forbidden = np.where(_strongest(own, protected, size), np.inf, 0.0)
     dropped = np.zeros(own.shape, dtype=bool)
     beside = np.zeros(own.shape)  # products with all experts that were dropped
-    rows = np.arange(len(own))
-    n_dropped = own.shape[1] - size
-    for _ in range(n_dropped if fewest is None else n_dropped * len(own)):
+    rows = np.arange(n_layer)
+    order = np.empty((n_expert - (size if fewest is None else fewest), n_layer), dtype=np.int64)
+    costs = np.empty(order.shape)
+    for step in range(len(order)):
         cost = np.where(dropped, np.inf, 2 * beside + own + forbidden)
-        expert = cost.argmin(axis=1)
-        row = rows
-        if fewest is not None:
-            cost[dropped.sum(axis=1) >= own.shape[1] - fewest] = np.inf
-            row = cost.min(axis=1).argmin(keepdims=True)
-        dropped[row, expert[row]] = True
-        beside[row] += products[row, expert[row]]
-    for layer in range(len(own)):
+        order[step] = cost.argmin(axis=1)
+        costs[step] = cost[rows, order[step]]
+        dropped[rows, order[step]] = True
+        beside += products[rows, order[step]]
+    if fewest is not None:
+        dropped = _cheapest(order, costs, (n_expert - size) * n_layer, n_expert)
+    for layer in range(n_layer):
         _exchange(products[layer], dropped[layer], protected[layer])
     return ~dropped
+
+
+def _cheapest(order: Ints, costs: Doubles, n_dropped: int, n_expert: int) -> Rows:
+    """bool (M, E): so many experts of all layers, each layer's in the order in which it would drop them.
+
+    What a layer drops next depends on that layer alone and costs no less than what it dropped before (costs are made
+    not to fall where rounding would let them): to take the next cheapest, again and again, is to take the cheapest.
+    """
+    rising = np.maximum.accumulate(costs, axis=0).T
+    taken = np.zeros(rising.shape, dtype=bool)
+    taken.reshape(-1)[np.argsort(rising, axis=None, kind="stable")[:n_dropped]] = True
+    dropped = np.zeros((len(rising), n_expert), dtype=bool)
+    rows, steps = np.nonzero(taken)
+    dropped[rows, order[steps, rows]] = True
+    return dropped
 
 
 def _strongest(own: Doubles, protected: Rows, most: int) -> Rows:
@@ -113,10 +177,10 @@ def _strongest(own: Doubles, protected: Rows, most: int) -> Rows:
     return strongest
 
 
-def _exchange(products: Doubles, dropped: npt.NDArray[np.bool_], protected: npt.NDArray[np.bool_]) -> None:
+def _exchange(products: Floats, dropped: npt.NDArray[np.bool_], protected: npt.NDArray[np.bool_]) -> None:
     """Exchange single experts of one layer, the most useful exchange first; changes `dropped` (E,)."""
-    own = np.diag(products)
-    beside = products @ dropped
+    own = np.diag(products).astype(np.float64)
+    beside = products.sum(axis=1, where=dropped, dtype=np.float64)
     for _ in range(dropped.size):
         out, kept = np.flatnonzero(dropped), np.flatnonzero(~dropped & ~protected)
         if not out.size or not kept.size:
@@ -126,4 +190,5 @@ def _exchange(products: Doubles, dropped: npt.NDArray[np.bool_], protected: npt.
         if change[back, gone] >= -_ROUNDING * own.sum():
             return
         dropped[out[back]], dropped[kept[gone]] = False, True
-        beside += products[kept[gone]] - products[out[back]]
+        beside += products[kept[gone]]
+        beside -= products[out[back]]

@@ -4,19 +4,20 @@ Alternates between giving each sequence of the profile to the node that loses le
 experts for its sequences, like k-means with what is lost in place of distances. Experts that all sequences need end up
 on every node by themselves. What is lost are squared contributions, see `moeshard.planning.cosaliency`; the first
 rounds go by the sums of each expert's own squares, which is quick, and only the best beginnings are followed to their
-end.
+end. Of many sequences, those that are nearly the same are looked at as one, see `moeshard.planning.condensed`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 
 from moeshard.arrays import Doubles, Floats, Ints, Rows
-from moeshard.planning.cosaliency import Contributions, contributions, least_lost
+from moeshard.planning.condensed import Condensed, condense, first_centres, losses, products
+from moeshard.planning.cosaliency import domain_units, least_lost
 from moeshard.planning.strategies import across_layers, best
 from moeshard.profile.record import Profile
 from moeshard.profile.statistics import super_experts
@@ -24,6 +25,10 @@ from moeshard.profile.statistics import super_experts
 ROUNDS = 40
 FOLLOWED = 4
 """Of so many beginnings one is followed to its end."""
+GROUPS = 2048
+"""So many sequences are looked at, each of which may stand for several."""
+REFINED = 4
+"""So often at most, at the end, are all of them."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +45,29 @@ class Islands:
 
 @dataclass(frozen=True, eq=False)
 class _Traffic:
-    """The sequences that were measured."""
+    """The sequences that were measured, or groups of them."""
 
-    parts: Contributions
-    shares: Floats
-    """float32 (S, M * E): each expert's own squares as a share of the layer's, 1 / M in each layer."""
+    groups: Condensed
+    measured: Ints
+    """int (n,): which sequences of the profile these are, in the order of their domains."""
     weights: Doubles
-    """float64 (S,): what each sequence counts; domains count alike and sum to 1 together."""
+    """float64 (n,): what each sequence counts; domains count alike and sum to 1 together."""
+    shares: Floats
+    """float32 (G, M * E): each expert's own squares as a share of the layer's, 1 / M in each layer; of groups."""
     protected: Rows
+
+    @property
+    def is_condensed(self) -> bool:
+        return self.groups.weights.size < self.measured.size
+
+
+@dataclass(eq=False)
+class Begun:
+    """What a search leaves for another one in the same profile, of nodes of about the same sizes."""
+
+    traffic: _Traffic | None = None
+    owners: list[Ints] = field(default_factory=list)
+    """What was found from each beginning that was followed to its end."""
 
 
 def islands(
@@ -59,6 +79,7 @@ def islands(
     cover: bool = False,
     seed: int = 0,
     fewest: int | None = None,
+    begun: Begun | None = None,
 ) -> Islands:
     """Search for nodes that together serve the traffic of a profile best.
 
@@ -70,42 +91,88 @@ def islands(
         cover: every expert lives on some node (where the nodes have room for all).
         seed: of the beginnings; the same seed gives the same nodes.
         fewest: layers may hold different numbers of experts, at least so many each; `sizes` are then means over layers.
+        begun: what an earlier search in this profile, with the same options, left: it is gone on with, and left for the
+            next. A new one is filled.
 
     Returns:
         The nodes in the order of `sizes`.
     """
-    measured = np.flatnonzero(profile.n_tokens > 0)
-    traffic = _Traffic(
-        contributions(profile, measured),
-        _shares(profile)[measured],
-        _weights(profile)[measured],
-        super_experts(profile),
-    )
-    by_squares = _by_squares(traffic, sizes, shrinkage, fewest)
+    begun = begun or Begun()
+    traffic = begun.traffic = begun.traffic or _traffic(profile)
+    if not begun.owners:
+        begun.owners = _beginnings(traffic, sizes, _by_squares(traffic, sizes, shrinkage, fewest), restarts, seed)
     by_products = _by_products(traffic, sizes, shrinkage, fewest)
-    rng = np.random.default_rng(seed)
-    beginnings = []
-    for index in range(max(1, restarts)):
-        keeps, owner = _alternate(_first_owners(traffic, len(sizes), rng), by_squares)
-        beginnings.append((_lost(traffic, keeps), index, owner))
     found: tuple[float, list[Rows], Ints] | None = None
-    for _, _, owner in sorted(beginnings)[: -(-len(beginnings) // FOLLOWED)]:
-        keeps, owner = _alternate(owner, by_products)
-        if cover:
-            keeps = _cover(keeps, traffic, owner)
+    for index, owner in enumerate(begun.owners):
+        keeps, begun.owners[index] = _alternate(owner, by_products)
+        if not traffic.is_condensed and cover:
+            keeps = _cover(keeps, traffic, begun.owners[index])
         lost = _lost(traffic, keeps)
         if found is None or lost < found[0]:
-            found = lost, keeps, owner
+            found = lost, keeps, begun.owners[index]
     assert found is not None
+    lost, keeps, owner = found
+    own = owner[traffic.groups.group]
+    if traffic.is_condensed:
+        keeps, each = _refined(profile, traffic, keeps, sizes, shrinkage, fewest)
+        if cover:
+            keeps = _cover(keeps, traffic, owner)
+            each = losses(profile, traffic.measured, keeps)
+        own, lost = each.argmin(axis=1), float(each.min(axis=1) @ traffic.weights)
     owners = np.full(profile.n_tokens.size, -1)
-    owners[measured] = found[2]
-    return Islands(found[1], owners, found[0])
+    owners[traffic.measured] = own
+    return Islands(keeps, owners, lost)
 
 
-def _shares(profile: Profile) -> Floats:
-    sums = profile.energy.sum(axis=2, keepdims=True)
-    shares: Floats = profile.energy / np.maximum(sums, np.finfo(np.float32).tiny) / profile.layers.size
-    return shares.reshape(shares.shape[0], -1)
+def _refined(
+    profile: Profile,
+    traffic: _Traffic,
+    keeps: list[Rows],
+    sizes: Sequence[int],
+    shrinkage: float,
+    fewest: int | None,
+) -> tuple[list[Rows], Doubles]:
+    """Alternate on with every sequence for itself, as long as that helps: the nodes, and what each loses of each."""
+    each = losses(profile, traffic.measured, keeps)
+    for _ in range(REFINED):
+        owner = each.argmin(axis=1)
+        sums = products(profile, traffic.measured, traffic.weights, owner, len(sizes))
+        everywhere = sums.sum(axis=0)
+        better = []
+        for node, size in enumerate(sizes):
+            weight = traffic.weights[owner == node].sum()
+            own = everywhere if weight <= 0 else _drawn(sums[node], weight, everywhere, shrinkage)
+            better.append(least_lost(own, size, traffic.protected, fewest))
+        after = losses(profile, traffic.measured, better)
+        if after.min(axis=1) @ traffic.weights >= each.min(axis=1) @ traffic.weights:
+            break
+        keeps, each = better, after
+    return keeps, each
+
+
+def _drawn(own: Floats, weight: float, everywhere: Floats, shrinkage: float) -> Floats:
+    """A node's products, by what its sequences weigh, drawn toward those of all traffic; changes `own`."""
+    own *= np.float32((1 - shrinkage) / weight)
+    own += np.float32(shrinkage) * everywhere
+    return own
+
+
+def _traffic(profile: Profile) -> _Traffic:
+    measured = np.flatnonzero(profile.n_tokens > 0)
+    measured = measured[np.argsort(profile.domain[measured], kind="stable")]
+    weights = _weights(profile)[measured]
+    groups = condense(profile, measured, weights, GROUPS)
+    return _Traffic(groups, measured, weights, _shares(profile, groups), super_experts(profile))
+
+
+def _shares(profile: Profile, groups: Condensed) -> Floats:
+    shares = np.empty((groups.weights.size, profile.layers.size, profile.n_expert), dtype=np.float32)
+    for units, span in zip(domain_units(profile), groups.parts.spans, strict=True):
+        for row, own in enumerate(units):
+            part = np.square(groups.parts.roots[row, span] * own)
+            shares[span, row] = part / np.maximum(part.sum(axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    shares /= profile.layers.size
+    return shares.reshape(len(shares), -1)
 
 
 def _weights(profile: Profile) -> Doubles:
@@ -120,17 +187,29 @@ def _weights(profile: Profile) -> Doubles:
 
 
 _Step = Callable[[Ints], tuple[list[Rows], Doubles]]
-"""From the node of each sequence to the experts of each node, and what each node then loses of each sequence (S, G)."""
+"""From the node of each group to the experts of each node, and what each node then loses of each group, (G, nodes)."""
+
+
+def _beginnings(traffic: _Traffic, sizes: Sequence[int], step: _Step, restarts: int, seed: int) -> list[Ints]:
+    """The best of random beginnings: which node has each group."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for index in range(max(1, restarts)):
+        keeps, owner = _alternate(_first_owners(traffic, len(sizes), rng), step)
+        found.append((_lost(traffic, keeps), index, owner))
+    return [owner for _, _, owner in sorted(found)[: -(-len(found) // FOLLOWED)]]
 
 
 def _by_squares(traffic: _Traffic, sizes: Sequence[int], shrinkage: float, fewest: int | None) -> _Step:
     """Experts of most squares, as if no two contributed to the same token."""
     choose = best if fewest is None else partial(across_layers, fewest=fewest)
+    weights = traffic.groups.weights
 
     def step(owner: Ints) -> tuple[list[Rows], Doubles]:
         keeps = []
-        for own, size in zip(_pull(traffic, owner, len(sizes), shrinkage), sizes, strict=True):
-            keeps.append(choose(own @ traffic.shares, size, traffic.protected))
+        pull = np.stack([_pull(weights, owner == node, shrinkage) for node in range(len(sizes))])
+        for wanted, size in zip((pull.astype(np.float32) @ traffic.shares).astype(np.float64), sizes, strict=True):
+            keeps.append(choose(wanted, size, traffic.protected))
         held = np.stack([keep.ravel() for keep in keeps], axis=1).astype(np.float32)
         return keeps, 1 - (traffic.shares @ held).astype(np.float64)
 
@@ -139,25 +218,28 @@ def _by_squares(traffic: _Traffic, sizes: Sequence[int], shrinkage: float, fewes
 
 def _by_products(traffic: _Traffic, sizes: Sequence[int], shrinkage: float, fewest: int | None) -> _Step:
     """Experts without which least is lost, by who contributes to the same tokens."""
+    parts, weights = traffic.groups.parts, traffic.groups.weights
+    everywhere = parts.products(weights)
+
+    def wanted(own: Rows) -> Floats:
+        weight = weights[own].sum()
+        if weight <= 0:
+            return everywhere
+        return _drawn(parts.products(np.where(own, weights, 0)), weight, everywhere, shrinkage)
 
     def step(owner: Ints) -> tuple[list[Rows], Doubles]:
-        keeps = [
-            least_lost(traffic.parts.products(own), size, traffic.protected, fewest)
-            for own, size in zip(_pull(traffic, owner, len(sizes), shrinkage), sizes, strict=True)
-        ]
+        keeps = [least_lost(wanted(owner == node), size, traffic.protected, fewest) for node, size in enumerate(sizes)]
         return keeps, _losses(traffic, keeps)
 
     return step
 
 
-def _pull(traffic: _Traffic, owner: Ints, n_nodes: int, shrinkage: float) -> Doubles:
-    """float64 (G, S): how much each sequence says in each node's choice; rows sum to 1."""
-    pull = np.empty((n_nodes, owner.size))
-    for node in range(n_nodes):
-        own = np.where(owner == node, traffic.weights, 0)
-        weight = own.sum()
-        own = own / weight if weight > 0 else traffic.weights
-        pull[node] = (1 - shrinkage) * own + shrinkage * traffic.weights
+def _pull(weights: Doubles, own: Rows, shrinkage: float) -> Doubles:
+    """float64 (G,): how much each group says in the choice of the node that has some of them; sums to 1."""
+    weight = weights[own].sum()
+    if weight <= 0:
+        return weights
+    pull: Doubles = (1 - shrinkage) / weight * np.where(own, weights, 0) + shrinkage * weights
     return pull
 
 
@@ -178,28 +260,19 @@ def _alternate(owner: Ints, step: _Step) -> tuple[list[Rows], Ints]:
 
 
 def _losses(traffic: _Traffic, keeps: Sequence[Rows]) -> Doubles:
-    """float64 (S, G): the share of each sequence's squared contributions that each node loses."""
-    return np.stack([traffic.parts.lost(keep) for keep in keeps], axis=1)
+    """float64 (G, nodes): the share of each group's squared contributions that each node loses."""
+    return np.stack([traffic.groups.parts.lost(keep) for keep in keeps], axis=1)
 
 
 def _lost(traffic: _Traffic, keeps: Sequence[Rows]) -> float:
-    return float(_losses(traffic, keeps).min(axis=1) @ traffic.weights)
+    return float(_losses(traffic, keeps).min(axis=1) @ traffic.groups.weights)
 
 
 def _first_owners(traffic: _Traffic, n_nodes: int, rng: np.random.Generator) -> Ints:
-    """As k-means++ (Arthur and Vassilvitskii 2007): centres far from each other, each sequence to its nearest."""
-    shares, weights = traffic.shares, traffic.weights
-    centres = [int(rng.choice(len(shares), p=weights))]
-    distance = ((shares - shares[centres[0]]) ** 2).sum(axis=1)
-    nearest = distance.copy()
-    owner = np.zeros(len(shares), dtype=np.int64)
-    for node in range(1, n_nodes):
-        chance = nearest * weights
-        total = chance.sum()
-        centre = int(rng.choice(len(shares), p=chance / total if total > 0 else weights))
-        distance = ((shares - shares[centre]) ** 2).sum(axis=1)
-        owner[distance < nearest] = node
-        nearest = np.minimum(nearest, distance)
+    """As k-means++ does: centres far from each other, each group to its nearest."""
+    shares = traffic.shares
+    centres = shares[first_centres(shares, traffic.groups.weights, n_nodes, rng)]
+    owner: Ints = ((centres**2).sum(axis=1) - 2 * (shares @ centres.T)).argmin(axis=1)
     return owner
 
 
@@ -207,7 +280,8 @@ def _cover(keeps: list[Rows], traffic: _Traffic, owner: Ints) -> list[Rows]:
     """Give every expert a home, by taking the places of those that are on several nodes and matter least there."""
     protected = traffic.protected
     shape = protected.shape
-    wanted = [((owner == node) * traffic.weights) @ traffic.shares for node in range(len(keeps))]
+    owned = np.stack([(owner == node) * traffic.groups.weights for node in range(len(keeps))])
+    wanted = owned.astype(np.float32) @ traffic.shares
     scores = [w.reshape(shape) / max(w.sum(), 1e-30) for w in wanted]
     out = [keep.copy() for keep in keeps]
     for row in range(shape[0]):

@@ -111,16 +111,10 @@ class Plan:
 
     def check(self, model: ModelIdentity) -> None:
         """Raise a `MoeshardError` that names both models where the plan was made for another one than `model`."""
-        made_for = self.model
-        if (made_for.fingerprint, made_for.n_layer, made_for.n_expert, made_for.moe_layers) != (
-            model.fingerprint,
-            model.n_layer,
-            model.n_expert,
-            model.moe_layers,
-        ):
+        if not self.model.is_same(model):
             raise MoeshardError(
-                f"the plan was made for the model {made_for}, but this one is {model}; use that model, or make a plan "
-                f"for this one"
+                f"the plan was made for the model {self.model}, but this one is {model}; use that model, or make a "
+                f"plan for this one"
             )
 
 

@@ -15,19 +15,22 @@ from moeshard._core import GGUFMap, MoeshardError
 from moeshard.arrays import Rows
 from moeshard.gguf.identity import ModelIdentity, identify, no_experts
 from moeshard.keep.text import Keep, held_range
-from moeshard.planning.budget import Memory, Use, fit, largest_keep, shard_memory
+from moeshard.planning.budget import Memory, Use, default_ctx, fit, largest_keep, shard_memory
 from moeshard.planning.deal import group_experts
-from moeshard.planning.islands import islands
+from moeshard.planning.islands import Begun, islands
+from moeshard.planning.options import ISLANDS, SHARED_CORE, IslandsOptions, SharedCoreOptions, check_cover, options_of
 from moeshard.planning.plan import PER_LAYER, Plan, PlanNode
-from moeshard.planning.strategies import STRATEGIES, across_layers
+from moeshard.planning.strategies import CHOOSING, STRATEGIES, across_layers, shared_core
+from moeshard.profile.packed import VALUES, regrouped
 from moeshard.profile.ranking import read_ranking
 from moeshard.profile.record import Profile
 from moeshard.profile.statistics import captured
 from moeshard.traffic.embedded import model_name
 
-ISLANDS = "islands"
-STRATEGY_NAMES = (ISLANDS, *STRATEGIES)
-PER_LAYER_STRATEGIES = (ISLANDS, "ranked", "reap")
+WHOLE_MEMORY = "whole_memory"
+"""Under this key a plan says how many bytes a node with all experts would take."""
+STRATEGY_NAMES = (ISLANDS, *STRATEGIES, SHARED_CORE)
+PER_LAYER_STRATEGIES = (ISLANDS, *CHOOSING)
 
 
 def choose_experts(
@@ -37,6 +40,7 @@ def choose_experts(
     *,
     expert_groups: int = 1,
     fewest: int | None = None,
+    begun: Begun | None = None,
     **options: Any,
 ) -> list[Keep]:
     """Choose the experts of nodes. A pure function.
@@ -49,16 +53,18 @@ def choose_experts(
             equally many of every group. 0 or 1: none.
         fewest: layers may hold different numbers of experts, at least so many each; `sizes` are then means over layers.
             None: all layers of a node hold equally many.
-        options: of `moeshard.planning.islands.islands` for that strategy; ``core`` for ``shared-core``.
+        begun: of ``islands``: what earlier searches of the same profile found out, to be gone on with; it grows.
+        options: of the strategy, see `moeshard.planning.options`.
 
     Returns:
         Per node: bool (n_layer, n_expert); layers that the profile does not cover hold the experts of lowest ids.
 
     Raises:
-        MoeshardError: an unknown strategy, or one that cannot do it; sizes that the model cannot have.
+        MoeshardError: an unknown strategy, or one that cannot do it; an option of another strategy, or out of range;
+            sizes that the model cannot have.
     """
-    if strategy not in STRATEGY_NAMES:
-        raise MoeshardError(f"unknown strategy '{strategy}'; choose from {', '.join(STRATEGY_NAMES)}")
+    check_strategy(strategy)
+    chosen = options_of(strategy, options)
     groups = max(1, expert_groups)
     n_expert = profile.n_expert
     for size in sizes:
@@ -69,14 +75,37 @@ def choose_experts(
             )
     if fewest is not None:
         _check_per_layer(strategy, groups)
-        options |= {"fewest": fewest} if strategy == ISLANDS else {"choose": partial(across_layers, fewest=fewest)}
     divided = _regrouped(profile, groups)
     own = [size // groups for size in sizes]
-    if strategy == ISLANDS:
-        chosen = islands(divided, own, **options).keeps
+    if isinstance(chosen, IslandsOptions):
+        if chosen.cover:
+            check_cover(sizes, n_expert)
+        nodes = _islands(divided, own, chosen, fewest, begun)
+    elif isinstance(chosen, SharedCoreOptions):
+        nodes = shared_core(divided, own, chosen.core)
+    elif fewest is not None:
+        nodes = CHOOSING[strategy](divided, own, partial(across_layers, fewest=fewest))
     else:
-        chosen = STRATEGIES[strategy](divided, own, **options)
-    return [_whole(rows, profile, size, groups) for rows, size in zip(chosen, sizes, strict=True)]
+        nodes = STRATEGIES[strategy](divided, own)
+    return [_whole(rows, profile, size, groups) for rows, size in zip(nodes, sizes, strict=True)]
+
+
+def check_strategy(strategy: str) -> None:
+    """Raise a `MoeshardError` where there is no such strategy."""
+    if strategy not in STRATEGY_NAMES:
+        raise MoeshardError(f"unknown strategy '{strategy}'; choose from {', '.join(STRATEGY_NAMES)}")
+
+
+def _islands(
+    profile: Profile, sizes: list[int], options: IslandsOptions, fewest: int | None, begun: Begun | None
+) -> list[Rows]:
+    found = islands(profile, sizes, **vars(options), fewest=fewest, begun=begun).keeps
+    if options.cover and not np.logical_or.reduce(found).all():
+        raise MoeshardError(
+            "option 'cover': not every expert found a place beside those that every node has to hold, in some layer; "
+            "give the nodes more room, or leave it out"
+        )
+    return found
 
 
 def _check_per_layer(strategy: str, groups: int) -> None:
@@ -127,7 +156,7 @@ def make_plan(
     check_profile(profile, identity, source.path)
     if (n_keep is None) == (budgets is None):
         raise MoeshardError("give either the number of experts or the memory of each node")
-    use = use or Use()
+    use = use or Use(n_ctx=default_ctx(source))
     layout = source.moe_layout()
     groups = max(1, layout.n_expert_groups)
     fewest = max(n_expert_used or 0, *layout.n_expert_used, groups)
@@ -144,9 +173,12 @@ def make_plan(
         if size < fewest:
             raise MoeshardError(f"a node cannot do with {size} experts per layer: a token uses {fewest}")
 
+    # What is searched for again, for nodes a little smaller, is searched for from what was found.
+    begun = Begun() if strategy == ISLANDS else None
+
     def choose(sizes: Sequence[int]) -> list[Keep]:
         return choose_experts(
-            profile, sizes, strategy, expert_groups=groups, fewest=fewest if per_layer else None, **options
+            profile, sizes, strategy, expert_groups=groups, fewest=fewest if per_layer else None, begun=begun, **options
         )
 
     def exact(keep: Keep) -> Memory:
@@ -169,11 +201,13 @@ def make_plan(
         "domains": profile.domains,
         "texts": profile.facts.get("texts"),
         **vars(use),
-        **options,
+        **vars(options_of(strategy, options)),
     }
     if per_layer:
         parameters[PER_LAYER] = True
-    return Plan(nodes, strategy, parameters, replace(identity, facts={"path": model_name(source.path)}))
+    extra: dict[str, Any] = {WHOLE_MEMORY: memory(layout.n_expert).total}
+    extra |= {key: profile.facts[key] for key in ("sketches",) if key in profile.facts}
+    return Plan(nodes, strategy, parameters, replace(identity, facts={"path": model_name(source.path)}), extra)
 
 
 def _facts(profile: Profile, keep: Keep, memory: Memory) -> dict[str, Any]:
@@ -227,7 +261,7 @@ def plan_groups(
 
 def check_profile(profile: Profile, identity: ModelIdentity, path: str) -> None:
     """Raise a `MoeshardError` where a profile is not of this model, which lies in `path`."""
-    if profile.model != identity:
+    if not profile.model.is_same(identity):
         raise MoeshardError(f"the profile is of {profile.model}, not of {path}: {identity}; analyze this model")
 
 
@@ -235,7 +269,7 @@ def _regrouped(profile: Profile, groups: int) -> Profile:
     """The same profile with each group of experts as a layer of its own."""
     if groups == 1:
         return profile
-    n_seq, n_rows, n_expert = profile.count.shape
+    _, n_rows, n_expert = profile.count.shape
     size = n_expert // groups
     n_domain = len(profile.domains)
 
@@ -244,21 +278,15 @@ def _regrouped(profile: Profile, groups: int) -> Profile:
         diagonal: npt.NDArray[Any] = np.einsum("dmgagb->dmgab", blocks).reshape(n_domain, n_rows * groups, size, size)
         return diagonal
 
-    return Profile(
-        replace(profile.model, n_expert=size),
-        profile.domains,
-        np.repeat(profile.layers, groups),
-        profile.domain,
-        profile.n_tokens,
-        profile.count.reshape(n_seq, n_rows * groups, size),
-        profile.mass.reshape(n_seq, n_rows * groups, size),
-        profile.saliency.reshape(n_seq, n_rows * groups, size),
-        profile.energy.reshape(n_seq, n_rows * groups, size),
-        np.repeat(profile.entropy, groups, axis=1),
-        profile.peak.reshape(n_domain, n_rows * groups, size),
-        within(profile.together),
-        within(profile.cosaliency),
-        profile.facts,
+    return replace(
+        profile,
+        model=replace(profile.model, n_expert=size),
+        layers=np.repeat(profile.layers, groups),
+        **regrouped({name: getattr(profile, name) for name in VALUES}, groups),
+        entropy=np.repeat(profile.entropy, groups, axis=1),
+        peak=profile.peak.reshape(n_domain, n_rows * groups, size),
+        together=within(profile.together),
+        cosaliency=within(profile.cosaliency),
     )
 
 

@@ -52,10 +52,11 @@ def across_layers(scores: Doubles, size: int, protected: Rows | None = None, *, 
 def best(scores: Doubles, size: int, protected: Rows | None = None) -> Rows:
     """Return bool (M, E): the `size` experts of highest score in each row, lower ids first among equals.
 
-    `protected` ones, bool (M, E), come before all others.
+    `protected` ones, bool (M, E), come before all others, those of highest score first.
     """
     if protected is not None:
-        scores = np.where(protected, np.inf, scores.reshape(protected.shape))
+        rows = scores.reshape(protected.shape)
+        scores = rows + np.where(protected, 1 + np.ptp(rows, axis=1, keepdims=True), 0)
     order = np.argsort(-scores, axis=1, kind="stable")[:, :size]
     keep = np.zeros(scores.shape, dtype=bool)
     np.put_along_axis(keep, order, True, axis=1)
@@ -199,7 +200,10 @@ STRATEGIES: dict[str, Strategy] = {
     "balanced": balanced,
     "ranked": ranked,
     "snake": snake,
-    "shared-core": shared_core,
     "reap": reap,
     "coactivation": coactivation,
 }
+"""Those without options."""
+
+CHOOSING: dict[str, Callable[[Profile, Sequence[int], Chooser], list[Rows]]] = {"ranked": ranked, "reap": reap}
+"""Of them, those that a chooser for layers of different size can be given to."""

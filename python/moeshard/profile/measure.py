@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,10 +13,12 @@ import numpy as np
 from moeshard._core import GGUFMap, MoeshardError
 from moeshard.arrays import Tokens
 from moeshard.gguf.identity import identify
-from moeshard.profile.record import Profile, read_profile
+from moeshard.profile.growth import Growth, Keeper
+from moeshard.profile.record import Profile, unfinished
 from moeshard.progress import Progress
-from moeshard.runtime.session import Statistics
+from moeshard.runtime.trace import check_finite
 from moeshard.traffic.domains import Domain, check_names
+from moeshard.traffic.likeness import sketch
 from moeshard.traffic.windows import default_window, sequences
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = 2048
 SAVE_SECONDS = 30.0
+"""Between two times that what was measured is written to a file, or `SAVE_TIMES` as long as that takes."""
+SAVE_TIMES = 20.0
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ def analyze(
         layers: which MoE layers to measure; None: all of them.
         n_generate: of each domain, also let the model continue so many sequences itself from their first half, and
             measure these answers too.
-        save_to: where to keep what was measured so far, every half minute; removed at the end.
+        save_to: where to keep what was measured so far, every half minute and at the end; to be removed when the
+            profile is saved. `read_profile` reads it too.
         resume: go on from what an earlier call with the same arguments left in `save_to`.
         progress: see `Progress`; in tokens.
 
@@ -81,16 +85,33 @@ def analyze(
         "n_tokens": n_tokens,
         "n_generate": n_generate,
         "texts": {domain.name: domain.digest for domain in domains},
+        "sketches": {domain.name: sketch(domain) for domain in domains},
     }
-    profile = _empty(model, domains, chosen, plan, facts)
-    if resume and save_to is not None and os.path.exists(save_to):
-        profile = _left_over(save_to, profile)
-    started -= profile.facts.get("seconds", 0.0)  # of the run that was interrupted
-    _run(model, plan, profile, started, save_to, progress)
-    profile.facts["seconds"] = time.monotonic() - started
-    if save_to is not None:
-        Path(save_to).unlink(missing_ok=True)
-    return profile
+    check_names(domains)
+    profile = unfinished(
+        identify(GGUFMap(model.path)),
+        [domain.name for domain in domains],
+        np.array(chosen, dtype=np.int32),
+        np.array([sequence.domain for sequence in plan], dtype=np.int32),
+        None,
+        facts,
+    )
+    growth, keeper = _begin(profile, save_to, resume)
+    started -= growth.profile.facts.get("seconds", 0.0)  # of the run that was interrupted
+    try:
+        _run(model, plan, growth, keeper, started, progress)
+    finally:
+        if keeper is not None:
+            keeper.close()
+    return growth.finish()
+
+
+def _begin(profile: Profile, save_to: str | os.PathLike[str] | None, resume: bool) -> tuple[Growth, Keeper | None]:
+    if save_to is None:
+        return Growth(profile), None
+    resumed = resume and os.path.exists(save_to)
+    growth = Growth.resume(save_to, profile) if resumed else Growth(profile)
+    return growth, Keeper(growth, save_to, resumed=resumed)
 
 
 def batch_sequences(window: int) -> int:
@@ -100,10 +121,15 @@ def batch_sequences(window: int) -> int:
 
 def _check_layers(model: Model, layers: Sequence[int] | None) -> list[int]:
     if layers is None:
-        return list(model.moe_layers)
+        return list(model.computed_layers)
     for layer in layers:
         if layer not in model.moe_layers:
             raise MoeshardError(f"layer {layer} routes nothing; the MoE layers are {model.moe_layers}")
+        if layer not in model.computed_layers:
+            raise MoeshardError(
+                f"layer {layer} routes no token, being a block that predicts further ones, or one whose router is not "
+                f"used; there is nothing to measure in it"
+            )
     if not layers:
         raise MoeshardError("no layers to measure; leave out the option for all of them")
     return sorted(set(layers))
@@ -136,101 +162,45 @@ def _continue(model: Model, plan: list[_Sequence], n_domains: int, window: int, 
     return answers
 
 
-def _empty(
-    model: Model, domains: Sequence[Domain], layers: list[int], plan: list[_Sequence], facts: dict[str, Any]
-) -> Profile:
-    check_names(domains)
-    names = [domain.name for domain in domains]
-    s, m, e, d = len(plan), len(layers), model.n_expert, len(names)
-    return Profile(
-        model=identify(GGUFMap(model.path)),
-        domains=names,
-        layers=np.array(layers, dtype=np.int32),
-        domain=np.array([sequence.domain for sequence in plan], dtype=np.int32),
-        n_tokens=np.zeros(s, dtype=np.int32),
-        count=np.zeros((s, m, e), dtype=np.int32),
-        mass=np.zeros((s, m, e), dtype=np.float32),
-        saliency=np.zeros((s, m, e), dtype=np.float32),
-        energy=np.zeros((s, m, e), dtype=np.float32),
-        entropy=np.zeros((s, m), dtype=np.float32),
-        peak=np.zeros((d, m, e), dtype=np.float32),
-        together=np.zeros((d, m, e, e), dtype=np.int32),
-        cosaliency=np.zeros((d, m, e, e), dtype=np.float32),
-        facts=facts,
-    )
-
-
-def _left_over(path: str | os.PathLike[str], wanted: Profile) -> Profile:
-    found = read_profile(path)
-    same = (
-        found.model.fingerprint == wanted.model.fingerprint
-        and found.count.shape == wanted.count.shape
-        and found.domains == wanted.domains
-        and np.array_equal(found.domain, wanted.domain)
-        and np.array_equal(found.layers, wanted.layers)
-        and {**found.facts, "seconds": 0} == {**wanted.facts, "seconds": 0}
-    )
-    if not same:
-        raise MoeshardError(
-            f"{os.fspath(path)}: is of an analysis of another model or with other options; remove it to begin anew"
-        )
-    return found
-
-
 def _run(
     model: Model,
     plan: list[_Sequence],
-    profile: Profile,
+    growth: Growth,
+    keeper: Keeper | None,
     started: float,
-    save_to: str | os.PathLike[str] | None,
     progress: Progress | None,
 ) -> None:
     total = sum(len(sequence.tokens) for sequence in plan)
-    done = int(profile.n_tokens.sum())
+    profile = growth.profile
     window = max(len(sequence.tokens) for sequence in plan)
     per_batch = batch_sequences(window)
     scores_are_logits = model.layout.gating == "softmax_weight"
-    saved = time.monotonic()
+    due = time.monotonic() + SAVE_SECONDS
     if progress is not None:
-        progress(done, total)
+        progress(int(profile.n_tokens.sum()), total)
     with model.session(n_seq=per_batch, n_ctx=window) as session:
-        for batch in _batches(plan, profile, per_batch):
+        for batch in _batches(plan, growth.n, per_batch):
             session.reset()
-            tokens = {seq: plan[index].tokens for seq, index in enumerate(batch)}
+            tokens = {seq: sequence.tokens for seq, sequence in enumerate(batch)}
             sums = session.measure(tokens, profile.layers.tolist(), scores_are_logits=scores_are_logits)
-            _add(profile, batch, plan[batch[0]].domain, sums)
-            for index in batch:
-                profile.n_tokens[index] = len(plan[index].tokens)
-                done += len(plan[index].tokens)
+            for row, layer in enumerate(profile.layers):
+                check_finite(model.path, int(layer), np.flatnonzero(~np.isfinite(sums.saliency[:, row]).all(axis=0)))
+            growth.add([len(sequence.tokens) for sequence in batch], batch[0].domain, sums)
+            profile.facts["seconds"] = time.monotonic() - started
             if progress is not None:
-                progress(done, total)
-            if save_to is not None and time.monotonic() - saved > SAVE_SECONDS:
-                profile.facts["seconds"] = time.monotonic() - started
-                profile.save(save_to, force=True)
-                saved = time.monotonic()
+                progress(int(profile.n_tokens.sum()), total)
+            if keeper is not None and time.monotonic() > due:
+                due = time.monotonic() + max(SAVE_SECONDS, SAVE_TIMES * keeper.keep())
+    if keeper is not None:
+        keeper.keep()
 
 
-def _batches(plan: list[_Sequence], profile: Profile, per_batch: int) -> list[list[int]]:
-    """Indices of sequences that are still to be measured; those of a batch are of one domain."""
-    batches: list[list[int]] = []
-    for index, sequence in enumerate(plan):
-        if profile.n_tokens[index]:
-            continue
-        if batches and len(batches[-1]) < per_batch and plan[batches[-1][0]].domain == sequence.domain:
-            batches[-1].append(index)
+def _batches(plan: list[_Sequence], done: int, per_batch: int) -> list[list[_Sequence]]:
+    """Sequences that are still to be measured; those of a batch are of one domain."""
+    batches: list[list[_Sequence]] = []
+    for sequence in plan[done:]:
+        if batches and len(batches[-1]) < per_batch and batches[-1][0].domain == sequence.domain:
+            batches[-1].append(sequence)
         else:
-            batches.append([index])
+            batches.append([sequence])
     return batches
-
-
-def _add(profile: Profile, batch: list[int], domain: int, sums: Statistics) -> None:
-    """Enter one batch; sequences of a batch are numbered from 0."""
-    rows = slice(0, len(batch))
-    profile.count[batch] = sums.count[rows]
-    profile.mass[batch] = sums.mass[rows]
-    profile.saliency[batch] = sums.saliency[rows]
-    profile.energy[batch] = sums.energy[rows]
-    profile.entropy[batch] = sums.entropy[rows]
-    np.maximum(profile.peak[domain], sums.peak, out=profile.peak[domain])
-    profile.together[domain] += sums.together
-    profile.cosaliency[domain] += sums.cosaliency

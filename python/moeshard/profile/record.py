@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from io import BytesIO
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,12 @@ import numpy.typing as npt
 
 from moeshard._core import MoeshardError
 from moeshard.arrays import Counts, Doubles, Floats
-from moeshard.files.atomic import write_atomically
 from moeshard.files.documents import check_version, expect, parse_document, parse_named, take
 from moeshard.gguf.identity import ModelIdentity, model_from_json, model_to_json
+from moeshard.profile.archive import VERSION, from_archive, write_archive
+from moeshard.profile.checkpoint import Measured, is_checkpoint, read_checkpoint
+from moeshard.profile.packed import VALUES, Packed, join, nothing
 
-VERSION = 2
 _KEY = "moeshard_profile"
 RANKINGS = ("saliency", "mass", "count", "reap")
 """What `Profile.scores` ranks by."""
@@ -31,6 +32,10 @@ class Profile:
 
     Sums are over the tokens of a sequence. E is the number of experts of the model, a token's *weight* of an expert
     what its output is multiplied by, *norm* the L2 norm of that output before, and its *contribution* weight · norm.
+
+    A profile that `analyze` or `read_profile` returns holds the arrays (S, M, E) packed, each value as a float16 in
+    units of its row's (see `moeshard.profile.packed`). They are read as any array; to look at some sequences only, say
+    so first: ``profile.saliency[sequences]``.
     """
 
     model: ModelIdentity
@@ -41,13 +46,13 @@ class Profile:
     """int32 (S,): index of each sequence's domain."""
     n_tokens: Counts
     """int32 (S,): tokens of each sequence; 0 for one that was not reached."""
-    count: Counts
+    count: Counts | Packed
     """int32 (S, M, E): tokens that chose the expert."""
-    mass: Floats
+    mass: Floats | Packed
     """float32 (S, M, E): sum of the expert's weights."""
-    saliency: Floats
+    saliency: Floats | Packed
     """float32 (S, M, E): sum of contributions, what REAP (arXiv 2510.13999) ranks by, before its mean."""
-    energy: Floats
+    energy: Floats | Packed
     """float32 (S, M, E): sum of the squares of contributions."""
     entropy: Floats
     """float32 (S, M): sum of the entropies of the router's distribution, nats."""
@@ -119,18 +124,22 @@ class Profile:
 
         Raises MoeshardError where it cannot be written, or exists and `force` is False.
         """
-        head = {
-            _KEY: VERSION,
-            "model": model_to_json(self.model),
-            "domains": self.domains,
-            "facts": self.facts,
-        }
         arrays = {name: getattr(self, name) for name in _ARRAYS}
-        # Under that name others look for one score per expert.
-        arrays["saliency_by_sequence"] = arrays.pop("saliency")
-        buffer = BytesIO()
-        np.savez_compressed(buffer, head=np.array(json.dumps(head)), saliency=self.ranking(), **arrays)
-        write_atomically(path, buffer.getvalue(), force=force)
+        write_archive(path, json.dumps(_head_of(self)), self.ranking(), arrays, force=force)
+
+
+def _head_of(profile: Profile) -> dict[str, Any]:
+    return {
+        _KEY: VERSION,
+        "model": model_to_json(profile.model),
+        "domains": profile.domains,
+        "facts": profile.facts,
+    }
+
+
+def checkpoint_head(profile: Profile) -> dict[str, Any]:
+    """Return the head of a `Checkpoint` of a profile in the making: a JSON object."""
+    return {**_head_of(profile), "layers": profile.layers.tolist(), "domain": profile.domain.tolist()}
 
 
 _ARRAYS = tuple(f.name for f in fields(Profile) if f.name not in ("model", "domains", "facts"))
@@ -151,37 +160,107 @@ _FLOATS = ("mass", "saliency", "energy", "entropy", "peak", "cosaliency")
 
 
 def read_profile(path: str | os.PathLike[str]) -> Profile:
-    """Read what `Profile.save` wrote.
+    """Read what `Profile.save` wrote, in this version of moeshard or an older one.
+
+    Of what an analysis leaves that was interrupted, the profile is that of the sequences that were measured.
 
     Raises:
         MoeshardError: the file is missing, damaged or no profile; it names what is wrong.
     """
     name = os.fspath(path)
+    if is_checkpoint(name):
+        return _read_unfinished(name)
     try:
         with open(name, "rb") as archive:
             if not zipfile.is_zipfile(archive):  # numpy would speak of pickles
                 raise MoeshardError(f"{name}: is not a profile, or it is damaged; `moeshard analyze` makes one")
         with np.load(name, allow_pickle=False) as file:
-            if "head" not in file or "saliency_by_sequence" not in file:
+            if "head" not in file:
                 raise MoeshardError(f"{name}: is not a profile; `moeshard analyze` makes one")
-            model, domains, facts = parse_named(name, "profile", str(file["head"]), _read_head)
-            arrays = {key: file["saliency_by_sequence" if key == "saliency" else key] for key in _ARRAYS}
+            head = parse_named(name, "profile", str(file["head"]), _read_head)
+            arrays = from_archive(file, head.version, head.model.n_expert)
     except OSError as error:
         raise MoeshardError(f"cannot read profile '{name}': {error.strerror or error}") from error
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise MoeshardError(f"{name}: is not a profile, or it is damaged: {error}") from error
-    profile = Profile(model, domains, facts=facts, **arrays)
+    profile = Profile(head.model, head.domains, facts=head.facts, **arrays)
+    _check_shapes(profile, name)
+    return _without_idle_layers(profile)
+
+
+def _without_idle_layers(profile: Profile) -> Profile:
+    """Leave out layers in which no token chose an expert, which older files have: see `Model.computed_layers`."""
+    ran = np.flatnonzero(profile.count.any(axis=(0, 2)))
+    if ran.size == profile.layers.size or not profile.n_tokens.any():
+        return profile
+    rows: dict[str, Any] = {
+        key: np.take(getattr(profile, key), ran, axis=axes.index("M")) for key, axes in _AXES.items() if "M" in axes
+    }
+    return replace(profile, **rows)
+
+
+def _read_unfinished(name: str) -> Profile:
+    document, measured = read_checkpoint(name)
+    head = parse_named(name, "profile", json.dumps(document), _read_head)
+    layers, domain = (np.array(take(document, key, list), dtype=np.int32) for key in ("layers", "domain"))
+    profile = unfinished(head.model, head.domains, layers, domain, measured, head.facts)
     _check_shapes(profile, name)
     return profile
 
 
-def _read_head(text: str) -> tuple[ModelIdentity, list[str], dict[str, Any]]:
+def unfinished(
+    model: ModelIdentity,
+    domains: list[str],
+    layers: Counts,
+    domain: Counts,
+    measured: Measured | None,
+    facts: dict[str, Any],
+) -> Profile:
+    """Return the profile of an analysis of the sequences of `domain`, of which the first have been measured."""
+    s, m, e, d = domain.size, layers.size, model.n_expert, len(domains)
+    n_tokens = np.zeros(s, dtype=np.int32)
+    entropy = np.zeros((s, m), dtype=np.float32)
+    peak = np.zeros((d, m, e), dtype=np.float32)
+    together = np.zeros((d, m, e, e), dtype=np.int32)
+    cosaliency = np.zeros((d, m, e, e), dtype=np.float32)
+    sequences = nothing(s, m, e)
+    if measured is not None:
+        n = measured.n_tokens.size
+        n_tokens[:n], entropy[:n] = measured.n_tokens, measured.entropy
+        sequences = join([measured.sequences, nothing(s - n, m, e)]) if n < s else measured.sequences
+        for index, pairs in measured.pairs.items():
+            peak[index], together[index], cosaliency[index] = pairs.peak, pairs.together, pairs.cosaliency
+        facts = {**facts, "seconds": measured.seconds}
+    return Profile(
+        model=model,
+        domains=domains,
+        layers=layers,
+        domain=domain,
+        n_tokens=n_tokens,
+        **{name: sequences.array(name) for name in VALUES},
+        entropy=entropy,
+        peak=peak,
+        together=together,
+        cosaliency=cosaliency,
+        facts=facts,
+    )
+
+
+@dataclass(frozen=True)
+class _Head:
+    version: int
+    model: ModelIdentity
+    domains: list[str]
+    facts: dict[str, Any]
+
+
+def _read_head(text: str) -> _Head:
     head = parse_document(text, "profile")
-    check_version(head, _KEY, VERSION, "profile")
+    version = check_version(head, _KEY, VERSION, "profile", oldest=1)
     domains = [expect(name, str, f"domains[{index}]") for index, name in enumerate(take(head, "domains", list))]
     if len(set(domains)) < len(domains):
         raise MoeshardError(f"domains: a name stands twice: {', '.join(domains)}")
-    return model_from_json(take(head, "model", dict)), domains, take(head, "facts", dict)
+    return _Head(version, model_from_json(take(head, "model", dict)), domains, take(head, "facts", dict))
 
 
 def _check_shapes(profile: Profile, name: str) -> None:
@@ -197,7 +276,8 @@ def _check_shapes(profile: Profile, name: str) -> None:
         kind = "f" if key in _FLOATS else "i"
         if array.shape != shape or array.dtype.kind != kind:
             raise MoeshardError(f"{name}: is a damaged profile: '{key}' is {array.dtype} {array.shape}, not {shape}")
-        if kind == "f" and not np.isfinite(array).all():
+        # What is packed was looked at as it came out of the file.
+        if kind == "f" and not isinstance(array, Packed) and not np.isfinite(array).all():
             raise MoeshardError(f"{name}: is a damaged profile: '{key}' holds values that are not finite")
     in_range = (
         ((profile.domain >= 0) & (profile.domain < max(sizes["D"], 1))).all()

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-from moeshard.arrays import Doubles, Rows
+from moeshard.arrays import Doubles, Ints, Rows
 from moeshard.keep.text import Keep
+from moeshard.profile.intervals import FEWEST, estimate
 from moeshard.profile.record import Profile
 
 TOPS = (1, 32, 48, 64, 96)
 """Of how many best experts the share is shown, beside that of all."""
-RESAMPLES = 200
 HALVINGS = 20
 
 FLAT_SPREAD = 0.1
@@ -23,6 +25,9 @@ RANKED_AGREEMENT = 0.7
 """Rank correlation of the profile with one of as much other text of the same kind, below which its order is chance."""
 SUPER_EXPERT = 10.0
 """An expert whose largest output is so many times its layer's median is a super expert: dropping one ruins a model."""
+SUPER_HITS = 4
+"""Tokens that have to choose an expert before the size of its outputs says anything. Few: what makes super experts are
+tokens such as the first one of a text."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +42,25 @@ class Verdict:
     n_tokens: int
 
     @property
+    def is_known(self) -> bool:
+        """Every domain has two sequences or more; of fewer nothing can be said, and both figures are NaN."""
+        return not math.isnan(self.spread)
+
+    @property
     def is_flat(self) -> bool:
         return self.spread < FLAT_SPREAD
 
     @property
     def is_too_small(self) -> bool:
-        return not self.is_flat and self.agreement < RANKED_AGREEMENT
+        return not self.is_known or (not self.is_flat and self.agreement < RANKED_AGREEMENT)
 
     def __str__(self) -> str:
         """Say it in a sentence or two."""
+        if not self.is_known:
+            return (
+                f"Whether experts differ is unknown: a domain has a single sequence, which does not say how far others "
+                f"are from it. Measure more than these {self.n_tokens} tokens, or in shorter sequences (--window)."
+            )
         if self.is_flat:
             return (
                 f"The profile is flat: experts differ by {self.spread:.0%} of their mean, less than matters. For this "
@@ -111,76 +126,105 @@ def captured(profile: Profile, keep: Keep, domains: Sequence[str] | None = None)
 
 
 def peak_ratios(profile: Profile) -> Doubles:
-    """Return float64 (M, E): the norm of each expert's largest output, in medians of its layer."""
+    """Return float64 (M, E): the norm of each expert's largest output, in medians of its layer; 0 for unused ones.
+
+    The median is that of experts that were seen often enough, or of all that were seen at all where none was: an expert
+    that no token chose has no outputs, and those of rare ones are small for want of chances to be large.
+    """
     peak = profile.peak.max(axis=0).astype(np.float64)
-    ratios: Doubles = peak / np.maximum(np.median(peak, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    hits = profile.count.sum(axis=0, dtype=np.int64)
+    ratios = np.zeros(peak.shape)
+    for own, chosen, out in zip(peak, hits, ratios, strict=True):
+        often = chosen >= SUPER_HITS if (chosen >= SUPER_HITS).any() else chosen > 0
+        median = np.median(own[often]) if often.any() else 0.0
+        if median > 0:
+            np.divide(own, median, out=out, where=chosen > 0)
     return ratios
 
 
 def super_experts(profile: Profile) -> Rows:
-    """Return bool (M, E): experts with outputs far larger than any other's (arXiv 2507.23279)."""
-    found: Rows = peak_ratios(profile) > SUPER_EXPERT
+    """Return bool (M, E): experts with outputs far larger than any other's (arXiv 2507.23279).
+
+    One that hardly any token chose is none: it may be a fluke, and a model does not hang on it.
+    """
+    often = profile.count.sum(axis=0, dtype=np.int64) >= SUPER_HITS
+    found: Rows = often & (peak_ratios(profile) > SUPER_EXPERT)
     return found
 
 
-def share_errors(profile: Profile, what: str = "saliency", seed: int = 0) -> Doubles:
-    """Return float64 (M, E): standard errors of `shares`, by a bootstrap over sequences within each domain.
+def share_errors(profile: Profile, what: str = "saliency") -> Doubles:
+    """Return float64 (M, E): standard errors of `shares`, over sequences within each domain; NaN: unknown.
 
-    Sequences, not tokens, are drawn: the tokens of one text have much in common.
+    They are unknown where a domain has one sequence only: it does not say how far another would have been from it.
     """
-    rng = np.random.default_rng(seed)
-    values = np.asarray(getattr(profile, what), dtype=np.float64)
-    sums = np.zeros((RESAMPLES, *values.shape[1:]))
-    for index in range(len(profile.domains)):
-        rows = np.flatnonzero((profile.domain == index) & (profile.n_tokens > 0))
-        if not rows.size:
-            continue
-        draws = rng.multinomial(rows.size, np.full(rows.size, 1 / rows.size), RESAMPLES).astype(np.float64)
-        tokens = draws @ profile.n_tokens[rows]
-        sums += np.tensordot(draws / tokens[:, None], values[rows], axes=1)
-    sums /= np.maximum(sums.sum(axis=2, keepdims=True), np.finfo(np.float64).tiny)
-    errors: Doubles = sums.std(axis=0)
+    rows = _measured(profile)
+    squares = np.zeros((len(rows), profile.layers.size, profile.n_expert))
+    for index, influence in _influences(profile, what, rows):
+        squares[index] += influence**2
+    factors = [own.size / (own.size - 1) if own.size > 1 else np.nan for own in rows]
+    errors: Doubles = np.sqrt(np.tensordot(factors, squares, axes=1))
     return errors
 
 
-def captured_curve(profile: Profile, sizes: Sequence[int], seed: int = 0) -> Doubles:
+def captured_curve(profile: Profile, sizes: Sequence[int]) -> Doubles:
     """Return float64 (3, len(sizes)): the share of saliency that the best experts of each layer hold, and its interval.
 
-    The share is the mean over layers; domains count alike. The interval, of 95 %, is that of a bootstrap over sequences
-    within each domain, with the experts that the whole profile would choose: it says how far other traffic of the same
-    kind may be from this, not what is lost by choosing experts on little traffic.
+    The share is the mean over layers; domains count alike. The interval, of 95 %, is one over sequences within each
+    domain, with the experts that the whole profile would choose: it says how far other traffic of the same kind may be
+    from this, not what is lost by choosing experts on little traffic. NaN where a domain has too few sequences for one.
     """
-    rng = np.random.default_rng(seed)
+    rows = _measured(profile)
     order = np.argsort(-profile.total("saliency"), axis=1, kind="stable")
-    ends = [size - 1 for size in (*sizes, profile.n_expert)]
-    held = np.zeros((profile.n_tokens.size, profile.layers.size, len(ends)))
-    for row, values in enumerate(profile.saliency):
-        held[row] = np.cumsum(np.take_along_axis(values, order, axis=1), axis=1, dtype=np.float64)[:, ends]
-    # The profile itself, then the draws.
-    sums = np.zeros((1 + RESAMPLES, *held.shape[1:]))
-    for index in range(len(profile.domains)):
-        rows = np.flatnonzero((profile.domain == index) & (profile.n_tokens > 0))
-        if not rows.size:
-            continue
-        # One draw fewer than sequences: see moeshard.evaluation.scores.
-        draws = rng.multinomial(max(1, rows.size - 1), np.full(rows.size, 1 / rows.size), RESAMPLES)
-        weights = np.concatenate([np.ones((1, rows.size)), draws])
-        sums += np.tensordot(weights / (weights @ profile.n_tokens[rows])[:, None], held[rows], axes=1)
-    share = sums[:, :, :-1] / np.maximum(sums[:, :, -1:], np.finfo(np.float64).tiny)
-    found = share.mean(axis=1)
-    curve: Doubles = np.concatenate([found[:1], np.quantile(found[1:], (0.025, 0.975), axis=0)])
-    return curve
+    ends = [size - 1 for size in sizes]
+    own = np.cumsum(np.take_along_axis(shares(profile), order, axis=1), axis=1)
+    share: Doubles = own[:, ends].mean(axis=0)
+    if min((own.size for own in rows), default=0) < FEWEST:
+        return np.stack([share, np.full(share.shape, np.nan), np.full(share.shape, np.nan)])
+    # Shares add up, and so do influences. They sum to 0 in each domain; scaled, their mean over domains of means over
+    # sequences has the error of the share.
+    values = []
+    for index, influence in _influences(profile, "saliency", rows):
+        held = np.cumsum(np.take_along_axis(influence, order, axis=1), axis=1)[:, ends].mean(axis=0)
+        values.append(held * rows[index].size * len(rows))
+    sizes_of = np.cumsum([0, *(own.size for own in rows)])
+    blocks = [np.arange(start, end) for start, end in pairwise(sizes_of)]
+    low, high = estimate(np.array(values), blocks).interval()
+    # A share is one, whatever t says.
+    return np.stack([share, np.clip(share + low, 0, 1), np.clip(share + high, 0, 1)])
+
+
+def _measured(profile: Profile) -> list[Ints]:
+    """Indices of the sequences that were measured, of each domain that has any."""
+    rows = [np.flatnonzero((profile.domain == index) & (profile.n_tokens > 0)) for index in range(len(profile.domains))]
+    return [own for own in rows if own.size]
+
+
+def _influences(profile: Profile, what: str, rows: Sequence[Ints]) -> Iterator[tuple[int, Doubles]]:
+    """Yield the influence of each sequence on `shares`, to first order: an index of `rows`, and float64 (M, E).
+
+    Shares are ratios of sums over domains of ratios, and this is their derivative by the weight of the sequence.
+    """
+    values = getattr(profile, what)
+    total = profile.total(what)
+    whole = np.maximum(total.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    share = total / whole
+    for index, own in enumerate(rows):
+        tokens = profile.n_tokens[own]
+        mean = values[own].sum(axis=0, dtype=np.float64) / tokens.sum()
+        for row, n in zip(own, tokens, strict=True):
+            away = values[row] - n * mean
+            yield index, (away - share * away.sum(axis=1, keepdims=True)) / (tokens.sum() * whole)
 
 
 def verdict(profile: Profile, what: str = "saliency", seed: int = 0) -> Verdict:
     """Judge whether the differences between experts are real, and large enough to matter."""
     share = shares(profile, what)
-    noise = (share_errors(profile, what, seed) ** 2).mean(axis=1)
+    noise = (share_errors(profile, what) ** 2).mean(axis=1)
     true_variance = np.maximum(share.var(axis=1) - noise, 0)
     spread = np.sqrt(true_variance) / np.maximum(share.mean(axis=1), np.finfo(np.float64).tiny)
     return Verdict(
         spread=float(spread.mean()),
-        agreement=_agreement(profile, what, seed),
+        agreement=_agreement(profile, what, seed) if np.isfinite(noise).all() else np.nan,
         n_sequences=int((profile.n_tokens > 0).sum()),
         n_tokens=int(profile.n_tokens.sum()),
     )

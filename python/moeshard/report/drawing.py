@@ -13,21 +13,15 @@ import numpy as np
 import numpy.typing as npt
 
 from moeshard._core import MoeshardError
+from moeshard.report.colours import FAINT, INK, MARK, as_variables, readable_on
 from moeshard.report.figure import Panel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
-WIDTH = 6.4
-"""Inches. Narrow, so that letters stay readable where a page is: on a phone as well."""
-INK = "#1d2026"
-"""Of letters and axes; in the page it becomes the colour of the page's own letters, whatever that is."""
-FAINT = "#8a919e"
-# Each is told from both a white and a nearly black page, and from the others with any kind of colour vision (after
-# Okabe and Ito, Color universal design, 2008).
-COLOURS = ("#2f7fc1", "#d9741a", "#1f9d76", "#c45a9b", "#b8961a", "#7a6fd0", "#c8493c", "#4aa8c9")
-MARK = "#e0402f"
+WIDTH = 5.0
+"""Inches. As wide as a phone's page in the units of an SVG, so that letters are not made smaller there."""
 
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -134,7 +128,7 @@ def _rewritten(value: str, name: str) -> str:
     """An attribute's value: ids of all figures of a page must differ, and letters have the page's colour and font."""
     if value.startswith("#"):
         return f"#{name}-{value[1:]}"
-    value = value.replace("url(#", f"url(#{name}-").replace(INK, "currentColor")
+    value = as_variables(value.replace("url(#", f"url(#{name}-"))
     return re.sub(r"(font: [^;]*?px) [^;]*", r"\1 sans-serif", value)
 
 
@@ -183,11 +177,10 @@ def matrix(
         vmin=low,
         vmax=high if high > low else low + 1,
     )
-    size = 8 if len(columns) <= 8 else 6.5 if len(columns) <= 12 else 5
+    size = 8 if len(columns) <= 6 else 7 if len(columns) <= 8 else 6 if len(columns) <= 12 else 4.5
     for row, line in enumerate(values):
         for column, value in enumerate(line):
             red, green, blue, _ = image.cmap(image.norm(value))
-            dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
             chosen = marked is not None and bool(marked[row, column])
             axes.text(
                 column,
@@ -196,11 +189,13 @@ def matrix(
                 ha="center",
                 va="center",
                 fontsize=size,
-                color=INK if not np.isfinite(value) else "#ffffff" if dark else "#000000",
+                color=INK if not np.isfinite(value) else readable_on(red, green, blue),
                 fontweight="bold" if chosen else "normal",
             )
             if chosen:
-                axes.add_patch(_frame(column, row))
+                # Two of them: one stands out on any colour of a cell.
+                axes.add_patch(_frame(column, row, 3.2, "#ffffff"))
+                axes.add_patch(_frame(column, row, 1.6, MARK))
     axes.set_xticks(range(len(columns)), [shortened(name) for name in columns])
     axes.set_yticks(range(len(rows)), [shortened(name) for name in rows])
     axes.tick_params(length=0)
@@ -213,10 +208,10 @@ def matrix(
     return axes
 
 
-def _frame(column: int, row: int) -> Any:
+def _frame(column: int, row: int, width: float, colour: str) -> Any:
     from matplotlib.patches import Rectangle
 
-    return Rectangle((column - 0.46, row - 0.46), 0.92, 0.92, fill=False, edgecolor=MARK, linewidth=1.8)
+    return Rectangle((column - 0.46, row - 0.46), 0.92, 0.92, fill=False, edgecolor=colour, linewidth=width)
 
 
 def shortened(name: str, most: int = 18) -> str:
@@ -235,7 +230,7 @@ def intervals(
     """Draw a line per name, the first on top: a dot, and its interval where there is one."""
     for row, (value, span, colour) in enumerate(zip(values, spans, colours, strict=True)):
         if span is not None:
-            axes.plot(span, [row, row], color=colour, linewidth=2, alpha=0.55, solid_capstyle="butt")
+            axes.plot(span, [row, row], color=colour, linewidth=1.4, solid_capstyle="butt")
         axes.plot([value], [row], "o", color=colour, markersize=5)
     axes.set_yticks(range(len(names)), [shortened(name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
+
+    from moeshard.traffic.likeness import Likeness
 
 Cell = str | int | float
 
@@ -26,7 +29,8 @@ class Table:
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
         writer.writerow(self.header)
-        writer.writerows(self.rows)
+        # NaN: unknown.
+        writer.writerows([["" if cell != cell else cell for cell in row] for row in self.rows])
         return buffer.getvalue()
 
 
@@ -64,13 +68,17 @@ class Figure:
 
 
 def percent(share: float) -> str:
-    """Write a share of 1 as ``41%``, with as many digits as a small one needs."""
+    """Write a share of 1 as ``41%``, with as many digits as a small one needs; NaN as unknown."""
+    if math.isnan(share):
+        return "unknown"
     digits = 0 if abs(share) >= 0.0995 or share == 0 else 1 if abs(share) >= 0.00995 else 2
     return f"{share:.{digits}%}"
 
 
 def between(interval: Sequence[float], write: Callable[[float], str]) -> str:
-    """Write an interval as ``0.12 to 0.15``."""
+    """Write an interval as ``0.12 to 0.15``; one of NaN as unknown."""
+    if any(math.isnan(end) for end in interval):
+        return "unknown"
     return f"{write(interval[0])} to {write(interval[1])}"
 
 
@@ -100,3 +108,8 @@ def times(value: float) -> str:
 def short_nats(value: float) -> str:
     """Write nats per token for a small cell."""
     return f"{value:.2f}"
+
+
+def warnings(likeness: Likeness) -> list[str]:
+    """Write what is wrong with the text that something was measured on, as sentences of a page."""
+    return [f"Mind: {sentence}." for sentence in likeness.sentences()]

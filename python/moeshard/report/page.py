@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from urllib.parse import quote
 
+from moeshard.report.colours import variables
 from moeshard.report.figure import Figure, Table
 
+_COLOURS = f"""
+:root {{ color-scheme: light dark; {variables(False)} }}
+@media (prefers-color-scheme: dark) {{ :root {{ {variables(True)} }} }}
+@media print {{ :root {{ {variables(False)} }} }}"""
 _STYLE = """
-:root { color-scheme: light dark; --page: #fff; --ink: #1d2026; --faint: #5c6370; --line: #d9dce2; --raised: #f4f5f7;
-  --link: #1a5fa0 }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #14161a; --ink: #e6e8ec; --faint: #a0a7b4; --line: #343942; --raised: #1e2127; --link: #7fb8ec }
-}
 * { box-sizing: border-box }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
 main { max-width: 56rem; margin: 0 auto; padding: 1.5rem 1rem 4rem }
@@ -29,9 +29,12 @@ section { border-top: 1px solid var(--line); margin-top: 2rem; padding-top: 1.4r
 .facts div { background: var(--raised); border-radius: .5rem; padding: .6rem .8rem }
 .facts dt { color: var(--faint); font-size: .8rem }
 .facts dd { margin: 0; font-size: 1.25rem; font-variant-numeric: tabular-nums; overflow-wrap: anywhere }
-figure { margin: 1rem 0 }
+.verdict { background: var(--raised); border-left: .3rem solid var(--link); border-radius: .3rem;
+  padding: .6rem .9rem; margin: 1.2rem 0 }
+.verdict p:first-of-type { font-size: 1.15rem; font-weight: 600 }
+figure { margin: 1rem 0; max-width: 42rem }
 .wide { overflow-x: auto; -webkit-overflow-scrolling: touch }
-figure svg { display: block; width: 100%; min-width: 30rem; height: auto }
+figure svg { display: block; width: 100%; height: auto }
 figure svg * { stroke-linejoin: round }
 .tabs { display: flex; flex-wrap: wrap; gap: .35rem; margin: .8rem 0 .4rem }
 .tabs label { border: 1px solid var(--line); border-radius: 1rem; padding: .15rem .75rem; cursor: pointer;
@@ -40,7 +43,9 @@ figure svg * { stroke-linejoin: round }
 .panel { display: none }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; margin: .5rem 0 }
 th, td { padding: .2rem .5rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
-th:first-child, td:first-child { text-align: left }
+th:first-child, td:first-child, .words td, .words th { text-align: left }
+.words td { white-space: normal; overflow-wrap: anywhere; vertical-align: top }
+.words td:first-child { white-space: nowrap; overflow-wrap: normal }
 thead th { color: var(--faint); font-weight: 600 }
 caption { caption-side: top; text-align: left; color: var(--faint); padding: .3rem 0; white-space: nowrap }
 details { margin: .6rem 0 }
@@ -60,20 +65,34 @@ class Shown:
 
     figure: Figure
     pictures: Sequence[str]
+    files: Sequence[bytes]
+    """The same as PNG."""
 
 
-def write_page(title: str, subtitle: str, facts: Sequence[tuple[str, str]], shown: Sequence[Shown], folder: str) -> str:
-    """Return the page.
+@dataclass(frozen=True)
+class Head:
+    """What stands above the figures, and below them."""
 
-    Args:
-        title, subtitle: texts.
-        facts: names and values at its top.
-        shown: figures in order.
-        folder: name of the folder beside the page with PNG and CSV files; the page links to them and needs none.
-    """
+    title: str
+    subtitle: str
+    verdict: Sequence[str]
+    """Sentences, the most important one first."""
+    facts: Sequence[tuple[str, str]]
+    """Names and values."""
+    made: str
+    """When, and by what."""
+    origins: Sequence[tuple[str, Table]]
+    """Where everything comes from."""
+
+
+def write_page(head: Head, shown: Sequence[Shown]) -> str:
+    """Return the page, with its figures, and with their pictures and numbers to be saved, inside."""
+    title = head.title
     links = "\n".join(f'<a href="#{one.figure.name}">{escape(one.figure.title)}</a>' for one in shown)
-    tiles = "\n".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
-    sections = "\n".join(_section(one, folder) for one in shown)
+    tiles = "\n".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in head.facts)
+    verdict = "\n".join(f"<p>{escape(sentence)}</p>" for sentence in head.verdict)
+    sections = "\n".join(_section(one) for one in shown)
+    origins = "\n".join(_table(name, table, "words") for name, table in head.origins)
     choices = "\n".join(_choice_rules(one) for one in shown if len(one.pictures) > 1)
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -81,28 +100,37 @@ def write_page(title: str, subtitle: str, facts: Sequence[tuple[str, str]], show
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)} · moeshard report</title>
-<style>{_STYLE}{choices}</style>
+<style>{_COLOURS}{_STYLE}{choices}</style>
 </head>
 <body>
 <main>
 <header>
 <h1>{escape(title)}</h1>
-<p class="faint">{escape(subtitle)}</p>
+<p class="faint">{escape(head.subtitle)}</p>
+<div class="verdict">
+{verdict}
+</div>
 <dl class="facts">
 {tiles}
 </dl>
 <nav aria-label="Figures">
 {links}
+<a href="#origins">Where this comes from</a>
 </nav>
 </header>
 {sections}
+<section id="origins">
+<h2>Where this comes from</h2>
+<p>{escape(head.made)}</p>
+{origins}
+</section>
 </main>
 </body>
 </html>
 """
 
 
-def _section(one: Shown, folder: str) -> str:
+def _section(one: Shown) -> str:
     figure = one.figure
     says = "\n".join(f"<p>{escape(text)}</p>" for text in figure.says)
     tables = "\n".join(_table(title, table) for title, table in figure.tables)
@@ -113,24 +141,29 @@ def _section(one: Shown, folder: str) -> str:
     return f"""<section id="{figure.name}">
 <h2>{escape(figure.title)}</h2>
 {says}
-{_pictures(one, folder)}
+{_pictures(one)}
 {tables}
 {quotes}
 </section>"""
 
 
-def _pictures(one: Shown, folder: str) -> str:
+def _saved(name: str, kind: str, data: bytes, label: str) -> str:
+    """A link that saves what it holds."""
+    return f'<a download="{name}" href="data:{kind};base64,{b64encode(data).decode()}">{label}</a>'
+
+
+def _pictures(one: Shown) -> str:
     figure = one.figure
-    data = f'<a href="{quote(folder)}/{figure.name}.csv">numbers (CSV)</a>'
+    data = _saved(f"{figure.name}.csv", "text/csv", figure.data.to_csv().encode(), "numbers (CSV)")
     single = len(one.pictures) == 1
     parts = []
     for index, (panel, picture) in enumerate(zip(figure.panels, one.pictures, strict=True)):
-        image = f'<a href="{quote(folder)}/{figure.stem(index)}.png">picture (PNG)</a>'
+        image = _saved(f"{figure.stem(index)}.png", "image/png", one.files[index], "picture (PNG)")
         name = "" if single else f' class="panel panel-{index}"'
         label = escape(panel.label)
         parts.append(
             f'<figure{name}><div class="wide">{picture}</div>\n'
-            f"<figcaption>{label} · {image} · {data}</figcaption></figure>"
+            f"<figcaption>{label} · {image}{f' · {data}' if index == 0 else ''}</figcaption></figure>"
         )
     if single:
         return parts[0]
@@ -147,6 +180,12 @@ def _pictures(one: Shown, folder: str) -> str:
     return f'<div class="chooser">\n{buttons}\n<div class="tabs">{labels}</div>\n' + "\n".join(parts) + "\n</div>"
 
 
+def _links(folder: str, figure: Figure, index: int) -> str:
+    """Links to the files of a panel."""
+    image = f'<a href="{folder}/{figure.stem(index)}.png">picture (PNG)</a>'
+    return f' · {image} · <a href="{folder}/{figure.name}.csv">numbers (CSV)</a>'
+
+
 def _choice_rules(one: Shown) -> str:
     """Style that shows the chosen panel of a figure, and its button as the chosen one."""
     rules = []
@@ -159,10 +198,10 @@ def _choice_rules(one: Shown) -> str:
     return "\n".join(rules)
 
 
-def _table(title: str, table: Table) -> str:
+def _table(title: str, table: Table, kind: str = "numbers") -> str:
     head = "".join(f"<th>{escape(str(cell))}</th>" for cell in table.header)
     rows = "\n".join(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in table.rows)
-    content = f"""<div class="wide"><table>
+    content = f"""<div class="wide"><table class="{kind}">
 <caption>{escape(title)}</caption>
 <thead><tr>{head}</tr></thead>
 <tbody>

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moeshard._core import MoeshardError
 from moeshard.evaluation.curve import Curve, curve_from_json
 from moeshard.evaluation.record import Evaluation, evaluation_from_json
 from moeshard.files.documents import parse_named, read_document
+from moeshard.files.text import readable_document
 from moeshard.gguf.identity import ModelIdentity
 from moeshard.planning.plan import Plan, plan_from_json
 from moeshard.profile.record import Profile, read_profile
@@ -24,6 +25,8 @@ class Sources:
     plan: Plan | None = None
     evaluation: Evaluation | None = None
     curve: Curve | None = None
+    files: dict[str, str] = field(default_factory=dict)
+    """Where each was read from, by the names above."""
 
     @property
     def model(self) -> ModelIdentity:
@@ -49,13 +52,13 @@ def read_sources(paths: Sequence[str | os.PathLike[str]]) -> Sources:
         if kind in found:
             raise MoeshardError(f"'{names[kind]}' and '{name}' are both {_ARTICLES[kind]}; give one")
         for other, known in found.items():
-            if known.model != value.model:
+            if not known.model.is_same(value.model):
                 raise MoeshardError(
                     f"'{names[other]}' is of the model {known.model}, but '{name}' is of {value.model}; give files of "
                     f"one model"
                 )
         found[kind], names[kind] = value, name
-    sources = Sources(**found)
+    sources = Sources(**found, files=names)
     if sources.plan is not None and sources.evaluation is not None:
         planned, scored = (
             [node.name for node in sources.plan.nodes],
@@ -79,8 +82,9 @@ _ARTICLES = {"profile": "a profile", "plan": "a plan", "evaluation": "an evaluat
 
 def _read(name: str) -> tuple[str, Any]:
     if _is_archive(name):
-        return "profile", read_profile(name)
-    document = read_document(name, "file")
+        profile = read_profile(name)
+        return "profile", replace(profile, domains=readable_document(profile.domains))
+    document = readable_document(read_document(name, "file"))
     for kind, parse in _PARSERS.items():
         if f"moeshard_{kind}" in document:
             return kind, parse_named(name, kind, document, parse)

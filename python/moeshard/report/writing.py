@@ -1,21 +1,23 @@
-"""Writing a report: the page, and beside it a folder with its figures as PNG and their numbers as CSV."""
+"""Writing a report: the page, which holds everything, and beside it a folder with figures as PNG and numbers as CSV."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from moeshard._core import MoeshardError
-from moeshard.files.atomic import write_atomically
+from moeshard.files.atomic import StrPath, check_outputs, made_folder, write_together
 from moeshard.report.drawing import render, require_matplotlib
 from moeshard.report.figure import Figure, counted, nats
 from moeshard.report.figures.curve import loss_curve
 from moeshard.report.figures.evaluation import comparison, loops, loss_matrix
 from moeshard.report.figures.plan import captured_matrix, keep_curve, overlap
 from moeshard.report.figures.profile import concentrated, heat, outstanding
-from moeshard.report.page import Shown, write_page
+from moeshard.report.origins import origins
+from moeshard.report.page import Head, Shown, write_page
 from moeshard.report.sources import Sources
+from moeshard.report.summary import summary
 
 
 def figures(sources: Sources) -> list[Figure]:
@@ -57,38 +59,65 @@ def write_report(sources: Sources, path: str | os.PathLike[str], *, force: bool 
         force: whether existing files are replaced. Other files in the folder are left alone.
 
     Returns:
-        The figures of the page.
+        The figures of the page. All of its files are there when all are complete, or none is.
 
     Raises:
-        MoeshardError: matplotlib is missing, there is nothing to show, or a file exists or cannot be written.
+        MoeshardError: matplotlib is missing, there is nothing to show, or a file exists, is one of those that the
+            sources were read from, or cannot be written.
     """
-    require_matplotlib()
+    made = _some_figures(sources)
     page, folder = Path(path), folder_of(path)
-    for place in (page, folder):
-        if place.exists() and not force:
-            raise MoeshardError(
-                f"{place}: exists already; choose another name, or replace it with --force (force=True)"
-            )
+    check_outputs([page], sources.files.values(), force=force)
+    if folder.is_dir():
+        check_outputs([folder / name for name in _names(made)], sources.files.values(), force=force)
+    elif os.path.lexists(folder):
+        raise MoeshardError(f"{folder}: is not a folder; figures are to be written into it: choose another name")
+    shown, files = _draw(made)
+    text = _page(sources, shown)
+    with made_folder(folder):
+        places: dict[StrPath, bytes | str] = {folder / name: data for name, data in files.items()}
+        write_together(places | {page: text}, inputs=sources.files.values(), force=force)
+    return made
+
+
+def report_page(sources: Sources) -> str:
+    """Return the page alone: see `write_report`."""
+    shown, _ = _draw(_some_figures(sources))
+    return _page(sources, shown)
+
+
+def _page(sources: Sources, shown: Sequence[Shown]) -> str:
+    head = Head(_title(sources), _subtitle(sources), summary(sources), _facts(sources), *origins(sources))
+    return write_page(head, shown)
+
+
+def _some_figures(sources: Sources) -> list[Figure]:
+    require_matplotlib()
     made = figures(sources)
     if not made:
         raise MoeshardError("there is nothing to show: give a profile as well")
-    shown = []
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise MoeshardError(f"cannot make the folder '{folder}': {error.strerror or error}") from error
-    for figure in made:
-        pictures = []
-        for index, panel in enumerate(figure.panels):
-            svg, png = render(panel, figure.stem(index), f"{figure.title}: {panel.label}")
-            pictures.append(svg)
-            write_atomically(folder / f"{figure.stem(index)}.png", png, force=force)
-        write_atomically(folder / f"{figure.name}.csv", figure.data.to_csv(), force=force)
-        shown.append(Shown(figure, pictures))
-    write_atomically(
-        page, write_page(_title(sources), _subtitle(sources), _facts(sources), shown, folder.name), force=force
-    )
     return made
+
+
+def _names(made: Sequence[Figure]) -> Iterator[str]:
+    """The files of the folder."""
+    for figure in made:
+        yield from (f"{figure.stem(index)}.png" for index in range(len(figure.panels)))
+        yield f"{figure.name}.csv"
+
+
+def _draw(made: Sequence[Figure]) -> tuple[list[Shown], dict[str, bytes | str]]:
+    """Return what the page shows, and the files of the folder by name."""
+    shown = []
+    files: list[bytes | str] = []
+    for figure in made:
+        drawn = [
+            render(panel, figure.stem(index), f"{figure.title}: {panel.label}")
+            for index, panel in enumerate(figure.panels)
+        ]
+        shown.append(Shown(figure, [svg for svg, _ in drawn], [png for _, png in drawn]))
+        files += [*(png for _, png in drawn), figure.data.to_csv()]
+    return shown, dict(zip(_names(made), files, strict=True))
 
 
 def _title(sources: Sources) -> str:
@@ -98,7 +127,7 @@ def _title(sources: Sources) -> str:
 def _subtitle(sources: Sources) -> str:
     model = sources.model
     routing = f"{counted(len(model.moe_layers), 'layer')} with {counted(model.n_expert, 'expert')} each"
-    return f"{model.arch}, {routing}; fingerprint {model.fingerprint}"
+    return f"{model.arch}, {routing}"
 
 
 def _facts(sources: Sources) -> list[tuple[str, str]]:

@@ -17,9 +17,10 @@ from moeshard._core import MoeshardError
 from moeshard.arrays import TokensLike
 from moeshard.runtime.chat import Chat
 from moeshard.runtime.contexts import ContextPool
+from moeshard.runtime.facts import ModelFacts
 from moeshard.runtime.generation import Generation, generation_options
-from moeshard.runtime.limits import MAX_INT32
-from moeshard.runtime.origin import find_origin
+from moeshard.runtime.limits import DEFAULT_CTX, MAX_INT32
+from moeshard.runtime.origin import Origin, find_origin
 from moeshard.runtime.session import Session, as_tokens
 from moeshard.runtime.template import Message
 from moeshard.runtime.trace import ChunkSink, Trace, TraceBuilder
@@ -27,16 +28,13 @@ from moeshard.runtime.trace import ChunkSink, Trace, TraceBuilder
 if TYPE_CHECKING:
     from moeshard.keep.text import KeepSpec
 
-# Of the models that run here most were trained on far more than fits; a longer text gets a longer context by itself.
-DEFAULT_CTX = 4096
 
-
-class Model:
+class Model(ModelFacts):
     """A GGUF model in llama.cpp. Safe to use from several threads; computing releases the GIL."""
 
     def __init__(
         self,
-        path: str | os.PathLike[str] | None = None,
+        path: str | os.PathLike[str] | Origin | None = None,
         *,
         keep: KeepSpec | None = None,
         trunk: str | os.PathLike[str] | None = None,
@@ -53,7 +51,7 @@ class Model:
         """Load a model.
 
         Args:
-            path: a GGUF file, or the first part (``-00001-of-0000N.gguf``) of one.
+            path: a GGUF file, or the first part (``-00001-of-0000N.gguf``) of one; or segments of files.
             keep: load only these experts, as `moeshard.split` would write them but without a file: only their bytes are
                 read, and the memory used is that of the shard. The model then has that many experts, numbered anew in
                 their order: see `expert_ids`. Layers may keep different numbers of them.
@@ -104,104 +102,9 @@ class Model:
         self.close()
 
     @property
-    def _native(self) -> _core.Model:
-        if self._loaded is None:
-            raise MoeshardError(f"{self._origin.path}: the model is closed; load it again")
-        return self._loaded
-
-    @property
     def load_options(self) -> dict[str, Any]:
         """How to load another model that is to run as this one does: further arguments of `Model`."""
         return {"n_ctx": self._n_ctx, **self._load_options, **self._context_options}
-
-    # What the model is.
-
-    @property
-    def path(self) -> str:
-        return self._origin.path
-
-    @property
-    def routing(self) -> _core.Routing:
-        """Layers, experts, experts per token and expert groups, as the engine uses them."""
-        return self._native.routing
-
-    @cached_property
-    def layout(self) -> _core.MoeLayout:
-        """What of the loaded weights depends on experts, and their bytes."""
-        return self._origin.layout()
-
-    @cached_property
-    def expert_ids(self) -> npt.NDArray[np.int32]:
-        """Int32 (n_layer, n_expert): which expert of the whole model each expert of this one is.
-
-        The numbers themselves for a whole model, those kept, ascending, for a shard; -1 in layers without experts, and
-        behind the last where a layer of a shard holds fewer than others.
-        """
-        ids = np.full((self.n_layer, self.n_expert), -1, dtype=np.int32)
-        held = self._origin.held
-        for layer in self.moe_layers:
-            own = np.arange(self.n_expert) if held is None else np.flatnonzero(held[layer])
-            ids[layer, : own.size] = own
-        return ids
-
-    @property
-    def arch(self) -> str:
-        """The architecture's name in llama.cpp, e.g. ``qwen3moe``."""
-        return self.layout.arch
-
-    @property
-    def description(self) -> str:
-        """Architecture, size and file type in one line."""
-        return self._native.description
-
-    @property
-    def n_layer(self) -> int:
-        """Blocks of the model: the rows of a keep."""
-        return self.routing.n_layer
-
-    @property
-    def n_expert(self) -> int:
-        """Experts per MoE layer: the columns of a keep. 0 for a dense model.
-
-        In a shard whose layers hold different numbers (``routing.expert_counts``) it is the largest of them, and what a
-        keep says of experts that a layer does not have carries no meaning.
-        """
-        return self.routing.n_expert
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether no expert of the model was left out."""
-        held = self._origin.held
-        return held is None or bool(held[self.moe_layers].all())
-
-    @property
-    def n_expert_used(self) -> int:
-        """Experts that each token uses (of the widest layer where layers differ: see ``routing``)."""
-        return max(self.routing.n_expert_used, default=0)
-
-    @property
-    def moe_layers(self) -> list[int]:
-        """The layers that route, ascending."""
-        return self.routing.moe_layers
-
-    @property
-    def n_vocab(self) -> int:
-        return self._native.n_vocab
-
-    @property
-    def n_ctx_train(self) -> int:
-        """TokensLike of context that the model was trained on."""
-        return self._native.n_ctx_train
-
-    @property
-    def trunk_bytes(self) -> int:
-        """Bytes of all tensors that are not routed experts."""
-        return self.layout.trunk_bytes
-
-    @property
-    def expert_bytes(self) -> int:
-        """Bytes of all routed experts."""
-        return self.layout.expert_bytes
 
     # Text and tokens.
 
@@ -216,9 +119,17 @@ class Model:
         """Return the text of the tokens; bytes that are no UTF-8 become U+FFFD. `special` shows control tokens."""
         return self._native.detokenize(as_tokens(tokens), special).decode("utf-8", errors="replace")
 
+    def token_bytes(self, token: int) -> bytes:
+        """Return what a token reads, a control token too; a piece of a character, maybe."""
+        return self._native.detokenize([token], True)
+
     def is_end(self, token: int) -> bool:
         """Whether the model ends its answer with this token."""
         return self._native.is_end_of_generation(token)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._native.has_chat_template
 
     def chat_prompt(self, messages: Sequence[Message], *, template: str = "", answer: bool = True) -> str:
         """Format messages ``{"role": …, "content": …}`` as the model's chat template does, as transformers renders it.
@@ -395,7 +306,7 @@ class Model:
         :class:`Trace` for shapes. For texts that should not be held in memory whole, see :meth:`trace_stream`.
         """
         array = as_tokens(tokens)
-        builder = TraceBuilder(self.moe_layers, len(array), self.n_expert_used, self.n_expert, probs=probs, norms=norms)
+        builder = TraceBuilder(self.routing, len(array), self.n_expert_used, probs=probs, norms=norms)
         self.trace_stream(array, builder.add, keep, probs=probs, norms=norms)
         return builder.build()
 
@@ -417,6 +328,17 @@ class Model:
             if keep is not None:
                 session.set_keep(keep)
             session.trace({0: array}, sink, probs=probs, norms=norms)
+
+    @cached_property
+    def computed_layers(self) -> list[int]:
+        """Of `moe_layers`, those in which a token is routed, found by computing one.
+
+        Not so are blocks that predict further tokens, and layers whose router an architecture loads and does not use:
+        nothing is measured in them, and no loss comes from them.
+        """
+        found: set[int] = set()
+        self.trace_stream([0], lambda chunk: found.update(layer.layer for layer in chunk.layers))
+        return sorted(found)
 
     def session(self, n_seq: int = 1, n_ctx: int | None = None) -> Session:
         """Return `n_seq` sequences of `n_ctx` tokens each, to be decoded in shared batches under a keep each."""

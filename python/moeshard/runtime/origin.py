@@ -49,9 +49,15 @@ class Origin:
 
 
 def find_origin(
-    path: StrPath | None, keep: KeepSpec | None, trunk: StrPath | None, experts: StrPath | None, n_expert_used: int
+    path: StrPath | Origin | None,
+    keep: KeepSpec | None,
+    trunk: StrPath | None,
+    experts: StrPath | None,
+    n_expert_used: int,
 ) -> Origin:
     """Read the arguments of `moeshard.Model`. Headers are read, no weights."""
+    if isinstance(path, Origin):
+        return path
     if path is not None and trunk is None and experts is None:
         name = os.fspath(path)
         return _file(name) if keep is None else _part_of(name, keep, n_expert_used)

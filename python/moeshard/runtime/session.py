@@ -33,10 +33,10 @@ class Statistics:
     """float64 (S, M), nats."""
     peak: npt.NDArray[np.float32]
     """float32 (M, E)."""
-    together: npt.NDArray[np.int32]
-    """int32 (M, E, E)."""
-    cosaliency: npt.NDArray[np.float32]
-    """float32 (M, E, E)."""
+    together: npt.NDArray[np.int32] | None
+    """int32 (M, E, E); None of a measurement without pairs."""
+    cosaliency: npt.NDArray[np.float32] | None
+    """float32 (M, E, E); None of a measurement without pairs."""
 
 
 class Session:
@@ -87,7 +87,7 @@ class Session:
 
         `outputs` is ``"last"``: (1, n_vocab) after the last token; ``"all"``: (n_tokens, n_vocab); ``"none"``:
         (0, n_vocab). A call that fails (a full sequence, an abort) leaves the sequences as they were; where the model's
-        memory cannot be rolled back (recurrent layers), those that it had begun to compute are empty afterwards (`n_past`).
+        memory cannot be rolled back (recurrent layers), those that it had begun are empty afterwards (see `n_past`).
         """
         inputs = [(seq, as_tokens(ids)) for seq, ids in tokens.items()]
         with self._lease.computing() as context:
@@ -102,15 +102,21 @@ class Session:
             context.trace(inputs, chunk_sink(sink), probs, norms)
 
     def measure(
-        self, tokens: Mapping[int, TokensLike], layers: Sequence[int], *, scores_are_logits: bool = False
+        self,
+        tokens: Mapping[int, TokensLike],
+        layers: Sequence[int],
+        *,
+        scores_are_logits: bool = False,
+        pairs: bool = True,
     ) -> Statistics:
         """Append tokens and return sums over their routing: what `trace` would hand out, added up by the core.
 
-        `scores_are_logits` says that the router's scores have yet to go through a softmax.
+        `scores_are_logits` says that the router's scores have yet to go through a softmax. `pairs` are the sums over
+        pairs of experts, of E times as many numbers as all others together.
         """
         inputs = [(seq, as_tokens(ids)) for seq, ids in tokens.items()]
         with self._lease.computing() as context:
-            return Statistics(*context.measure(inputs, list(layers), scores_are_logits))
+            return Statistics(*context.measure(inputs, list(layers), scores_are_logits, pairs))
 
     def reset(self, seq: int | None = None) -> None:
         """Empty a sequence, or all of them; keeps stay."""

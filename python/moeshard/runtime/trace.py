@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from moeshard._core import MoeshardError, Routing
 from moeshard.arrays import Floats, Ids
+from moeshard.keep.text import format_ids
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,18 @@ class Trace:
     the logits where the softmax is taken after the selection. A dropped expert has 0 (-inf among logits)."""
     norms: Floats | None = None
     """float32 (len(layers), n_tokens, top_k): the L2 norm of each chosen expert's output before it is weighted."""
+    weighs_inputs: bool = False
+    """The weights were applied to the inputs (Llama 4), so that `norms` hold them."""
+
+    def contributions(self) -> npt.NDArray[np.float64]:
+        """Return float64 (len(layers), n_tokens, top_k): the norm of what each chosen expert adds to its token.
+
+        Weight times norm, or the norm where it holds the weight. Raises MoeshardError for a trace without norms.
+        """
+        if self.norms is None:
+            raise MoeshardError("what experts contribute needs their norms; ask for them: trace(…, norms=True)")
+        norms = self.norms.astype(np.float64)
+        return norms if self.weighs_inputs else self.weights * norms
 
 
 ChunkSink = Callable[[TraceChunk], None]
@@ -73,7 +87,8 @@ def chunk_sink(sink: ChunkSink) -> Callable[..., None]:
 class TraceBuilder:
     """Collects the chunks of one sequence into a :class:`Trace`."""
 
-    def __init__(self, layers: list[int], n_tokens: int, n_used: int, n_expert: int, *, probs: bool, norms: bool):
+    def __init__(self, routing: Routing, n_tokens: int, n_used: int, *, probs: bool, norms: bool):
+        layers = routing.moe_layers
         rows = (len(layers), n_tokens)
         self._index = {layer: i for i, layer in enumerate(layers)}
         self._seen = np.zeros(rows, dtype=bool)
@@ -81,8 +96,9 @@ class TraceBuilder:
             tuple(layers),
             np.full((*rows, n_used), -1, dtype=np.int32),
             np.zeros((*rows, n_used), dtype=np.float32),
-            np.zeros((*rows, n_expert), dtype=np.float32) if probs else None,
+            np.zeros((*rows, routing.n_expert), dtype=np.float32) if probs else None,
             np.zeros((*rows, n_used), dtype=np.float32) if norms else None,
+            routing.weighs_inputs,
         )
 
     def add(self, chunk: TraceChunk) -> None:
@@ -104,15 +120,31 @@ class TraceBuilder:
                 self._trace.norms[i, where, :k] = layer.norms
 
     def build(self) -> Trace:
-        """Return the trace without the layers that were never computed (next-token-prediction blocks)."""
+        """Return the trace without the layers that were never computed; see `Model.computed_layers`."""
         ran: npt.NDArray[np.bool_] = np.asarray(self._seen.any(axis=1))
-        if bool(ran.all()):
-            return self._trace
         trace = self._trace
-        return Trace(
-            tuple(layer for layer, there in zip(trace.layers, ran, strict=True) if there),
-            trace.ids[ran],
-            trace.weights[ran],
-            None if trace.probs is None else trace.probs[ran],
-            None if trace.norms is None else trace.norms[ran],
+        if bool(ran.all()):
+            return trace
+        return replace(
+            trace,
+            layers=tuple(layer for layer, there in zip(trace.layers, ran, strict=True) if there),
+            ids=trace.ids[ran],
+            weights=trace.weights[ran],
+            probs=None if trace.probs is None else trace.probs[ran],
+            norms=None if trace.norms is None else trace.norms[ran],
+        )
+
+
+def check_finite(path: str, layer: int, experts: npt.NDArray[np.integer]) -> None:
+    """Raise a `MoeshardError` where experts, ascending ids, gave outputs that are not finite.
+
+    Called layer by layer: the first one is where it began. They cannot be left out: through the residual stream such an
+    output is in all that the model computes after it.
+    """
+    if experts.size:
+        named = f"expert {experts[0]}" if experts.size == 1 else f"experts {format_ids(experts)}"
+        raise MoeshardError(
+            f"{path}: layer {layer}, {named}: outputs that are not finite (NaN or infinity); nothing after them can be "
+            f"measured. The file is damaged, or was converted with values that its type cannot hold: get or convert it "
+            f"again"
         )

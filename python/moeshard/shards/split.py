@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 
 import moeshard._core as _core
 from moeshard._core import GGUFMap, MoeshardError, SegmentList
+from moeshard.files.atomic import made_folder
 from moeshard.gguf.identity import ModelIdentity, identify, no_experts
 from moeshard.keep.text import Keep, KeepSpec, held_range, parse_keep
 from moeshard.planning.plan import Plan, PlanNode
@@ -65,6 +67,8 @@ def split(
     trunk_once: bool = False,
     max_file_size: int | None = None,
     only: int | None = None,
+    write_plan: bool = False,
+    inputs: Sequence[str | os.PathLike[str]] = (),
     dry_run: bool = False,
     force: bool = False,
     jobs: int = 0,
@@ -89,6 +93,8 @@ def split(
             ``moeshard.Model(trunk=…, experts=…)``.
         max_file_size: bytes; a larger shard becomes several numbered parts.
         only: write this shard alone (from 0).
+        write_plan: into the folder also write ``plan.json``, which says what each shard holds.
+        inputs: files that the keeps were read from: none of them is replaced.
         dry_run: lay everything out, say what would be written, and write nothing.
         force: replace existing files.
         jobs: threads that copy; 0 for as many as are useful.
@@ -114,11 +120,14 @@ def split(
     nodes = _chosen(plan.nodes, only)
     laid_out = lay_out(source, plan, nodes, out, single, clamp, per_layer, trunk_once, max_file_size or 0)
     if not dry_run:
-        if not single:
-            _make_folder(out)
-        files = [segments for shard in laid_out for segments in shard.files]
+        files: list[SegmentList | bytes] = [segments for shard in laid_out for segments in shard.files]
         paths = [path for shard in laid_out for path in shard.facts.paths]
-        _core.write_segments(files, paths, force=force, jobs=jobs, progress=progress)
+        plan_path = os.path.join(out, PLAN_FILE)
+        if write_plan and not single and _plan_is_new(plan, plan_path, inputs, force):
+            files.append(plan.to_json().encode())
+            paths.append(plan_path)
+        with nullcontext() if single else made_folder(out):
+            _core.write_segments(files, paths, force=force, jobs=jobs, inputs=inputs, progress=progress)
     return [shard.facts for shard in laid_out]
 
 
@@ -231,8 +240,16 @@ def shard_name(model: str, node: str) -> str:
     return re.sub(r"-\d{5,}-of-\d{5,}$", "", Path(model).stem) + f".{node}.gguf"
 
 
-def _make_folder(path: str | os.PathLike[str]) -> None:
+def _plan_is_new(plan: Plan, path: str, inputs: Sequence[str | os.PathLike[str]], force: bool) -> bool:
+    """Whether a plan is to be written beside its shards; where another one lies there, an error comes first."""
+    if not os.path.isfile(path):
+        return True
+    if any(os.path.exists(read) and os.path.samefile(read, path) for read in inputs):
+        return False
     try:
-        os.makedirs(path, exist_ok=True)
+        same = Path(path).read_bytes() == plan.to_json().encode()
     except OSError as error:
-        raise MoeshardError(f"cannot make the folder '{os.fspath(path)}': {error.strerror}") from error
+        raise MoeshardError(f"{path}: cannot read: {error.strerror}") from error
+    if not same and not force:
+        raise MoeshardError(f"{path}: is another plan; choose another folder, or replace it with --force (force=True)")
+    return not same

@@ -4,37 +4,18 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 import moeshard._core as _core
 from moeshard._core import GGUFMap, MoeshardError, SegmentList, ShardFacts
-from moeshard.gguf.identity import fingerprint
+from moeshard.gguf.fingerprint import fingerprint, same_fingerprint
 from moeshard.keep.text import held_range
 from moeshard.progress import Progress
 
-# Of the largest logit. Without some experts, sums are made in another order (a softmax over fewer numbers, a product
-# with fewer rows), which changes last bits. That alone is 2e-6, but KV caches are in half precision, and what experts
-# read is rounded as their weights are: there a last bit can move a number by a whole step. Another expert is more.
-ROUNDING = 5e-3
-ROUNDING_QUANTISED = 6e-2
-LOGIT_TOKENS = 128
-
-
-@dataclass(frozen=True)
-class LogitCheck:
-    """A shard beside the whole model under its keep, on the same tokens."""
-
-    n_tokens: int
-    largest_difference: float
-    """Of the largest absolute logit; 0: bit for bit."""
-    allowed: float
-    same_choice: float
-    """Share of the tokens for which both find the same next token likeliest."""
-
-    @property
-    def agrees(self) -> bool:
-        return self.largest_difference <= self.allowed
+if TYPE_CHECKING:
+    from moeshard.shards.logits import LogitCheck
 
 
 @dataclass(frozen=True)
@@ -81,68 +62,54 @@ def verify(
         raise MoeshardError(f"{file.path}: is not a shard: it does not say which experts it holds; nothing to verify")
     model = source if isinstance(source, GGUFMap) else GGUFMap(source)
     notes = dict(facts.notes)
-    if notes.get("fingerprint", "") != fingerprint(model):
+    if not same_fingerprint(notes.get("fingerprint", ""), fingerprint(model)):
         raise MoeshardError(f"{file.path}: was not taken from {model.path}: their fingerprints differ")
+    if logits and facts.kind != "shard":
+        raise MoeshardError(f"{file.path}: logits need a whole shard, this is a file of kind '{facts.kind}'")
     _compare(file, lay_out_again(model, file, facts), model, facts, progress)
     fewest, most = held_range(facts.keep, facts.layers) if facts.kind != "trunk" else (0, 0)
     check = None
     if logits:
-        if facts.kind != "shard":
-            raise MoeshardError(f"{file.path}: logits need a whole shard, this is a file of kind '{facts.kind}'")
-        check = compare_logits(file, model, facts, n_threads)
+        from moeshard.shards.logits import compare_logits
+
+        (one_file,) = lay_out_again(model, file, facts, max_file_size=0)
+        check = compare_logits(file, model, facts, one_file, n_threads)
     size = sum(part.size for part in file.parts)
     return Verification(file.path, facts.kind, size, most, fewest, facts.n_expert, check)
 
 
-def lay_out_again(model: GGUFMap, file: GGUFMap, facts: ShardFacts) -> list[SegmentList]:
-    """Return the segments of the files that `file` consists of, from the source and the shard's own facts."""
-    used_key = f"{file.moe_layout().arch}.expert_used_count"
-    changed = f"moeshard.source.{used_key}" in file.metadata
-    used = int(np.max(file.metadata[used_key])) if changed else 0
+def lay_out_again(
+    model: GGUFMap, file: GGUFMap, facts: ShardFacts, *, max_file_size: int | None = None
+) -> list[SegmentList]:
+    """Return the segments of the files that `file` consists of, from the source and the shard's own facts.
+
+    `max_file_size` asks for files of another size: 0 for one.
+    """
+    one_number, clamp = experts_used(file)
+    largest = max(part.size for part in file.parts) if len(file.parts) > 1 else 0
     files = _core.shard_segments(
         model,
         facts.keep if facts.kind != "trunk" else None,
         kind=facts.kind,
-        n_expert_used=used,
+        n_expert_used=one_number,
+        clamp=clamp,
         per_layer=True,
-        max_file_size=max(part.size for part in file.parts) if len(file.parts) > 1 else 0,
+        max_file_size=largest if max_file_size is None else max_file_size,
         notes=facts.notes,
     )
-    if len(files) != len(file.parts):
+    if max_file_size is None and len(files) != len(file.parts):
         raise MoeshardError(f"{file.path}: has {len(file.parts)} parts, but would be written as {len(files)}")
     return files
 
 
-def compare_logits(file: GGUFMap, source: GGUFMap, facts: ShardFacts, n_threads: int) -> LogitCheck:
-    """Run the shard, and the whole model under the shard's keep, on the same pseudo-random tokens."""
-    from moeshard.runtime.model import Model
-
-    shard = Model(file.path, n_threads=n_threads)
-    n_tokens = min(LOGIT_TOKENS, shard.n_ctx_train or LOGIT_TOKENS)
-    tokens = np.random.default_rng(0).integers(0, shard.n_vocab, n_tokens, dtype=np.int32)
-    ours = shard.logits(tokens)
-    used = facts_used(file)
-    whole = Model(source.path, n_threads=n_threads, n_expert_used=used)
-    theirs = whole.logits(tokens, facts.keep)
-    scale = float(np.abs(theirs).max())
-    return LogitCheck(
-        n_tokens=n_tokens,
-        largest_difference=float(np.abs(ours - theirs).max()) / scale if scale > 0 else 0.0,
-        allowed=_allowed(source),
-        same_choice=float((ours.argmax(axis=1) == theirs.argmax(axis=1)).mean()),
-    )
-
-
-def _allowed(source: GGUFMap) -> float:
-    """Return how far apart the logits may be, of the largest."""
-    quantised = any(info.type not in ("f32", "f16", "bf16") for info in source.tensor_infos)
-    return ROUNDING_QUANTISED if quantised else ROUNDING
-
-
-def facts_used(file: GGUFMap) -> int | None:
-    """Return the experts per token that the shard asks for where that is not what its model does."""
-    key = f"{file.moe_layout().arch}.expert_used_count"
-    return int(np.max(file.metadata[key])) if f"moeshard.source.{key}" in file.metadata else None
+def experts_used(file: GGUFMap) -> tuple[int, bool]:
+    """Return how a shard was told to use other experts per token than its model: a number of them, or to clamp."""
+    layout = file.moe_layout()
+    if f"moeshard.source.{layout.arch}.expert_used_count" not in file.metadata:
+        return 0, False
+    used = {n for n in layout.n_expert_used if n > 0}
+    # Layers that still use different numbers were not given one.
+    return (used.pop(), False) if len(used) == 1 else (0, True)
 
 
 def _compare(

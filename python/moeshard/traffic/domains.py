@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeshard._core import MoeshardError
 from moeshard.arrays import Tokens
+from moeshard.files.text import readable
 from moeshard.traffic.embedded import Part, embedded_domains, embedded_text
 
 if TYPE_CHECKING:
@@ -33,6 +36,10 @@ class Conversation(str):
 def tokens_of(model: Model, document: str) -> Tokens:
     """Return int32 (n,): a document of a domain as a model reads it."""
     return document.tokens if isinstance(document, Conversation) else model.tokenize(document)
+
+
+class TextWarning(UserWarning):
+    """Something of a chat was not read."""
 
 
 @dataclass(frozen=True)
@@ -72,27 +79,37 @@ def read_texts(
     Args:
         files: UTF-8 texts; the domain's name is the file's without its ending where none is given.
         chats: files with a JSON object per line, ``{"messages": [{"role": …, "content": …}, …]}``; each becomes a
-            document in the model's chat template.
+            document in the model's chat template. A content may also be a list of parts, of which those of type
+            ``text`` are read, or null beside tool calls.
         model: for the template.
         template: instead of the model's own; see `moeshard.Model.chat_prompt`.
+
+    Warns:
+        TextWarning: of what was not read of a chat, such as images and tool calls.
 
     Raises:
         MoeshardError: a file cannot be read, is empty, or a line of a chat is not one; it names file and line.
     """
     found: dict[str, list[str]] = {}
     for spec in files:
-        name, separator, path = spec.partition("=")
-        if not separator or os.path.isfile(spec):
-            name, path = Path(spec).stem, spec
-        if not name:
-            raise MoeshardError(f"text '{spec}': there is no name before the '='; write NAME=FILE")
+        name, path = name_and_path(spec)
         text = _read(path)
         if not text.strip():
             raise MoeshardError(f"text '{path}' is empty")
-        found.setdefault(name, []).append(text)
+        found.setdefault(readable(name), []).append(text)
     for chat in chats:
-        found.setdefault(Path(chat).stem, []).extend(_read_chat(os.fspath(chat), model, template))
+        found.setdefault(readable(Path(chat).stem), []).extend(_read_chat(os.fspath(chat), model, template))
     return [Domain(name, tuple(texts)) for name, texts in found.items()]
+
+
+def name_and_path(spec: str) -> tuple[str, str]:
+    """Return the domain that a text ``FILE`` or ``NAME=FILE`` belongs to, and the file."""
+    name, separator, path = spec.partition("=")
+    if not separator or os.path.isfile(spec):
+        return Path(spec).stem, spec
+    if not name:
+        raise MoeshardError(f"text '{spec}': there is no name before the '='; write NAME=FILE")
+    return name, path
 
 
 def embedded_traffic(part: Part) -> list[Domain]:
@@ -123,10 +140,15 @@ def _read(path: str) -> str:
 
 def _read_chat(path: str, model: Model | None, template: str) -> list[str]:
     documents: list[str] = []
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    skipped: Counter[str] = Counter()
+    # Only there: JSON strings may hold other line separators, such as U+2028.
+    for number, line in enumerate(_read(path).split("\n"), 1):
         if not line.strip():
             continue
-        messages = _messages(line, f"{path}, line {number}")
+        messages = _messages(line, f"{path}, line {number}", skipped)
+        if not any(message["content"].strip() for message in messages):
+            skipped["empty chat"] += 1
+            continue
         if model is None:
             raise MoeshardError(f"chat '{path}' needs a model, whose chat template it is written in")
         try:
@@ -137,20 +159,54 @@ def _read_chat(path: str, model: Model | None, template: str) -> list[str]:
         except MoeshardError as error:
             raise MoeshardError(f"{path}, line {number}: {error}") from error
     if not documents:
-        raise MoeshardError(f"chat '{path}' is empty")
+        raise MoeshardError(f"chat '{path}' is empty" + (" but for what is no text" if skipped else ""))
+    if skipped:
+        listed = ", ".join(f"{count} {what}{'' if count == 1 else 's'}" for what, count in sorted(skipped.items()))
+        warnings.warn(f"chat '{path}': not read: {listed}", TextWarning, stacklevel=3)  # where read_texts was called
     return documents
 
 
-def _messages(line: str, where: str) -> list[dict[str, str]]:
+def _messages(line: str, where: str, skipped: Counter[str]) -> list[dict[str, str]]:
     try:
         value: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise MoeshardError(f"{where}: is not JSON: {error}") from error
     messages = value.get("messages") if isinstance(value, dict) else None
-    good = isinstance(messages, list) and bool(messages)
-    for message in messages if good and messages else []:
-        good = good and isinstance(message, dict)
-        good = good and all(isinstance(message.get(key), str) for key in ("role", "content"))
-    if not good or messages is None:
-        raise MoeshardError(f'{where}: expected {{"messages": [{{"role": "user", "content": "…"}}, …]}}')
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    if not isinstance(messages, list) or not messages:
+        raise MoeshardError(f"{where}: expected {_CHAT}")
+    return [_message(message, where, skipped) for message in messages]
+
+
+_CHAT = '{"messages": [{"role": "user", "content": "…"}, …]}'
+
+
+def _message(message: Any, where: str, skipped: Counter[str]) -> dict[str, str]:
+    role = message.get("role") if isinstance(message, dict) else None
+    if not isinstance(role, str):
+        raise MoeshardError(f"{where}: expected {_CHAT}")
+    content, calls = message.get("content"), message.get("tool_calls")
+    if calls:
+        skipped["tool call"] += len(calls) if isinstance(calls, list) else 1
+    if isinstance(content, str):
+        text = content
+    elif isinstance(content, list):
+        text = "\n".join(_parts(content, where, skipped))  # as llama.cpp joins them
+    elif content is None and ("content" in message or calls):
+        text = ""
+    else:
+        raise MoeshardError(f"{where}: expected {_CHAT}")
+    shown = readable(text)
+    if shown != text:
+        skipped["lone surrogate"] += sum(a != b for a, b in zip(text, shown, strict=True))
+    return {"role": readable(role), "content": shown}
+
+
+def _parts(parts: list[Any], where: str, skipped: Counter[str]) -> Iterator[str]:
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            yield part["text"]
+        elif isinstance(kind, str) and kind != "text":
+            skipped[f"'{readable(kind)}' part"] += 1
+        else:
+            raise MoeshardError(f'{where}: expected parts such as {{"type": "text", "text": "…"}} in a content')

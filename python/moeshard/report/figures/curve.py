@@ -13,8 +13,9 @@ from moeshard.evaluation.curve import RULE, Curve, Point, rule_of_thumb
 from moeshard.evaluation.record import Evaluation
 from moeshard.evaluation.scores import Scores
 from moeshard.planning.plan import Plan
-from moeshard.report.drawing import COLOURS, FAINT, INK, MARK, shortened
-from moeshard.report.figure import Cell, Figure, Panel, Table, between, nats, percent, times
+from moeshard.report.colours import COLOURS, FAINT, INK, MARK
+from moeshard.report.drawing import shortened
+from moeshard.report.figure import Cell, Figure, Panel, Table, between, nats, percent, times, warnings
 from moeshard.report.figures.plan import held
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def draw_curve(canvas: Canvas, curve: Curve) -> None:
             for domain in curve.domains:
                 own = [point.scores.domains[domain].excess for point in points]
                 top = max(top, *own)
-                axes.plot(keep, own, color=FAINT, alpha=0.55, linewidth=0.9, zorder=2)
+                axes.plot(keep, own, color=FAINT, linewidth=0.7, zorder=2)
         top = max(top, high.max())
         # An interval by percentiles need not hold the mean, where it is as narrow as rounding.
         spread = np.maximum([excess - low, high - excess], 0)
@@ -158,6 +159,7 @@ def loss_curve(curve: Curve, plan: Plan | None, evaluation: Evaluation | None) -
         f"A rule of thumb says that {RULE[0]} to {RULE[1]} times the experts that a token uses are enough: "
         f"{RULE[0] * used} to {RULE[1] * used} of {n_expert} here. Measured, for one node that serves all domains:",
         *rule_of_thumb(curve),
+        *warnings(curve.likeness),
     ]
     if evaluation is not None and nodes:
         says.append(

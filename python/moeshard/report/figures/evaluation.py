@@ -9,8 +9,21 @@ import numpy as np
 
 from moeshard.evaluation.record import Evaluation
 from moeshard.evaluation.scores import Scores
-from moeshard.report.drawing import COLOURS, FAINT, MARK, intervals, matrix
-from moeshard.report.figure import Cell, Figure, Panel, Table, between, counted, nats, percent, short_nats, times
+from moeshard.report.colours import COLOURS, FAINT, MARK
+from moeshard.report.drawing import intervals, matrix
+from moeshard.report.figure import (
+    Cell,
+    Figure,
+    Panel,
+    Table,
+    between,
+    counted,
+    nats,
+    percent,
+    short_nats,
+    times,
+    warnings,
+)
 from moeshard.report.figures.curve import score_numbers
 
 if TYPE_CHECKING:
@@ -141,9 +154,7 @@ def _ways(evaluation: Evaluation) -> Iterator[tuple[str, Scores, str]]:
 
 
 def _say_comparison(evaluation: Evaluation) -> list[str]:
-    seen = evaluation.settings.seen
-    warning = f"The plan was made from the text of {', '.join(seen)} too: on other text more is lost than on this."
-    return [*_say_losses(evaluation), *([warning] if seen else [])]
+    return [*_say_losses(evaluation), *warnings(evaluation.settings.likeness)]
 
 
 def _say_losses(evaluation: Evaluation) -> list[str]:

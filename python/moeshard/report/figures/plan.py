@@ -12,7 +12,8 @@ from moeshard.arrays import Doubles
 from moeshard.planning.plan import Plan, PlanNode
 from moeshard.profile.record import Profile
 from moeshard.profile.statistics import captured, captured_curve
-from moeshard.report.drawing import COLOURS, FAINT, MARK, matrix, shortened
+from moeshard.report.colours import COLOURS, FAINT, MARK
+from moeshard.report.drawing import matrix, shortened
 from moeshard.report.figure import Cell, Figure, Panel, Table, between, counted, percent
 
 if TYPE_CHECKING:

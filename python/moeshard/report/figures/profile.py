@@ -23,7 +23,8 @@ from moeshard.profile.statistics import (
     tops,
     verdict,
 )
-from moeshard.report.drawing import COLOURS, FAINT, INK, MARK, heat_map
+from moeshard.report.colours import COLOURS, FAINT, INK, MARK, PICTURED
+from moeshard.report.drawing import heat_map
 from moeshard.report.figure import Cell, Figure, Panel, Table, counted, listed, percent
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _SALIENT = 5
 """Experts of each layer that the table names."""
+_DOTS = 1500
 _LISTED = 12
 """Super experts that the text names."""
 
@@ -71,7 +73,9 @@ def _heat_panel(profile: Profile, label: str, values: Doubles, top: float, heigh
         axes.set_xlabel("expert")
         layer_axis(axes, profile)
         rows, experts = np.nonzero(super_experts(profile))
-        axes.plot(experts, rows, "o", markerfacecolor="none", markeredgecolor=MARK, markersize=8, markeredgewidth=2)
+        # In two colours: one of them stands out on any of the map.
+        for colour, width in (("#ffffff", 3.0), (MARK, 1.5)):
+            axes.plot(experts, rows, "o", mfc="none", mec=colour, markersize=8, markeredgewidth=width)
 
     return Panel(label, draw, height)
 
@@ -139,7 +143,7 @@ def concentrated(profile: Profile) -> Figure:
         x = np.arange(profile.n_expert + 1)
         for index, curve in enumerate(curves):
             label = "each layer" if index == 0 else None
-            axes.plot(x, [0, *(100 * curve)], color=COLOURS[0], alpha=0.3, linewidth=0.8, label=label)
+            axes.plot(x, [0, *(100 * curve)], color=COLOURS[0], alpha=0.6, linewidth=0.6, label=label)
         axes.plot(x, [0, *(100 * curves.mean(axis=0))], color=COLOURS[0], linewidth=2.2, label="mean of the layers")
         if len(curves) > 1:
             axes.plot(x, [0, *(100 * by_id)], color=COLOURS[1], linestyle="--", label="summed over ids (misleads)")
@@ -209,10 +213,10 @@ def outstanding(profile: Profile) -> Figure:
         axes = canvas.add_subplot()
         rows = np.repeat(np.arange(profile.layers.size), profile.n_expert)
         values, stand_out = np.maximum(ratios.ravel(), 1e-3), found.ravel()
-        # As a picture: tens of thousands of dots would make a large page.
-        axes.plot(
-            rows[~stand_out], values[~stand_out], "o", color=COLOURS[0], alpha=0.4, markersize=3, mew=0, rasterized=True
-        )
+        # Tens of thousands of dots would make a large page: then as a picture, which has colours of its own.
+        many = bool(values.size > _DOTS)
+        colour = PICTURED if many else COLOURS[0]
+        axes.plot(rows[~stand_out], values[~stand_out], "o", color=colour, markersize=2.5, mew=0, rasterized=many)
         axes.plot(rows[stand_out], values[stand_out], "o", color=MARK, markersize=5)
         axes.axhline(SUPER_EXPERT, color=MARK, linestyle="--", linewidth=1)
         axes.text(

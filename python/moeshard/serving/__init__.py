@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server: what clients ask, who answers, and how it comes back."""

@@ -1,0 +1,245 @@
+"""The thread that computes: it takes requests from the event loop, steps them, and gives back what came of each step.
+
+Requests lie in lanes, a `Batcher` each. Lanes with something to do are stepped in turn, so that none waits for another
+longer than for one step of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any
+
+import moeshard._core as _core
+from moeshard._core import MoeshardError
+from moeshard.serving.errors import ApiError, busy, failed, invalid, timed_out, unavailable
+
+_log = logging.getLogger("moeshard.serving")
+
+
+class Job:
+    """A request in the engine, seen from the event loop."""
+
+    def __init__(self, lane: Lane, options: dict[str, Any], seconds: float, cancel: Callable[[Job], None]):
+        self.lane, self.options, self.seconds = lane, options, seconds
+        self.deadline = time.monotonic() + seconds
+        self.id = -1
+        """Its number in the batcher, while it is computed."""
+        self.ended = False
+        """No more will come; set in the event loop."""
+        self._updates: deque[_core.Progress | ApiError] = deque()
+        self._news = asyncio.Event()
+        self._tell_engine = cancel
+
+    def add(self, update: _core.Progress | ApiError) -> None:
+        """Take what came of a step; called in the event loop."""
+        self._updates.append(update)
+        if isinstance(update, ApiError) or update.over:
+            self.ended = True
+            self.lane.jobs.discard(self)
+        self._news.set()
+
+    async def steps(self) -> AsyncGenerator[list[_core.Progress], None]:
+        """Yield what came since the last time, until the request is over; closing this cancels it.
+
+        Raises:
+            ApiError: it failed.
+        """
+        try:
+            while True:
+                await self._news.wait()
+                self._news.clear()
+                found: list[_core.Progress] = []
+                while self._updates:
+                    update = self._updates.popleft()
+                    if isinstance(update, ApiError):
+                        raise update
+                    if update.error:
+                        raise failed(update.error)
+                    found.append(update)
+                yield found
+                if found[-1].over:
+                    return
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """End the request, if it is not over: within a step nothing of it is computed any more."""
+        if not self.ended:
+            self.ended = True
+            self.lane.jobs.discard(self)
+            self._tell_engine(self)
+
+
+class Lane:
+    """Requests that are computed in one batch."""
+
+    def __init__(self, batcher: _core.Batcher, n_waiting: int):
+        """`n_waiting` requests may wait for one of the batcher's slots."""
+        self.batcher, self.n_waiting = batcher, n_waiting
+        self.n_slots, self.n_ctx = batcher.n_slots, batcher.n_ctx
+        self.jobs: set[Job] = set()
+        """All that are not over; of the event loop."""
+        self.n_held = 0
+        """Tokens that the slots remember, after the last step."""
+        # Of the engine's thread:
+        self.waiting: deque[Job] = deque()
+        self.running: dict[int, Job] = {}
+
+
+class Engine:
+    """A thread and its lanes."""
+
+    def __init__(self, lanes: Sequence[Lane]):
+        self.lanes = list(lanes)
+        self.fault: str | None = "the engine has not been started"
+        """Why nothing is computed; None where all is well."""
+        self._commands: list[tuple[bool, Job]] = []
+        self._wake = threading.Condition()
+        self._closing = self._ended = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to compute for the running event loop; more than once is once."""
+        if self._thread is None:
+            self._loop = asyncio.get_running_loop()
+            self._thread = threading.Thread(target=self._run, name="moeshard-engine", daemon=True)
+            self.fault = None
+            self._thread.start()
+
+    async def stop(self) -> None:
+        """End all requests, and the thread."""
+        if self._thread is None:
+            return
+        self.fault = "the server is shutting down"
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        while self._thread.is_alive():
+            for lane in self.lanes:
+                lane.batcher.abort()
+            await asyncio.to_thread(self._thread.join, 0.05)
+
+    def submit(self, lane: Lane, seconds: float, **options: Any) -> Job:
+        """Hand a request to a lane; called in the event loop.
+
+        Args:
+            lane: one of this engine's.
+            seconds: after so many it fails, wherever it is then.
+            options: of `Batcher.submit`.
+
+        Raises:
+            ApiError: too many are waiting already, or the engine does not run.
+        """
+        if self.fault is not None:
+            raise unavailable(self.fault)
+        if len(lane.jobs) >= lane.n_slots + lane.n_waiting:
+            raise busy(max(1, lane.n_waiting // (4 * lane.n_slots)))
+        job = Job(lane, options, seconds, lambda job: self._send(False, job))
+        lane.jobs.add(job)
+        self._send(True, job)
+        return job
+
+    def _send(self, new: bool, job: Job) -> None:
+        with self._wake:
+            ended = self._ended
+            if not ended:
+                self._commands.append((new, job))
+                self._wake.notify()
+        if ended and new:
+            job.add(unavailable(self.fault or "the engine has ended"))
+
+    # In the engine's thread.
+
+    def _run(self) -> None:
+        reason = "the server is shutting down"
+        try:
+            while not self._closing:
+                self._take_commands()
+                for lane in self.lanes:
+                    self._expire(lane)
+                    self._admit(lane)
+                    if lane.running:
+                        self._step(lane)
+        except Exception as error:
+            _log.exception("the engine failed; restart the server")
+            self.fault = reason = f"the engine failed: {error}"
+        with self._wake:
+            self._ended = True
+            commands, self._commands = self._commands, []
+        over = {job for new, job in commands if new}
+        for lane in self.lanes:
+            over |= {*lane.waiting, *lane.running.values()}
+        self._deliver([(job, failed(reason) if not self._closing else unavailable(reason)) for job in over])
+
+    def _take_commands(self) -> None:
+        with self._wake:
+            while not (self._commands or self._closing or any(lane.running or lane.waiting for lane in self.lanes)):
+                self._wake.wait()
+            commands, self._commands = self._commands, []
+        for new, job in commands:
+            if new:
+                job.lane.waiting.append(job)
+            else:
+                self._drop(job)
+
+    def _drop(self, job: Job) -> None:
+        if job.id >= 0:
+            job.lane.batcher.cancel(job.id)
+            job.lane.running.pop(job.id, None)
+        elif job in job.lane.waiting:
+            job.lane.waiting.remove(job)
+
+    def _expire(self, lane: Lane) -> None:
+        now = time.monotonic()
+        late = [job for job in (*lane.waiting, *lane.running.values()) if job.deadline < now]
+        for job in late:
+            self._drop(job)
+        self._deliver([(job, timed_out(job.seconds)) for job in late])
+
+    def _admit(self, lane: Lane) -> None:
+        refused: list[tuple[Job, _core.Progress | ApiError]] = []
+        while lane.waiting and lane.batcher.n_free:
+            job = lane.waiting.popleft()
+            try:
+                job.id = lane.batcher.submit(**job.options)
+            except MoeshardError as error:
+                refused.append((job, invalid(f"{error}")))
+            except Exception as error:  # of this request alone
+                _log.exception("a request could not be begun")
+                refused.append((job, failed(f"The request could not be begun: {error}")))
+            else:
+                lane.running[job.id] = job
+        self._deliver(refused)
+
+    def _step(self, lane: Lane) -> None:
+        steps = lane.batcher.step()
+        lane.n_held = lane.batcher.n_held
+        found: list[tuple[Job, _core.Progress | ApiError]] = []
+        for step in steps:
+            job = lane.running[step.id]
+            if step.over:
+                del lane.running[step.id]
+            found.append((job, step))
+        self._deliver(found)
+
+    def _deliver(self, found: Sequence[tuple[Job, _core.Progress | ApiError]]) -> None:
+        """Let the event loop know, once for all."""
+        if not found:
+            return
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(_hand_out, found)
+        except RuntimeError:
+            _log.debug("the event loop ended before the engine did")
+
+
+def _hand_out(found: Sequence[tuple[Job, _core.Progress | ApiError]]) -> None:
+    for job, update in found:
+        if not job.ended:
+            job.add(update)

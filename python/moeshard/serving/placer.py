@@ -1,0 +1,257 @@
+"""Which backend has a session. Decided by plan and first turn alone, so that every replica decides alike, without
+anything shared and after a restart too; what is remembered is a cache.
+
+The exception is load: of nodes that are too close to call the session's key names one, and another that is much less
+busy goes before it. Replicas that see other loads may differ there: it costs a prefix computed again, and no quality.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import exp
+from typing import Literal, Protocol
+
+from moeshard.arrays import Doubles
+from moeshard.placement.decision import MIN_QUALITY, MIN_TOKENS, Placed, place_by_loss
+from moeshard.serving.backends import FULL
+from moeshard.serving.errors import unavailable
+from moeshard.serving.protocol import Message, Prompt, Request
+
+Reason = Literal["placed", "unclear", "refused", "short", "forced", "only", "down"]
+
+LOAD_GAP = 0.5
+"""A node goes before the one that the session's key names where it has so many fewer requests for each slot."""
+MAX_SESSIONS = 100_000
+
+SESSION_HEADERS = ("x-session-id", "x-openwebui-chat-id")
+
+
+@dataclass(frozen=True, eq=False)
+class Losses:
+    """What predicting a first turn cost; see `place_by_loss`."""
+
+    nodes: Doubles
+    """(G, T), nats."""
+    full: Doubles | None
+    """(T,); None where nobody holds the whole model: no session is refused then."""
+    n_tokens: int
+    """Tokens that were looked at: T + 1, or fewer than `MIN_TOKENS`, for which nothing need be measured."""
+    n_cut: int
+    """Tokens before these that were not."""
+
+
+class Prober(Protocol):
+    """What measures losses."""
+
+    async def losses(self, prompt: Prompt) -> Losses:
+        """Predict a prompt on every node of the plan, in its order, and on the whole model."""
+
+
+@dataclass(frozen=True)
+class State:
+    """A backend as the decision sees it."""
+
+    up: bool
+    load: float
+    """Requests for each slot."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Who answers, and why."""
+
+    backend: str
+    reason: Reason
+    detail: str
+    """For people, a sentence."""
+    fit: float | None
+    """Perplexity of the whole model over the backend's own, on the first turn, at most 1; None where it was not
+    measured."""
+
+
+def choose(placed: Placed, key: str, states: Mapping[str, State]) -> Decision:
+    """Choose who has a session. A pure function.
+
+    Args:
+        placed: what the probe found.
+        key: of the session.
+        states: of the nodes and of `FULL`, by name; who is not in it is not there.
+
+    Raises:
+        ApiError: 503, nobody who may have it is up.
+    """
+    full_is_up = FULL in states and states[FULL].up
+    if placed.node is None:
+        if not full_is_up:
+            raise unavailable(f"No node serves this session well enough, and nobody who holds the whole model is up. "
+                              f"{_sentence(placed.reason)}", "refused")  # fmt: skip
+        short = placed.n_tokens < MIN_TOKENS
+        return Decision(FULL, "short" if short else "refused", _sentence(placed.reason), 1.0)
+    able = [name for name in placed.candidates if name in states and states[name].up]
+    if able:
+        able.sort(key=lambda name: _rank(key, name))
+        quietest = min(able, key=lambda name: states[name].load)
+        chosen = quietest if states[able[0]].load - states[quietest].load >= LOAD_GAP else able[0]
+        reason: Reason = "placed" if len(placed.candidates) == 1 else "unclear"
+        return Decision(chosen, reason, _sentence(placed.reason), _fit(placed, chosen))
+    detail = f"{' and '.join(placed.candidates)} cannot answer now. {_sentence(placed.reason)}"
+    if full_is_up:
+        return Decision(FULL, "down", detail, 1.0)
+    fits = {name: exp(-excess) for name, excess in (placed.excess or {}).items() if name in states and states[name].up}
+    chosen = max(fits, key=fits.__getitem__, default="")
+    if fits.get(chosen, 0) < MIN_QUALITY:
+        raise unavailable(detail, "node_down")
+    return Decision(chosen, "down", detail, _fit(placed, chosen))
+
+
+def session_key(scope: str, model: str, headers: Mapping[str, str], request: Request) -> str:
+    """Return what a session is known by: what the client calls it, else its model and first turn.
+
+    Args:
+        scope: who asks; two clients never share a session.
+        model: of the request.
+        headers: names in lower case.
+        request: its `prompt_cache_key` goes after the header ``x-session-id`` and before ``x-openwebui-chat-id``.
+    """
+    own, webui = (headers.get(name) for name in SESSION_HEADERS)
+    given = own or request.prompt_cache_key or webui
+    told = ("id", given) if given else ("turn", model, *_as_text(first_turn(request.prompts[0])))
+    digest = hashlib.sha256(scope.encode())
+    for part in told:
+        data = part.encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
+def first_turn(prompt: Prompt) -> Prompt:
+    """Return what a session is placed by: of a chat all up to the first message of the user, else the prompt."""
+    if isinstance(prompt, str):
+        return prompt
+    turn: list[Message] = []
+    for message in prompt:
+        if not isinstance(message, Message):
+            return prompt
+        turn.append(message)
+        if message.role == "user":
+            break
+    return tuple(turn)
+
+
+class Placer:
+    """Places sessions, and remembers where."""
+
+    def __init__(self, names: Sequence[str], prober: Prober | None, *, min_quality: float = MIN_QUALITY):
+        """Place on the nodes of these names, by what the prober measures; without one everything goes to `FULL`.
+
+        Sessions whose prompt the best node predicts with a quality below `min_quality` are refused; see `Placement`.
+        """
+        self.names, self._prober, self._min_quality = list(names), prober, min_quality
+        self._sessions: OrderedDict[str, tuple[Placed, Decision]] = OrderedDict()
+        self._probing: dict[str, asyncio.Future[Placed]] = {}
+
+    async def place(
+        self,
+        key: str,
+        prompt: Prompt,
+        states: Callable[[], Mapping[str, State]],
+        probed: Callable[[float], None] = lambda seconds: None,
+    ) -> tuple[Decision, bool]:
+        """Say who has a session.
+
+        Args:
+            key: see `session_key`.
+            prompt: its first prompt, or a later one that begins with it.
+            states: of nodes and whole model, asked when they are needed.
+            probed: told how long a probe took.
+
+        Returns:
+            The decision, and whether it was made now.
+        """
+        if self._prober is None:
+            state = states().get(FULL)
+            if state is None or not state.up:
+                raise unavailable("The model cannot answer now.")
+            return Decision(FULL, "only", "There are no nodes beside the whole model.", None), False
+        known = self._sessions.get(key)
+        if known is not None:
+            self._sessions.move_to_end(key)
+            placed, decision = known
+            state = states().get(decision.backend)
+            if state is not None and state.up:
+                return decision, False
+        else:
+            placed = await self._probe_once(key, first_turn(prompt), self._prober, probed)
+        decision = choose(placed, key, states())
+        self._sessions[key] = (placed, decision)
+        while len(self._sessions) > MAX_SESSIONS:
+            self._sessions.popitem(last=False)
+        return decision, True
+
+    async def _probe_once(self, key: str, turn: Prompt, prober: Prober, probed: Callable[[float], None]) -> Placed:
+        """Probe a session; requests of it that come meanwhile wait for the same result."""
+        running = self._probing.get(key)
+        if running is None:
+            running = asyncio.ensure_future(self._probe(turn, prober, probed))
+            self._probing[key] = running
+            running.add_done_callback(lambda _: self._probing.pop(key, None))
+        return await asyncio.shield(running)
+
+    async def _probe(self, turn: Prompt, prober: Prober, probed: Callable[[float], None]) -> Placed:
+        begin = time.monotonic()
+        losses = await prober.losses(turn)
+        probed(time.monotonic() - begin)
+        return self.decide(losses)
+
+    def decide(self, losses: Losses) -> Placed:
+        """Say what measured losses mean for a session. A pure function."""
+        if losses.n_tokens < MIN_TOKENS:
+            return _too_short(self.names, losses)
+        # Where nobody holds the whole model nothing is refused: there is nowhere else to go.
+        full = losses.nodes[losses.nodes.mean(axis=1).argmin()] if losses.full is None else losses.full
+        return place_by_loss(self.names, losses.nodes, full, min_quality=self._min_quality, n_cut=losses.n_cut)
+
+
+def _too_short(names: Sequence[str], losses: Losses) -> Placed:
+    where = "any node is as good" if losses.full is None else "use the whole model"
+    return Placed(
+        node=names[0] if losses.full is None else None,
+        index=0 if losses.full is None else None,
+        probe="loss",
+        scores={},
+        full=0.0,
+        excess=None,
+        captured=None,
+        best=names[0],
+        quality=0.0,
+        margin=None,
+        error=None,
+        candidates=list(names) if losses.full is None else [],
+        reason=f"the first turn has {losses.n_tokens} tokens, fewer than the {MIN_TOKENS} that tell where it belongs; "
+        f"{where}",
+        n_tokens=losses.n_tokens,
+        n_cut=0,
+    )
+
+
+def _fit(placed: Placed, name: str) -> float | None:
+    return None if placed.excess is None else min(1.0, exp(-placed.excess[name]))
+
+
+def _rank(key: str, name: str) -> bytes:
+    """Order names by a key: each key its own way, all replicas alike."""
+    return hashlib.sha256(f"{key} {name}".encode()).digest()
+
+
+def _as_text(turn: Prompt) -> list[str]:
+    if isinstance(turn, str):
+        return [turn]
+    return [f"{part.role} {part.content}" if isinstance(part, Message) else str(part) for part in turn]
+
+
+def _sentence(reason: str) -> str:
+    return f"{reason}."

@@ -1,0 +1,74 @@
+"""The embedded model, a plan of it, and a server of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from running import Running
+from starlette.applications import Starlette
+
+import moeshard
+from moeshard import GGUFMap, Plan, PlanNode
+from moeshard.gguf.identity import identify
+from moeshard.planning.strategies import best
+from moeshard.serving.app import build
+from moeshard.serving.local import Local, LocalOptions, serve_locally
+from moeshard.serving.placer import Placer
+from moeshard.serving.settings import Settings
+from moeshard.traffic.domains import Domain
+from moeshard.traffic.embedded import embedded_text
+
+DOMAINS = ("de", "en", "py")
+
+
+@pytest.fixture(scope="session")
+def model(tinymoe: Path) -> moeshard.Model:
+    return moeshard.Model(tinymoe, n_threads=1)
+
+
+@pytest.fixture(scope="session")
+def plan(model: moeshard.Model, tinymoe: Path) -> Plan:
+    """A node for each domain, with the best half for it."""
+    from moeshard.profile.measure import analyze
+
+    texts = [Domain(name, (embedded_text(name, "calibration"),)) for name in DOMAINS]
+    profile = analyze(model, texts, n_tokens=1024, window=128)
+    nodes = []
+    for name in DOMAINS:
+        keep = np.ones((model.n_layer, model.n_expert), dtype=bool)
+        keep[profile.layers] = best(profile.total("saliency", [name]), model.n_expert // 2)
+        nodes.append(PlanNode(name, keep))
+    return Plan(nodes, "by domain", {}, replace(identify(GGUFMap(tinymoe)), facts={"path": "tinymoe"}))
+
+
+Application = Callable[..., tuple[Starlette, Local]]
+
+
+@pytest.fixture(scope="session")
+def application(model: moeshard.Model, plan: Plan) -> Application:
+    """Return what makes an application for the model and its plan (or none), and shows its engine."""
+
+    def make(with_plan: bool = True, settings: Settings | None = None, **options: Any) -> tuple[Starlette, Local]:
+        wanted = LocalOptions(**{"n_slots": 4, "n_ctx": 2048, "n_probe": 64, **options})
+        local = serve_locally(model, plan if with_plan else None, wanted)
+        placer = Placer([node.name for node in plan.nodes] if with_plan else [], local.prober)
+        return build("tinymoe", placer, local.backends, settings or Settings(), model), local
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def server(application: Application) -> Iterator[Running]:
+    running = Running(lambda: application()[0])
+    yield running
+    running.stop()
+
+
+def held_out(domain: str, n_chars: int = 400, at: int = 0) -> str:
+    """Return some text of a domain that the plan was not made from."""
+    return embedded_text(domain)[at : at + n_chars]
