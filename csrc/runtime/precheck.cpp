@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <string_view>
 
+#include "gguf/checked.hpp"
 #include "moe/expert_counts.hpp"
 #include "moeshard/error.hpp"
 #include "moeshard/gguf.hpp"
@@ -36,7 +37,11 @@ void check_number(const std::string& path, const gguf::Entry& entry) {
 std::string architecture(const gguf::GGUFMap& file) {
     const gguf::Entry* entry = file.metadata().find("general.architecture");
     const bool is_text = entry != nullptr && entry->type == gguf::ValueType::kString && !entry->is_array;
-    return is_text ? std::string(entry->as_string()) : "";
+    std::string name(is_text ? entry->as_string() : "");
+    if (name != gguf::printable(name)) {
+        throw Error(file.path() + ": general.architecture is '" + gguf::printable(name) + "', which is no name");
+    }
+    return name;
 }
 
 }  // namespace

@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
-import gguf_bytes as gb
 from gguf_bytes import Gguf
 
 import moeshard
@@ -18,7 +17,7 @@ def entry(key: str, kind: int, value: object) -> bytes:
 
 
 def with_entries(source: Path, out: Path, entries: list[bytes], at: int | None = None) -> Path:
-    """Write `source` with these entries before its entry `at` (by default after the last), instead of their namesakes."""
+    """Write `source` with these entries before its entry `at` (by default the end), instead of their namesakes."""
     file = moeshard.GGUFMap(source)
     (part,) = file.parts
     data = source.read_bytes()

@@ -1,4 +1,4 @@
-"""Models with metadata that other programs wrote: what llama.cpp runs is read, and what it throws is an error of ours."""
+"""Metadata as other programs write it: what llama.cpp runs is read, and what it throws is an error of ours."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from command_line import Cli
 import moeshard
 from moeshard import GGUFMap, Model, MoeshardError
 from moeshard.gguf.identity import identify
+from moeshard.gguf.inspection import inspect_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "gguf"))
 
@@ -77,7 +78,7 @@ def test_text_that_is_no_utf8_is_shown(latin: Path, cli: Cli) -> None:
 
 def test_architecture_that_is_no_text(tinymoe: Path, tmp_path: Path) -> None:
     path = with_entries(tinymoe, tmp_path / "odd.gguf", [entry("general.architecture", gb.STRING, b"qwen\xff")])
-    for what in (moeshard.inspect_model, Model):
+    for what in (inspect_model, Model):
         with pytest.raises(MoeshardError, match=r"qwen\\xff"):
             what(path)
 

@@ -123,7 +123,7 @@ def inspect_model(path: str | os.PathLike[str]) -> Inspection:
     metadata = gguf.metadata
     used = zip(layout.n_expert_used, layout.per_expert_bytes, strict=True)
     return Inspection(
-        path=str(path),
+        path=gguf.path,
         parts=tuple(part.path for part in gguf.parts),
         file_bytes=sum(part.size for part in gguf.parts),
         arch=layout.arch,
