@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <limits>
 #include <set>
 #include <string>
@@ -241,9 +242,24 @@ void Context::Impl::trace(const std::vector<Input>& inputs, const TraceOptions& 
         llama_context* ctx;
         ~Tracing() { hook::stop_trace(ctx); }
     };
-    hook::start_trace(ctx, options, std::move(sink));
+    // What the sink throws is its caller's, and comes out as it went in: it passes the engine, whose own exceptions
+    // become Errors.
+    std::exception_ptr from_sink;
+    hook::start_trace(ctx, options, [&from_sink, &sink](UbatchTrace& chunk) {
+        try {
+            sink(chunk);
+        } catch (...) {
+            from_sink = std::current_exception();
+            throw;
+        }
+    });
     const Tracing tracing{ctx};
-    decode(inputs, {});
+    try {
+        decode(inputs, {});
+    } catch (...) {
+        if (from_sink) std::rethrow_exception(from_sink);
+        throw;
+    }
 }
 
 void Context::Impl::roll_back(const std::vector<int32_t>& to) {
