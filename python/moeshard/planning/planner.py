@@ -40,9 +40,10 @@ def choose_experts(
     *,
     expert_groups: int = 1,
     fewest: int | None = None,
+    begun: Begun | None = None,
     **options: Any,
 ) -> list[Keep]:
-    """Choose the experts of nodes. A pure function.
+    """Choose the experts of nodes. A pure function, but for `begun`.
 
     Args:
         profile: of the traffic.
@@ -52,6 +53,7 @@ def choose_experts(
             equally many of every group. 0 or 1: none.
         fewest: layers may hold different numbers of experts, at least so many each; `sizes` are then means over layers.
             None: all layers of a node hold equally many.
+        begun: what an earlier call left that differed in `sizes` alone, for `islands` to go on from; new, it is filled.
         options: of the strategy, see `moeshard.planning.options`.
 
     Returns:
@@ -76,7 +78,7 @@ def choose_experts(
     divided = _regrouped(profile, groups)
     own = [size // groups for size in sizes]
     if isinstance(chosen, IslandsOptions):
-        nodes = _islands(divided, own, chosen, fewest)
+        nodes = _islands(divided, own, chosen, fewest, begun)
     elif isinstance(chosen, SharedCoreOptions):
         nodes = shared_core(divided, own, chosen.core)
     elif fewest is not None:
@@ -92,10 +94,12 @@ def check_strategy(strategy: str) -> None:
         raise MoeshardError(f"unknown strategy '{strategy}'; choose from {', '.join(STRATEGY_NAMES)}")
 
 
-def _islands(profile: Profile, sizes: list[int], options: IslandsOptions, fewest: int | None) -> list[Rows]:
+def _islands(
+    profile: Profile, sizes: list[int], options: IslandsOptions, fewest: int | None, begun: Begun | None
+) -> list[Rows]:
     if options.cover:
         check_cover(sizes, profile.n_expert)
-    found = islands(profile, sizes, **vars(options), fewest=fewest).keeps
+    found = islands(profile, sizes, **vars(options), fewest=fewest, begun=begun).keeps
     if options.cover and not np.logical_or.reduce(found).all():
         raise MoeshardError(
             "option 'cover': not every expert found a place beside those that every node has to hold, in some layer; "
@@ -169,12 +173,17 @@ def make_plan(
         if size < fewest:
             raise MoeshardError(f"a node cannot do with {size} experts per layer: a token uses {fewest}")
 
-    # What is searched for again, for nodes a little smaller, is searched for from what was found.
-    more = options | ({"begun": Begun()} if strategy == ISLANDS else {})
+    begun = Begun()  # what is searched for again, for nodes a little smaller, is searched for from what was found
 
     def choose(sizes: Sequence[int]) -> list[Keep]:
         return choose_experts(
-            profile, sizes, strategy, expert_groups=groups, fewest=fewest if per_layer else None, **more
+            profile,
+            sizes,
+            strategy,
+            expert_groups=groups,
+            fewest=fewest if per_layer else None,
+            begun=begun,
+            **options,
         )
 
     def exact(keep: Keep) -> Memory:
