@@ -67,8 +67,11 @@ def main() -> None:
 
 def _scale(options: argparse.Namespace) -> Iterator[str]:
     yield f"{options.sequences:,} sequences of {N_TOKENS} tokens in {N_DOMAINS} domains, {options.nodes} nodes:\n"
-    yield "| layers x experts | cells held | file | kept, each half minute | saved | read | islands | with layers of "
-    yield "different size | peak memory: measured | planned |"
+    yield "Seconds, and in brackets those of all processors together.\n"
+    yield (
+        "| layers x experts | cells held | file | kept, each half minute | saved | read | islands | with layers of "
+        "different size | peak memory: measured | planned |"
+    )
     yield f"|{'---|' * 10}"
     for shape in options.shapes.split(","):
         with tempfile.TemporaryDirectory() as folder:
@@ -76,10 +79,14 @@ def _scale(options: argparse.Namespace) -> Iterator[str]:
             made, plain, free = (_child(name, file, shape, options) for name in ("make", "plan", "plan-per-layer"))
         yield (
             f"| {shape.replace('x', ' x ')} | {made['held']:.0%} | {made['bytes'] / 1e9:.2f} GB | "
-            f"{made['keep']:.1f} s, at most {made['keep_most']:.1f} s | {made['save']:.0f} s | {plain['read']:.0f} s | "
-            f"{plain['seconds']:.0f} s | {free['seconds']:.0f} s | {made['peak'] / 1e9:.2f} GB | "
-            f"{max(plain['peak'], free['peak']) / 1e9:.2f} GB |"
+            f"{_both(made['keep'], 1)}, at most {_both(made['keep_most'], 1)} | {_both(made['save'])} | "
+            f"{_both(plain['read'])} | {_both(plain['search'])} | {_both(free['search'])} | "
+            f"{made['peak'] / 1e9:.2f} GB | {max(plain['peak'], free['peak']) / 1e9:.2f} GB |"
         )
+
+
+def _both(seconds: list[float], digits: int = 0) -> str:
+    return f"{seconds[0]:.{digits}f} ({seconds[1]:.{digits}f})"
 
 
 def _child(name: str, file: Path, shape: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -94,7 +101,6 @@ def _child(name: str, file: Path, shape: str, options: argparse.Namespace) -> di
 def _step(name: str, file: str, options: argparse.Namespace) -> dict[str, Any]:
     n_layer, n_expert = (int(n) for n in options.shapes.split("x"))
     found = _make(file, n_layer, n_expert, options.sequences) if name == "make" else _plan(file, name, options.nodes)
-    found["cpu"] = time.process_time()
     found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return found
 
@@ -113,19 +119,32 @@ def _make(file: str, n_layer: int, n_expert: int, n_sequences: int) -> dict[str,
         n = min(per_batch, n_sequences - growth.n)
         growth.add([N_TOKENS] * n, own, traffic.batch(own, n))
         if growth.n % PER_KEEP == 0 or growth.n == n_sequences:
-            seconds.append(keeper.keep())
+            clock = _Clock()
+            keeper.keep()
+            seconds.append(clock.read())
     keeper.close()
     profile = growth.finish()
-    started = time.monotonic()
+    clock = _Clock()
     profile.save(file)
+    saved = clock.read()
     held = sum(int(profile.count[at].astype(bool).sum()) for at in range(0, n_sequences, 100))
     return {
         "bytes": Path(file).stat().st_size,
-        "keep": float(np.median(seconds)),
-        "keep_most": max(seconds),
-        "save": time.monotonic() - started,
+        "keep": np.median(seconds, axis=0).tolist(),
+        "keep_most": np.max(seconds, axis=0).tolist(),
+        "save": saved,
         "held": held / (len(range(0, n_sequences, 100)) * n_layer * n_expert),
     }
+
+
+class _Clock:
+    """Seconds since it was made: on the wall, and of all processors."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic(), time.process_time()
+
+    def read(self) -> list[float]:
+        return [time.monotonic() - self._started[0], time.process_time() - self._started[1]]
 
 
 class _Traffic:
@@ -177,12 +196,13 @@ class _Traffic:
 
 
 def _plan(file: str, name: str, n_nodes: int) -> dict[str, Any]:
-    started = time.monotonic()
+    clock = _Clock()
     profile = read_profile(file)
-    read = time.monotonic() - started
+    read = clock.read()
     sizes = [profile.n_expert // 4] * n_nodes
+    clock = _Clock()
     found = search.islands(profile, sizes, fewest=TOP_K if name == "plan-per-layer" else None)
-    return {"read": read, "seconds": time.monotonic() - started - read, "lost": found.lost}
+    return {"read": read, "search": clock.read(), "lost": found.lost}
 
 
 def _quality(options: argparse.Namespace) -> Iterator[str]:

@@ -19,7 +19,7 @@ from moeshard.profile.record import Profile
 
 _DIMENSIONS = 64
 _ROUNDS = 10
-_BLOCK = 512
+_BLOCK = 256
 """Sequences that are looked at at once."""
 
 

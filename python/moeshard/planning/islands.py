@@ -52,8 +52,8 @@ class _Traffic:
     """int (n,): which sequences of the profile these are, in the order of their domains."""
     weights: Doubles
     """float64 (n,): what each sequence counts; domains count alike and sum to 1 together."""
-    shares: Floats
-    """float32 (G, M * E): each expert's own squares as a share of the layer's, 1 / M in each layer; of groups."""
+    units: Floats
+    """float32 (D, M, E): of each domain's contributions."""
     protected: Rows
 
     @property
@@ -100,7 +100,7 @@ def islands(
     begun = begun or Begun()
     traffic = begun.traffic = begun.traffic or _traffic(profile)
     if not begun.owners:
-        begun.owners = _beginnings(traffic, sizes, _by_squares(traffic, sizes, shrinkage, fewest), restarts, seed)
+        begun.owners = _beginnings(traffic, sizes, shrinkage, fewest, restarts, seed)
     by_products = _by_products(traffic, sizes, shrinkage, fewest)
     found: tuple[float, list[Rows], Ints] | None = None
     for index, owner in enumerate(begun.owners):
@@ -162,17 +162,20 @@ def _traffic(profile: Profile) -> _Traffic:
     measured = measured[np.argsort(profile.domain[measured], kind="stable")]
     weights = _weights(profile)[measured]
     groups = condense(profile, measured, weights, GROUPS)
-    return _Traffic(groups, measured, weights, _shares(profile, groups), super_experts(profile))
+    return _Traffic(groups, measured, weights, domain_units(profile), super_experts(profile))
 
 
-def _shares(profile: Profile, groups: Condensed) -> Floats:
-    shares = np.empty((groups.weights.size, profile.layers.size, profile.n_expert), dtype=np.float32)
-    for units, span in zip(domain_units(profile), groups.parts.spans, strict=True):
+def _shares(traffic: _Traffic) -> Floats:
+    """float32 (G, M * E): each expert's own squares as a share of the layer's, 1 / M in each layer."""
+    parts = traffic.groups.parts
+    n_layer, n_groups, n_expert = parts.roots.shape
+    shares = np.empty((n_groups, n_layer, n_expert), dtype=np.float32)
+    for units, span in zip(traffic.units, parts.spans, strict=True):
         for row, own in enumerate(units):
-            part = np.square(groups.parts.roots[row, span] * own)
+            part = np.square(parts.roots[row, span] * own)
             shares[span, row] = part / np.maximum(part.sum(axis=1, keepdims=True), np.finfo(np.float32).tiny)
-    shares /= profile.layers.size
-    return shares.reshape(len(shares), -1)
+    shares /= n_layer
+    return shares.reshape(n_groups, -1)
 
 
 def _weights(profile: Profile) -> Doubles:
@@ -190,17 +193,21 @@ _Step = Callable[[Ints], tuple[list[Rows], Doubles]]
 """From the node of each group to the experts of each node, and what each node then loses of each group, (G, nodes)."""
 
 
-def _beginnings(traffic: _Traffic, sizes: Sequence[int], step: _Step, restarts: int, seed: int) -> list[Ints]:
+def _beginnings(
+    traffic: _Traffic, sizes: Sequence[int], shrinkage: float, fewest: int | None, restarts: int, seed: int
+) -> list[Ints]:
     """The best of random beginnings: which node has each group."""
+    shares = _shares(traffic)
+    step = _by_squares(traffic, shares, sizes, shrinkage, fewest)
     rng = np.random.default_rng(seed)
     found = []
     for index in range(max(1, restarts)):
-        keeps, owner = _alternate(_first_owners(traffic, len(sizes), rng), step)
+        keeps, owner = _alternate(_first_owners(shares, traffic.groups.weights, len(sizes), rng), step)
         found.append((_lost(traffic, keeps), index, owner))
     return [owner for _, _, owner in sorted(found)[: -(-len(found) // FOLLOWED)]]
 
 
-def _by_squares(traffic: _Traffic, sizes: Sequence[int], shrinkage: float, fewest: int | None) -> _Step:
+def _by_squares(traffic: _Traffic, shares: Floats, sizes: Sequence[int], shrinkage: float, fewest: int | None) -> _Step:
     """Experts of most squares, as if no two contributed to the same token."""
     choose = best if fewest is None else partial(across_layers, fewest=fewest)
     weights = traffic.groups.weights
@@ -208,10 +215,10 @@ def _by_squares(traffic: _Traffic, sizes: Sequence[int], shrinkage: float, fewes
     def step(owner: Ints) -> tuple[list[Rows], Doubles]:
         keeps = []
         pull = np.stack([_pull(weights, owner == node, shrinkage) for node in range(len(sizes))])
-        for wanted, size in zip((pull.astype(np.float32) @ traffic.shares).astype(np.float64), sizes, strict=True):
+        for wanted, size in zip((pull.astype(np.float32) @ shares).astype(np.float64), sizes, strict=True):
             keeps.append(choose(wanted, size, traffic.protected))
         held = np.stack([keep.ravel() for keep in keeps], axis=1).astype(np.float32)
-        return keeps, 1 - (traffic.shares @ held).astype(np.float64)
+        return keeps, 1 - (shares @ held).astype(np.float64)
 
     return step
 
@@ -268,10 +275,9 @@ def _lost(traffic: _Traffic, keeps: Sequence[Rows]) -> float:
     return float(_losses(traffic, keeps).min(axis=1) @ traffic.groups.weights)
 
 
-def _first_owners(traffic: _Traffic, n_nodes: int, rng: np.random.Generator) -> Ints:
+def _first_owners(shares: Floats, weights: Doubles, n_nodes: int, rng: np.random.Generator) -> Ints:
     """As k-means++ does: centres far from each other, each group to its nearest."""
-    shares = traffic.shares
-    centres = shares[first_centres(shares, traffic.groups.weights, n_nodes, rng)]
+    centres = shares[first_centres(shares, weights, n_nodes, rng)]
     owner: Ints = ((centres**2).sum(axis=1) - 2 * (shares @ centres.T)).argmin(axis=1)
     return owner
 
@@ -281,7 +287,7 @@ def _cover(keeps: list[Rows], traffic: _Traffic, owner: Ints) -> list[Rows]:
     protected = traffic.protected
     shape = protected.shape
     owned = np.stack([(owner == node) * traffic.groups.weights for node in range(len(keeps))])
-    wanted = owned.astype(np.float32) @ traffic.shares
+    wanted = owned.astype(np.float32) @ _shares(traffic)
     scores = [w.reshape(shape) / max(w.sum(), 1e-30) for w in wanted]
     out = [keep.copy() for keep in keeps]
     for row in range(shape[0]):

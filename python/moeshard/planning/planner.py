@@ -43,7 +43,7 @@ def choose_experts(
     begun: Begun | None = None,
     **options: Any,
 ) -> list[Keep]:
-    """Choose the experts of nodes. A pure function.
+    """Choose the experts of nodes. A pure function, but for `begun`.
 
     Args:
         profile: of the traffic.
@@ -53,7 +53,7 @@ def choose_experts(
             equally many of every group. 0 or 1: none.
         fewest: layers may hold different numbers of experts, at least so many each; `sizes` are then means over layers.
             None: all layers of a node hold equally many.
-        begun: of ``islands``: what earlier searches of the same profile found out, to be gone on with; it grows.
+        begun: what an earlier call left that differed in `sizes` alone, for `islands` to go on from; new, it is filled.
         options: of the strategy, see `moeshard.planning.options`.
 
     Returns:
@@ -173,12 +173,17 @@ def make_plan(
         if size < fewest:
             raise MoeshardError(f"a node cannot do with {size} experts per layer: a token uses {fewest}")
 
-    # What is searched for again, for nodes a little smaller, is searched for from what was found.
-    begun = Begun() if strategy == ISLANDS else None
+    begun = Begun()  # what is searched for again, for nodes a little smaller, is searched for from what was found
 
     def choose(sizes: Sequence[int]) -> list[Keep]:
         return choose_experts(
-            profile, sizes, strategy, expert_groups=groups, fewest=fewest if per_layer else None, begun=begun, **options
+            profile,
+            sizes,
+            strategy,
+            expert_groups=groups,
+            fewest=fewest if per_layer else None,
+            begun=begun,
+            **options,
         )
 
     def exact(keep: Keep) -> Memory:

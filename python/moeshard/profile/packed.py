@@ -101,6 +101,16 @@ class Packed(np.lib.mixins.NDArrayOperatorsMixin):
                 np.square(block, out=block)
         return out
 
+    def sum(self, axis: Any = None, dtype: npt.DTypeLike | None = None, **options: Any) -> Any:
+        """As an array's; over sequences a few at a time."""
+        if axis != 0 or options:
+            return np.asarray(self).sum(axis=axis, dtype=dtype, **options)
+        kind = np.zeros(0, dtype=self.dtype).sum(dtype=dtype).dtype
+        total = np.zeros(self.shape[1:], dtype=np.float64 if kind.kind == "f" else kind)
+        for at in range(0, len(self), _BLOCK):
+            total += self.rows(np.arange(at, min(at + _BLOCK, len(self)))).sum(axis=0, dtype=total.dtype)
+        return total.astype(kind)
+
     def __getitem__(self, index: Any) -> Any:
         first, *rest = index if isinstance(index, tuple) else (index,)
         if first is Ellipsis or first is None:

@@ -185,7 +185,7 @@ def read_profile(path: str | os.PathLike[str]) -> Profile:
         raise MoeshardError(f"{name}: is not a profile, or it is damaged: {error}") from error
     profile = Profile(head.model, head.domains, facts=head.facts, **arrays)
     _check_shapes(profile, name)
-    return _without_idle_layers(profile)
+    return profile if head.version == VERSION else _without_idle_layers(profile)
 
 
 def _without_idle_layers(profile: Profile) -> Profile:

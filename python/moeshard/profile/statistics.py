@@ -18,6 +18,8 @@ from moeshard.profile.record import Profile
 TOPS = (1, 32, 48, 64, 96)
 """Of how many best experts the share is shown, beside that of all."""
 HALVINGS = 20
+_BLOCK = 64
+"""Sequences that are looked at at once, where there may be many."""
 
 FLAT_SPREAD = 0.1
 """Experts whose true shares differ by less than this, relative to their mean, are alike for every purpose."""
@@ -233,21 +235,29 @@ def verdict(profile: Profile, what: str = "saliency", seed: int = 0) -> Verdict:
 def _agreement(profile: Profile, what: str, seed: int) -> float:
     """Rank correlation between halves of the sequences, carried over to as many as there are (Spearman-Brown)."""
     rng = np.random.default_rng(seed)
-    values = np.asarray(getattr(profile, what), dtype=np.float64)
     measured = np.flatnonzero(profile.n_tokens > 0)
-    found = []
-    for _ in range(HALVINGS):
-        half = np.zeros(profile.n_tokens.size, dtype=bool)
+    halves = np.zeros((HALVINGS, 2, profile.n_tokens.size), dtype=bool)
+    for half, rest in halves:
         for index in range(len(profile.domains)):
             rows = rng.permutation(measured[profile.domain[measured] == index])
             half[rows[: rows.size // 2 + int(rng.integers(2)) * (rows.size % 2)]] = True
-        rest = np.zeros_like(half)
         rest[measured] = ~half[measured]
-        if not half.any() or not rest.any():
-            return 0.0
-        found.append(_rank_correlation(values[half].sum(axis=0), values[rest].sum(axis=0)))
+    if not halves.any(axis=2).all():
+        return 0.0
+    sums = _sums(profile, what, halves.reshape(2 * HALVINGS, -1).astype(np.float64))
+    found = [_rank_correlation(a, b) for a, b in zip(sums[::2], sums[1::2], strict=True)]
     correlation = max(0.0, float(np.mean(found)))
     return 2 * correlation / (1 + correlation)
+
+
+def _sums(profile: Profile, what: str, weights: Doubles) -> Doubles:
+    """float64 (n, M, E): sums over sequences, each with its weight (n, S); a few sequences are looked at at once."""
+    values = getattr(profile, what)
+    sums = np.zeros((len(weights), *values.shape[1:]))
+    for at in range(0, len(values), _BLOCK):
+        block = slice(at, at + _BLOCK)
+        sums += np.tensordot(weights[:, block], values[block], axes=1)
+    return sums
 
 
 def _rank_correlation(a: Doubles, b: Doubles) -> float:
