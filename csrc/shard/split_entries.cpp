@@ -1,6 +1,7 @@
 // The text is "27:080000… 29:0b0000…": the number of each entry among all of the model's, and its bytes in hex.
 #include "shard/split_entries.hpp"
 
+#include <algorithm>
 #include <charconv>
 
 #include "shard/facts.hpp"

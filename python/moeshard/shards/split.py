@@ -80,7 +80,7 @@ def split(
     pass over the model; none appears under its name before all are complete.
 
     Args:
-        model: a GGUF file, or the first part of one.
+        model: a GGUF file, or any part of one.
         keeps: what each shard holds. One keep (bool ``(n_layer, n_expert)``, or all else that `parse_keep` reads) makes
             one shard, `out` being its file; a list of keeps or a `Plan` makes a shard each, in the folder `out`.
         out: a file for one keep, else a folder, which is made where it is missing.
