@@ -6,6 +6,7 @@
 
 #include <filesystem>
 #include <memory>
+#include <optional>
 
 #include "bindings/mapping.hpp"
 #include "bindings/register.hpp"
@@ -24,7 +25,6 @@ using moeshard::gguf::ByteRange;
 using moeshard::gguf::Bytes;
 using moeshard::gguf::Entry;
 using moeshard::gguf::GGUFMap;
-using moeshard::gguf::Mapping;
 using moeshard::gguf::Part;
 using moeshard::gguf::Tensor;
 using moeshard::gguf::ValueType;
@@ -121,18 +121,26 @@ std::vector<uint64_t> shape_of(const Tensor& tensor) {
     return std::vector<uint64_t>(tensor.ne.rend() - tensor.n_dims, tensor.ne.rend());
 }
 
-py::array view(const GGUFMap& map, const Tensor& tensor) {
+// Of the tensor, or of a slice of it: where it lies in the tensor, one index on the outermost axis.
+py::array view(const GGUFMap& map, const Tensor& tensor, std::optional<ByteRange> slice = std::nullopt) {
     const py::dtype dtype = dtype_of(tensor);
     std::vector<uint64_t> shape = shape_of(tensor);
     const auto item = static_cast<uint64_t>(dtype.itemsize());
     if (shape.empty() && tensor.row_bytes != item) shape.push_back(tensor.row_bytes);
     if (!shape.empty()) shape.back() = tensor.row_bytes / item;
+    const ByteRange range = slice.value_or(ByteRange{0, tensor.nbytes});
+    if (slice && shape.size() > 1) {
+        shape.erase(shape.begin());
+    } else if (slice) {
+        shape = range.size == item ? std::vector<uint64_t>() : std::vector<uint64_t>{range.size / item};
+    }
 
-    using Owner = std::shared_ptr<const Mapping>;
-    auto owner = std::make_unique<Owner>(map.owner(tensor));
+    using Owner = std::shared_ptr<const uint8_t>;
+    auto owner = std::make_unique<Owner>(map.data(tensor, range.offset, range.size));
+    const uint8_t* data = owner->get();
     const py::capsule keep_alive(owner.get(), [](void* held) { delete static_cast<Owner*>(held); });
     owner.release();
-    py::array array(dtype, shape, map.data(tensor).data, keep_alive);
+    py::array array(dtype, shape, data, keep_alive);
     array.attr("setflags")(py::arg("write") = false);
     return array;
 }
@@ -154,7 +162,10 @@ py::object expert_view(const py::object& self, uint32_t layer, const std::string
             throw moeshard::Error(tensor.name + " has no expert " + std::to_string(expert) + ": it has " +
                                   std::to_string(facts.count) + ", numbered from 0");
         }
-        return view(map, tensor).attr("__getitem__")(expert);
+        // Of a model with one expert the axis may have been left out.
+        if (static_cast<uint32_t>(facts.axis) >= tensor.n_dims) return view(map, tensor);
+        const ByteRange range{expert * facts.slice_bytes, facts.slice_bytes};
+        return view(map, tensor, range).attr("__getitem__")(py::tuple());  // a number where it is one
     }
     throw moeshard::Error(map.path() + ": layer " + std::to_string(layer) + " has no expert tensor '" + name + "'; " +
                           (choices.empty() ? "it has no experts" : "it has " + choices));

@@ -72,6 +72,7 @@ void register_shard(py::module_& m) {
     m.def("shard_segments", &shard, py::arg("model"), py::arg("keep"), py::kw_only(), py::arg("kind") = "shard",
           py::arg("n_expert_used") = 0, py::arg("clamp") = false, py::arg("per_layer") = false,
           py::arg("max_file_size") = 0, py::arg("notes") = Notes());
+    m.def("split_entries", &moeshard::split_entries, py::arg("model"));
     m.def("shard_facts", &moeshard::shard_facts, py::arg("file"));
     m.def("merge_segments", &merge, py::arg("shards"), py::kw_only(), py::arg("max_file_size") = 0);
     m.def("join_segments", &moeshard::join_segments, py::arg("trunk"), py::arg("experts"),

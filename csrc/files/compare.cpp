@@ -1,10 +1,7 @@
-#include <fcntl.h>
-
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
-#include "files/copy.hpp"
 #include "moeshard/write.hpp"
 
 namespace moeshard {
@@ -12,18 +9,6 @@ namespace moeshard {
 namespace {
 
 constexpr uint64_t kBlockBytes = 4 << 20;
-
-// How much of `segment`, from `at` on, need not be read: its source and the file have holes there.
-uint64_t common_hole(const SegmentList& list, const Segment& segment, uint64_t at, const gguf::Mapping& file) {
-    if (segment.kind != Segment::Kind::kRange || !file.is_sparse()) return 0;
-    const gguf::Mapping& source = *list.sources()[segment.source];
-    if (!source.is_sparse()) return 0;
-    const uint64_t from = segment.from + at;
-    const uint64_t hole = files::next_data(source, from, segment.from + segment.size).offset - from;
-    if (hole == 0) return 0;
-    const uint64_t begin = segment.offset + at;
-    return files::next_data(file, begin, begin + hole).offset - begin;
-}
 
 }  // namespace
 
@@ -38,7 +23,6 @@ std::optional<uint64_t> first_difference(const SegmentList& segments, const std:
         const uint64_t end = std::min(segment.end(), size);
         while (offset < end) {
             if (progress && !progress(offset, segments.size())) throw Error(path + ": comparing was cancelled");
-            offset += std::min(common_hole(segments, segment, offset - segment.offset, file), end - offset);
             const uint64_t n = std::min(kBlockBytes, end - offset);
             segments.read(offset, wanted.data(), n);
             file.read(offset, found.data(), n);

@@ -7,7 +7,6 @@
 #endif
 
 #include <algorithm>
-#include <array>
 #include <cerrno>
 #include <cstring>
 
@@ -45,6 +44,21 @@ bool copies_elsewhere(int fd) {
     return false;
 #endif
 }
+
+// Where the next data of the file begins, at or after `offset`, and where it ends; `end` twice if there is none before.
+gguf::ByteRange next_data(int fd, uint64_t offset, uint64_t end) {
+    const off_t data = ::lseek(fd, static_cast<off_t>(offset), SEEK_DATA);
+    if (data < 0) {
+        // ENXIO: nothing but a hole up to the end. Other errors: no holes are known, all is data.
+        return errno == ENXIO ? gguf::ByteRange{end, 0} : gguf::ByteRange{offset, end - offset};
+    }
+    const uint64_t begin = std::min(static_cast<uint64_t>(data), end);
+    const off_t hole = ::lseek(fd, data, SEEK_HOLE);
+    const uint64_t stop = hole < 0 ? end : std::min(static_cast<uint64_t>(hole), end);
+    return {begin, stop - begin};
+}
+
+bool is_zero(const uint8_t* data, uint64_t size) { return data[0] == 0 && std::memcmp(data, data + 1, size - 1) == 0; }
 
 // The kernel copies, or shares extents. Returns how many bytes it did: fewer than asked for where it cannot, or says
 // that it cannot. Network file systems and FUSE fail here with all kinds of errors, or copy nothing, of files that can
@@ -110,12 +124,19 @@ void Copier::copy_data(const gguf::Mapping& from, uint64_t from_offset, int fd, 
         offset += done;
         size -= done;
     }
+    copy_by_reading(from, from_offset, fd, path, offset, size, true);
+}
+
+void Copier::copy_by_reading(const gguf::Mapping& from, uint64_t from_offset, int fd, const std::string& path,
+                             uint64_t offset, uint64_t size, bool zeros_too) {
     while (size > 0) {
         // Up to a boundary, so that no page is written in two pieces.
         const uint64_t n = std::min(size, kPieceBytes - offset % kPieceBytes);
         from.read(from_offset, buffer_.data(), n);
-        write_at(fd, path, offset, buffer_.data(), n);
-        start_flush(fd, offset, n);
+        if (zeros_too || !is_zero(buffer_.data(), n)) {
+            write_at(fd, path, offset, buffer_.data(), n);
+            start_flush(fd, offset, n);
+        }
         from_offset += n;
         offset += n;
         size -= n;
@@ -130,7 +151,10 @@ void Copier::copy_range(const gguf::Mapping& from, uint64_t from_offset, int fd,
     }
     const uint64_t end = from_offset + size;
     for (uint64_t at = from_offset; at < end;) {
-        const gguf::ByteRange data = next_data(from, at, end);
+        const gguf::ByteRange data = next_data(from.fd(), at, end);
+        // Read as well: file systems that compress were seen to call data a hole that had just been written. Of a true
+        // hole nothing comes from the disk.
+        copy_by_reading(from, at, fd, path, offset + (at - from_offset), data.offset - at, false);
         copy_data(from, data.offset, fd, path, offset + (data.offset - from_offset), data.size);
         at = data.end();
     }
@@ -143,44 +167,6 @@ void read_ahead(const gguf::Mapping& from, uint64_t offset, uint64_t size) {
 #else
     (void)from, (void)offset, (void)size;
 #endif
-}
-
-namespace {
-
-gguf::ByteRange claimed_data(int fd, uint64_t offset, uint64_t end) {
-    const off_t data = ::lseek(fd, static_cast<off_t>(offset), SEEK_DATA);
-    if (data < 0) {
-        // ENXIO: nothing but a hole up to the end. Other errors: no holes are known, all is data.
-        return errno == ENXIO ? gguf::ByteRange{end, 0} : gguf::ByteRange{offset, end - offset};
-    }
-    const uint64_t begin = std::min(static_cast<uint64_t>(data), end);
-    const off_t hole = ::lseek(fd, data, SEEK_HOLE);
-    const uint64_t stop = hole < 0 ? end : std::min(static_cast<uint64_t>(hole), end);
-    return {begin, stop - begin};
-}
-
-// Looks at pieces of what is said to be a hole. File systems that compress were seen to call data a hole that was just
-// written; of weights there is no such piece that is zero throughout.
-bool is_zero(const gguf::Mapping& file, uint64_t begin, uint64_t end) {
-    constexpr uint64_t kPieceOfHole = 512;
-    constexpr uint64_t kStride = 128 << 10;
-    std::array<uint8_t, kPieceOfHole> piece;
-    for (uint64_t at = begin; at < end; at += kStride) {
-        const uint64_t n = std::min(kPieceOfHole, end - at);
-        file.read(at, piece.data(), n);
-        if (std::any_of(piece.begin(), piece.begin() + static_cast<std::ptrdiff_t>(n),
-                        [](uint8_t b) { return b != 0; }))
-            return false;
-    }
-    return true;
-}
-
-}  // namespace
-
-gguf::ByteRange next_data(const gguf::Mapping& file, uint64_t offset, uint64_t end) {
-    const gguf::ByteRange data = claimed_data(file.fd(), offset, end);
-    if (data.offset > offset && !is_zero(file, offset, data.offset)) return {offset, end - offset};
-    return data;
 }
 
 }  // namespace moeshard::files

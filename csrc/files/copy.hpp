@@ -25,7 +25,7 @@ public:
     Copier();
 
     // Copies `size` bytes of `from`, beginning at `from_offset`, to `offset` of the open file. Where the source has a
-    // hole nothing is written: the target must be new there.
+    // hole, zeros are not written: the target must be new there.
     void copy_range(const gguf::Mapping& from, uint64_t from_offset, int fd, const std::string& path, uint64_t offset,
                     uint64_t size);
 
@@ -33,14 +33,13 @@ private:
     void copy_data(const gguf::Mapping& from, uint64_t from_offset, int fd, const std::string& path, uint64_t offset,
                    uint64_t size);
 
+    void copy_by_reading(const gguf::Mapping& from, uint64_t from_offset, int fd, const std::string& path,
+                         uint64_t offset, uint64_t size, bool zeros_too);
+
     std::vector<uint8_t> buffer_;
 };
 
 // Has the bytes read from the disk before they are asked for.
 void read_ahead(const gguf::Mapping& from, uint64_t offset, uint64_t size);
-
-// Where the next data of the file begins, at or after `offset`, and where it ends; `end` and 0 bytes if there is none
-// before. A hole is believed where pieces of it are zero.
-gguf::ByteRange next_data(const gguf::Mapping& file, uint64_t offset, uint64_t end);
 
 }  // namespace moeshard::files

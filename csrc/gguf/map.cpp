@@ -1,13 +1,9 @@
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <cstring>
-#include <functional>
 
+#include "gguf/beginning.hpp"
 #include "gguf/checked.hpp"
 #include "moeshard/gguf.hpp"
 
@@ -15,9 +11,6 @@ namespace moeshard::gguf {
 
 namespace {
 
-// How much of a file that cannot be mapped is read for its header at first, and at most.
-constexpr uint64_t kHeadBytes = 1 << 20;
-constexpr uint64_t kMostHeadBytes = uint64_t{1} << 30;
 constexpr char kSplitNo[] = "split.no";
 constexpr char kSplitCount[] = "split.count";
 constexpr char kSplitTensors[] = "split.tensors.count";
@@ -32,15 +25,24 @@ uint64_t split_value(const Part& part, const char* key, uint64_t fallback) {
     }
 }
 
+// Reads the header and no more, in steps: how long it is, only itself can say.
 Part open_part(const std::string& path) {
+    constexpr uint64_t kStepBytes = 1 << 20;
+    constexpr uint64_t kLargest = uint64_t{1} << 30;
     auto mapping = std::make_shared<const Mapping>(path);
-    for (uint64_t size = kHeadBytes;; size *= 8) {
+    uint64_t size = std::min(kStepBytes, mapping->size());
+    for (;;) {
+        auto header = std::make_shared<std::vector<uint8_t>>(static_cast<size_t>(size));
+        mapping->read(0, header->data(), size);
         try {
-            Directory directory = parse(mapping->head(size), path, mapping->size());
-            return {path, std::move(mapping), std::move(directory)};
-        } catch (const Error&) {
-            // What was read may end within the header.
-            if (mapping->is_mapped() || size >= mapping->size() || size >= kMostHeadBytes) throw;
+            Directory directory = parse_beginning({header->data(), header->size()}, path, mapping->size());
+            return {path, std::move(mapping), std::move(header), std::move(directory)};
+        } catch (const HeaderGoesOn& more) {
+            if (more.needed > kLargest) {
+                throw Error(path +
+                            ": its header would be longer than 1 GiB; it is damaged, download or convert it again");
+            }
+            size = std::min(std::max(more.needed, std::min(4 * size, kLargest)), mapping->size());
         }
     }
 }
@@ -77,101 +79,6 @@ std::string part_name(const std::string& path, uint64_t index, uint64_t count) {
     std::string_view prefix = path;
     if (!drop_suffix(prefix, ending) || !drop_digits(prefix) || !drop_suffix(prefix, "-")) return "";
     return std::string(prefix) + "-" + five_digits(index + 1) + ending;
-}
-
-namespace {
-
-int64_t modified(const struct stat& status) {
-#ifdef __APPLE__
-    const timespec& time = status.st_mtimespec;
-#else
-    const timespec& time = status.st_mtim;
-#endif
-    return static_cast<int64_t>(time.tv_sec) * 1000000000 + time.tv_nsec;
-}
-
-}  // namespace
-
-Mapping::Mapping(const std::string& path) : path_(path) {
-    // Without O_NONBLOCK a pipe would be waited for before it can be refused.
-    fd_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (fd_ < 0) throw Error(path + ": cannot open: " + std::strerror(errno));
-    struct stat status {};
-    std::string problem;
-    if (::fstat(fd_, &status) != 0) {
-        problem = std::string("cannot stat: ") + std::strerror(errno);
-    } else if (!S_ISREG(status.st_mode)) {
-        problem = "is not a regular file";
-    } else if (status.st_size == 0) {
-        problem = "is empty; a GGUF file begins with 'GGUF'";
-    } else {
-        size_ = static_cast<uint64_t>(status.st_size);
-        const auto size = static_cast<size_t>(size_);
-        void* data = ::mmap(nullptr, size, PROT_READ, MAP_SHARED, fd_, 0);
-        is_shared_ = data != MAP_FAILED;
-        if (!is_shared_) data = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, fd_, 0);
-        if (data != MAP_FAILED) bytes_ = {static_cast<const uint8_t*>(data), size};
-        modified_ = modified(status);
-        // Compressed files have fewer blocks as well; for these looking for holes only costs a little.
-        is_sparse_ = static_cast<uint64_t>(status.st_blocks) * 512 < size_;
-    }
-    if (!problem.empty()) {
-        ::close(fd_);
-        throw Error(path + ": " + problem);
-    }
-}
-
-Mapping::~Mapping() {
-    if (is_mapped()) ::munmap(const_cast<uint8_t*>(bytes_.data), bytes_.size);
-    ::close(fd_);
-}
-
-Bytes Mapping::head(uint64_t size) const { return is_mapped() ? bytes_ : view(0, std::min(size, size_)); }
-
-Bytes Mapping::view(uint64_t offset, uint64_t size) const {
-    if (is_mapped()) return {bytes_.data + offset, static_cast<size_t>(size)};
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (const auto& [begin, bytes] : read_) {
-        if (begin <= offset && offset + size <= begin + bytes.size()) {
-            return {bytes.data() + (offset - begin), static_cast<size_t>(size)};
-        }
-    }
-    std::vector<uint8_t> bytes(static_cast<size_t>(size));
-    read(offset, bytes.data(), size);
-    read_.emplace_back(offset, std::move(bytes));  // moving the vectors about leaves their bytes where they are
-    return {read_.back().second.data(), static_cast<size_t>(size)};
-}
-
-uint64_t Mapping::offset_of(const uint8_t* data) const {
-    if (is_mapped()) return static_cast<uint64_t>(data - bytes_.data);
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (const auto& [begin, bytes] : read_) {
-        const std::less_equal<const uint8_t*> no_later;
-        if (no_later(bytes.data(), data) && no_later(data, bytes.data() + bytes.size())) {
-            return begin + static_cast<uint64_t>(data - bytes.data());
-        }
-    }
-    throw Error(path_ + ": what is looked for is not of this file");
-}
-
-void Mapping::read(uint64_t offset, uint8_t* out, uint64_t size) const {
-    while (size > 0) {
-        const ssize_t n = ::pread(fd_, out, static_cast<size_t>(size), static_cast<off_t>(offset));
-        if (n < 0 && errno == EINTR) continue;
-        if (n < 0) throw Error(path_ + ": cannot read: " + std::strerror(errno));
-        if (n == 0) throw Error(path_ + ": became shorter while it was read");
-        offset += static_cast<uint64_t>(n);
-        out += n;
-        size -= static_cast<uint64_t>(n);
-    }
-}
-
-void Mapping::check_unchanged() const {
-    struct stat status {};
-    if (::fstat(fd_, &status) != 0) throw Error(path_ + ": cannot stat: " + std::strerror(errno));
-    if (static_cast<uint64_t>(status.st_size) != size_ || modified(status) != modified_) {
-        throw Error(path_ + ": was changed while it was being read; start again when nothing writes to it");
-    }
 }
 
 GGUFMap::GGUFMap(const std::string& path) {
@@ -260,8 +167,8 @@ const Tensor& GGUFMap::tensor(std::string_view name) const {
     return *tensor;
 }
 
-Bytes GGUFMap::data(const Tensor& tensor) const {
-    return parts_[tensor.part].mapping->view(tensor.offset, tensor.nbytes);
+std::shared_ptr<const uint8_t> GGUFMap::data(const Tensor& tensor, uint64_t from, uint64_t size) const {
+    return parts_[tensor.part].mapping->view(tensor.offset + from, size);
 }
 
 }  // namespace moeshard::gguf

@@ -3,6 +3,7 @@
 #include <unordered_set>
 
 #include "ggml.h"
+#include "gguf/beginning.hpp"
 #include "gguf/checked.hpp"
 #include "moeshard/gguf.hpp"
 
@@ -20,10 +21,12 @@ std::string quoted(std::string_view text) { return "'" + printable(text) + "'"; 
 // Reads forward through the header; every read is checked against what is left of the file.
 class Reader {
 public:
-    Reader(Bytes bytes, const std::string& name) : bytes_(bytes), name_(name) {}
+    // `bytes` are the beginning of a file of `file_size`, or all of it.
+    Reader(Bytes bytes, const std::string& name, uint64_t file_size)
+        : bytes_(bytes), name_(name), file_size_(file_size) {}
 
     uint64_t tell() const { return at_; }
-    uint64_t left() const { return bytes_.size - at_; }
+    uint64_t left() const { return file_size_ - at_; }
 
     [[noreturn]] void fail(const std::string& what) const { throw Error(name_ + ": " + what); }
 
@@ -33,6 +36,7 @@ public:
                  std::to_string(at_) + ", " + std::to_string(left()) +
                  " left; it is truncated or damaged, download or convert it again");
         }
+        if (size > bytes_.size - at_) throw HeaderGoesOn{at_ + size};
         const Bytes taken{bytes_.data + at_, static_cast<size_t>(size)};
         at_ += size;
         return taken;
@@ -51,15 +55,10 @@ public:
         return {reinterpret_cast<const char*>(bytes.data), bytes.size};
     }
 
-    std::string_view utf8(const std::string& what) {
-        const std::string_view value = text(what);
-        if (!is_utf8(value)) fail(what + " is not valid UTF-8 (" + quoted(value) + ")");
-        return value;
-    }
-
     // A key or a tensor's name. llama.cpp handles them as C strings, in which a zero byte hides what follows.
     std::string identifier(const std::string& what) {
-        const std::string_view value = utf8(what);
+        const std::string_view value = text(what);
+        if (!is_utf8(value)) fail(what + " is not valid UTF-8 (" + quoted(value) + ")");
         if (value.empty()) fail(what + " is empty");
         if (value.find('\0') != value.npos) fail(what + " contains a zero byte (" + quoted(value) + ")");
         return std::string(value);
@@ -68,6 +67,7 @@ public:
 private:
     Bytes bytes_;
     const std::string& name_;
+    uint64_t file_size_;
     uint64_t at_ = 0;
 };
 
@@ -114,8 +114,7 @@ Entry read_entry(Reader& reader, uint64_t number) {
     const uint64_t begin = reader.tell();
     if (entry.type == ValueType::kString) {
         const Bytes rest = reader.take(0, what);
-        if (!entry.is_array) reader.text(what);
-        for (uint64_t i = 0; entry.is_array && i < entry.count; ++i) reader.text(what);
+        for (uint64_t i = 0; i < entry.count; ++i) reader.text(what);
         entry.value = {rest.data, static_cast<size_t>(reader.tell() - begin)};
     } else {
         entry.value = reader.take(entry.count * smallest, what);
@@ -242,8 +241,15 @@ void read_tensors(Reader& reader, uint64_t file_size, uint64_t n_tensors, Direct
 }  // namespace
 
 Directory parse(Bytes bytes, const std::string& name, uint64_t file_size) {
-    if (file_size == 0) file_size = bytes.size;
-    Reader reader(bytes, name);
+    try {
+        return parse_beginning(bytes, name, std::max<uint64_t>(file_size, bytes.size));
+    } catch (const HeaderGoesOn&) {
+        throw Error(name + ": its header is longer than the " + std::to_string(bytes.size) + " bytes given of it");
+    }
+}
+
+Directory parse_beginning(Bytes bytes, const std::string& name, uint64_t file_size) {
+    Reader reader(bytes, name, file_size);
     Directory directory;
     read_version(reader, directory);
     const auto n_tensors = reader.number<uint64_t>("the number of tensors");

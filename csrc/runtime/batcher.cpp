@@ -303,7 +303,7 @@ std::vector<Progress> Batcher::Impl::step() {
         });
     } catch (const EngineAbort&) {
         throw;
-    } catch (const Error& error) {
+    } catch (const std::exception& error) {
         failure = error.what();
     }
     for (size_t index = 0; index < inputs.size(); ++index) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <limits>
 #include <set>
 #include <string>
@@ -109,9 +110,10 @@ Context::Impl::Impl(std::shared_ptr<const Model> of, const ContextParams& wanted
     native.n_threads_batch = params.n_threads;
     native.abort_callback = should_abort;
     native.abort_callback_data = this;
-    ctx = llama_init_from_model(model->handle(), native);
-    if (!ctx)
-        throw guard.error(model->path() + ": no context of " + std::to_string(params.n_ctx) + " tokens could be made");
+    const std::string failed =
+        model->path() + ": no context of " + std::to_string(params.n_ctx) + " tokens could be made";
+    ctx = guard.run(failed, [&] { return llama_init_from_model(model->handle(), native); });
+    if (!ctx) throw guard.error(failed);
 
     const ggml_threadpool_params threads = ggml_threadpool_params_default(params.n_threads);
     pool = ggml_threadpool_new(const_cast<ggml_threadpool_params*>(&threads));
@@ -220,7 +222,8 @@ void Context::Impl::compute(const std::vector<Input>& inputs, const LogitsSink& 
         // The engine wants an output; the last token's is the cheapest to ignore.
         if (outputs.empty()) batch.native.logits[batch.native.n_tokens - 1] = true;
 
-        const int32_t status = llama_decode(ctx, batch.native);
+        const int32_t status =
+            guard.run("the engine could not decode", [&] { return llama_decode(ctx, batch.native); });
         if (status == 2) throw Error("the computation was aborted");
         if (status != 0) throw guard.error("the engine could not decode (status " + std::to_string(status) + ")");
         llama_synchronize(ctx);
@@ -239,9 +242,24 @@ void Context::Impl::trace(const std::vector<Input>& inputs, const TraceOptions& 
         llama_context* ctx;
         ~Tracing() { hook::stop_trace(ctx); }
     };
-    hook::start_trace(ctx, options, std::move(sink));
+    // What the sink throws is its caller's, and comes out as it went in: it passes the engine, whose own exceptions
+    // become Errors.
+    std::exception_ptr from_sink;
+    hook::start_trace(ctx, options, [&from_sink, &sink](UbatchTrace& chunk) {
+        try {
+            sink(chunk);
+        } catch (...) {
+            from_sink = std::current_exception();
+            throw;
+        }
+    });
     const Tracing tracing{ctx};
-    decode(inputs, {});
+    try {
+        decode(inputs, {});
+    } catch (...) {
+        if (from_sink) std::rethrow_exception(from_sink);
+        throw;
+    }
 }
 
 void Context::Impl::roll_back(const std::vector<int32_t>& to) {

@@ -1,6 +1,8 @@
 // Turns what llama.cpp logs, and what it aborts on, into Errors.
 #pragma once
 
+#include <exception>
+#include <new>
 #include <string>
 
 #include "moeshard/error.hpp"
@@ -28,6 +30,20 @@ public:
 
     // `what` followed by what the engine said since this guard was made.
     Error error(const std::string& what) const;
+
+    // Calls into the engine. What it throws, which is any std::exception, becomes an Error that says `what` failed.
+    template <typename Call>
+    auto run(const std::string& what, Call call) const {
+        try {
+            return call();
+        } catch (const Error&) {
+            throw;
+        } catch (const std::bad_alloc&) {
+            throw error(what + ": out of memory");
+        } catch (const std::exception& thrown) {
+            throw error(what + ": llama.cpp failed with '" + thrown.what() + "'");
+        }
+    }
 
 private:
     std::string messages_;

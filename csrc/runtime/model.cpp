@@ -79,8 +79,10 @@ std::shared_ptr<Model> Model::load(const std::string& path, const ModelParams& p
         overrides = override_used(path, params.n_expert_used);
         mapped.kv_overrides = overrides.data();
     }
-    loaded->impl_->native = llama_model_load_from_file(file.first_part.c_str(), mapped);
-    if (!loaded->impl_->native) throw guard.error(path + ": could not be loaded");
+    const std::string failed = path + ": could not be loaded";
+    loaded->impl_->native =
+        guard.run(failed, [&] { return llama_model_load_from_file(file.first_part.c_str(), mapped); });
+    if (!loaded->impl_->native) throw guard.error(failed);
     loaded->impl_->routing = hook::routing_of(*loaded->impl_->native);
     return loaded;
 }
@@ -93,9 +95,10 @@ std::shared_ptr<Model> Model::load(const SegmentList& segments, const std::strin
     llama_model_params streamed = native(params);
     streamed.load_mode = LLAMA_LOAD_MODE_NONE;
     const auto file = open_stream(segments);
-    loaded->impl_->native = llama_model_load_from_file_ptr(file.get(), streamed);
+    const std::string failed = name + ": could not be loaded";
+    loaded->impl_->native = guard.run(failed, [&] { return llama_model_load_from_file_ptr(file.get(), streamed); });
     segments.check_sources();
-    if (!loaded->impl_->native) throw guard.error(name + ": could not be loaded");
+    if (!loaded->impl_->native) throw guard.error(failed);
     loaded->impl_->routing = hook::routing_of(*loaded->impl_->native);
     return loaded;
 }
@@ -130,13 +133,18 @@ std::vector<int32_t> Model::tokenize(std::string_view text, bool special, bool p
     if (text.size() != static_cast<size_t>(length))
         throw Error("text is too long to tokenize in one piece: over 2 GiB");
     std::vector<int32_t> tokens(text.size() + 2);
-    int32_t n =
-        llama_tokenize(vocab, text.data(), length, tokens.data(), static_cast<int32_t>(tokens.size()), special, parse);
+    const std::string failed = path() + ": the text could not be tokenized";
+    const auto fill = [&] {
+        const auto room = static_cast<int32_t>(tokens.size());
+        return guard.run(
+            failed, [&] { return llama_tokenize(vocab, text.data(), length, tokens.data(), room, special, parse); });
+    };
+    int32_t n = fill();
     if (n < 0) {
         tokens.resize(static_cast<size_t>(-n));
-        n = llama_tokenize(vocab, text.data(), length, tokens.data(), -n, special, parse);
+        n = fill();
     }
-    if (n < 0) throw guard.error(path() + ": the text could not be tokenized");
+    if (n < 0) throw guard.error(failed);
     tokens.resize(static_cast<size_t>(n));
     return tokens;
 }

@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <string_view>
 
+#include "gguf/checked.hpp"
 #include "moe/expert_counts.hpp"
 #include "moeshard/error.hpp"
 #include "moeshard/gguf.hpp"
@@ -16,11 +17,11 @@ namespace {
 
 bool contains(std::string_view text, std::string_view part) { return text.find(part) != std::string_view::npos; }
 
+// Of the numbers that the engine computes with, those on which it aborts. -inf and NaN are sound values of others:
+// llama.cpp's own saver writes -inf where something has no bound.
 void check_number(const std::string& path, const gguf::Entry& entry) {
     const double value = entry.as_float();
     const char* wanted = nullptr;
-    // On these the engine aborts. Others may hold what they like: its own saver writes -inf where something has no
-    // bound.
     if (contains(entry.key, "epsilon") && !(std::isfinite(value) && value >= 0)) {
         wanted = "a finite number that is not negative";
     } else if (contains(entry.key, "rope.freq_base") && !(std::isfinite(value) && value > 0)) {
@@ -30,6 +31,17 @@ void check_number(const std::string& path, const gguf::Entry& entry) {
         throw Error(path + ": " + entry.key + " is " + std::to_string(value) + ", it must be " + wanted +
                     "; the file is damaged");
     }
+}
+
+// "" where the engine will say what is wrong with it.
+std::string architecture(const gguf::GGUFMap& file) {
+    const gguf::Entry* entry = file.metadata().find("general.architecture");
+    const bool is_text = entry != nullptr && entry->type == gguf::ValueType::kString && !entry->is_array;
+    std::string name(is_text ? entry->as_string() : "");
+    if (name != gguf::printable(name)) {
+        throw Error(file.path() + ": general.architecture is '" + gguf::printable(name) + "', which is no name");
+    }
+    return name;
 }
 
 }  // namespace
@@ -42,13 +54,16 @@ CheckedFile check_file(const std::string& path) {
     const gguf::GGUFMap file(path);
     // llama.cpp would abort on some wrong counts.
     if (file.metadata().find(kCountsKey) != nullptr) moe_layout(file);
+    const std::string own = architecture(file) + ".";
     for (const gguf::Entry& entry : file.metadata().entries) {
         const bool is_float = entry.type == gguf::ValueType::kFloat32 || entry.type == gguf::ValueType::kFloat64;
-        if (is_float && !entry.is_array) check_number(path, entry);
+        // What other programs noted is theirs.
+        const bool is_own = entry.key.compare(0, own.size(), own) == 0;
+        if (is_float && is_own && !entry.is_array) check_number(path, entry);
     }
-    const bool is_shared = std::all_of(file.parts().begin(), file.parts().end(),
-                                       [](const gguf::Part& part) { return part.mapping->is_shared(); });
-    return {file.path(), is_shared};
+    const bool can_be_mapped = std::all_of(file.parts().begin(), file.parts().end(),
+                                           [](const gguf::Part& part) { return part.mapping->is_shareable(); });
+    return {file.path(), can_be_mapped};
 }
 
 }  // namespace moeshard

@@ -99,8 +99,9 @@ std::optional<ShardFacts> shard_facts(const gguf::GGUFMap& file) {
         const bool is_own = entry.key == kKind || entry.key == kLayers || entry.key == kKept || entry.key == kCounts ||
                             entry.key == kTensors || entry.key == kExpertCount || starts_with(entry.key, kSource);
         if (!starts_with(entry.key, kPrefix) || is_own) continue;
-        facts.notes.emplace_back(entry.key.substr(kPrefix.size()),
-                                 reader.get(entry.key, [](const Entry& found) { return found.as_string(); }));
+        const std::string_view text = reader.get(entry.key, [](const Entry& found) { return found.as_string(); });
+        if (!gguf::is_utf8(text)) reader.fail(entry.key, "is not valid UTF-8");
+        facts.notes.emplace_back(entry.key.substr(kPrefix.size()), text);
     }
     return facts;
 }

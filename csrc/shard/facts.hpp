@@ -21,12 +21,8 @@ inline constexpr std::string_view kTensors = "moeshard.tensors";      // of a tr
 inline constexpr std::string_view kSource = "moeshard.source.";       // the model's own value of a replaced key
 inline constexpr std::string_view kExpertCount = "moeshard.experts";  // of the whole model
 
-// Keys that are about the file and not about the model. What an undivided file says of its parts (llama-gguf-split
-// leaves such entries when it puts a model together) goes along into a file that is undivided too.
-inline bool is_of_file(std::string_view key, const gguf::GGUFMap& source, uint64_t max_file_size) {
-    const bool undivided = source.parts().size() == 1 && max_file_size == 0;
-    return starts_with(key, kPrefix) || (starts_with(key, "split.") && !undivided);
-}
+// Keys that are about the file and not about the model.
+inline bool is_of_file(std::string_view key) { return starts_with(key, kPrefix) || starts_with(key, "split."); }
 
 // The facts as entries, notes last.
 std::vector<std::vector<Piece>> fact_entries(const ShardFacts& facts);

@@ -54,7 +54,7 @@ NewTensor gather_table(const Holder& holder, const ExpertTensor& facts, const ui
     uint32_t n_in = static_cast<uint32_t>(tensor.ne[0]);
     if (original != nullptr) {
         const gguf::Part& part = holder.map().parts().front();
-        const auto at = part.mapping->offset_of(original->value.data);
+        const uint64_t at = original->range.end() - original->value.size;  // an entry ends with its value
         n_in = static_cast<uint32_t>(original->value.size / (rows * sizeof(int32_t)));
         if (n_in == 0 || original->type != gguf::ValueType::kInt32 || original->count != rows * n_in) {
             throw Error(holder.map().path() + ": '" + gguf::printable(original->key) +

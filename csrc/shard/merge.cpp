@@ -7,6 +7,7 @@
 #include "shard/counts.hpp"
 #include "shard/facts.hpp"
 #include "shard/holder.hpp"
+#include "shard/split_entries.hpp"
 
 namespace moeshard {
 
@@ -166,9 +167,10 @@ std::vector<SegmentList> merge_segments(const std::vector<const GGUFMap*>& shard
     const std::vector<uint8_t> all(static_cast<size_t>(first.n_layer) * first.n_expert, 1);
     // Tables are given back in full: no model looks up more experts than it has.
     const std::vector<uint32_t> used(first.n_layer, first.n_expert);
-    NewFile file = put_together(*provider, facts_of(*provider), holders, all, used);
+    const ShardFacts provided = facts_of(*provider);
+    NewFile file = put_together(*provider, provided, holders, all, used);
     for (const Entry& entry : provider->metadata().entries) {
-        if (is_of_file(entry.key, *provider, max_file_size)) continue;
+        if (is_of_file(entry.key)) continue;
         const Entry* original = original_of(*provider, first, entry);
         if (original == nullptr) {
             file.entries.push_back(carried(*provider, entry));
@@ -178,6 +180,13 @@ std::vector<SegmentList> merge_segments(const std::vector<const GGUFMap*>& shard
                 original->is_array ? array_entry_head(entry.key, original->type, original->count) + bytes
                                    : scalar_entry(entry.key, original->type, bytes));
         }
+    }
+    // What the model said of being divided is right where this is one file again, and else said anew.
+    if (const std::string* text = note(provided, kSplitEntriesNote)) {
+        NewFile undivided = file;
+        insert_split_entries(*text, provider->path(), undivided.entries);
+        std::vector<SegmentList> lists = assemble(std::move(undivided), max_file_size, provider->path(), shards);
+        if (lists.size() == 1) return lists;
     }
     return assemble(std::move(file), max_file_size, provider->path(), shards);
 }
@@ -193,7 +202,7 @@ SegmentList join_segments(const GGUFMap& trunk, const GGUFMap& experts) {
     const std::vector<Holder> holders{{experts, facts.keep, facts.n_expert}};
     NewFile file = put_together(trunk, trunk_facts, holders, facts.keep, holders.front().layout().n_expert_used);
     for (const Entry& entry : trunk.metadata().entries) {
-        if (is_of_file(entry.key, trunk, 0)) continue;
+        if (is_of_file(entry.key)) continue;
         const Entry* own = experts.metadata().find(entry.key);
         file.entries.push_back(own == nullptr ? carried(trunk, entry) : carried(experts, *own));
     }

@@ -79,12 +79,10 @@ std::string original_entry(const Entry& entry) {
                           : scalar_entry(key, entry.type, bytes);
 }
 
-std::vector<std::vector<Piece>> entries_of(const GGUFMap& model, const NewCounts& counts, bool with_tokenizer,
-                                           uint64_t max_file_size) {
+std::vector<std::vector<Piece>> entries_of(const GGUFMap& model, const NewCounts& counts, bool with_tokenizer) {
     std::vector<std::vector<Piece>> entries;
     for (const Entry& entry : model.metadata().entries) {
-        if (is_of_file(entry.key, model, max_file_size) || (!with_tokenizer && starts_with(entry.key, "tokenizer.")))
-            continue;
+        if (is_of_file(entry.key) || (!with_tokenizer && starts_with(entry.key, "tokenizer."))) continue;
         std::vector<Piece>& pieces = entries.emplace_back();
         if (const std::string* replaced = counts.find(entry.key)) {
             pieces.emplace_back(*replaced);
@@ -114,11 +112,10 @@ void append(std::vector<std::vector<Piece>>& entries, std::vector<std::vector<Pi
     for (auto& entry : more) entries.push_back(std::move(entry));
 }
 
-NewFile trunk_file(const GGUFMap& model, const MoeLayout& layout, ShardFacts facts, uint64_t max_file_size) {
+NewFile trunk_file(const GGUFMap& model, const MoeLayout& layout, ShardFacts facts) {
     NewFile file = empty_like(model);
     for (const Entry& entry : model.metadata().entries) {
-        if (!is_of_file(entry.key, model, max_file_size))
-            file.entries.emplace_back().emplace_back(range_of(model, entry));
+        if (!is_of_file(entry.key)) file.entries.emplace_back().emplace_back(range_of(model, entry));
     }
     append(file.entries, fact_entries(facts));
     std::vector<std::string> names;
@@ -133,12 +130,11 @@ NewFile trunk_file(const GGUFMap& model, const MoeLayout& layout, ShardFacts fac
     return file;
 }
 
-NewFile shard_file(const GGUFMap& model, const MoeLayout& layout, const Counts& counts, ShardFacts facts,
-                   uint64_t max_file_size) {
+NewFile shard_file(const GGUFMap& model, const MoeLayout& layout, const Counts& counts, ShardFacts facts) {
     const bool with_trunk = facts.kind == ShardKind::kShard;
     const NewCounts replaced(model, layout, counts);
     NewFile file = empty_like(model);
-    file.entries = entries_of(model, replaced, with_trunk, max_file_size);
+    file.entries = entries_of(model, replaced, with_trunk);
     append(file.entries, fact_entries(facts));
     for (const Entry& entry : model.metadata().entries) {
         if (replaced.find(entry.key)) file.entries.emplace_back().emplace_back(original_entry(entry));
@@ -176,12 +172,11 @@ std::vector<SegmentList> shard_segments(const GGUFMap& model, const Keep& keep, 
     const auto laid_out = [&](NewFile file) {
         return assemble(std::move(file), params.max_file_size, model.path(), {&model});
     };
-    if (params.kind == ShardKind::kTrunk)
-        return laid_out(trunk_file(model, layout, std::move(facts), params.max_file_size));
+    if (params.kind == ShardKind::kTrunk) return laid_out(trunk_file(model, layout, std::move(facts)));
     const Counts counts = count_experts(layout, keep, params, model.path());
     const uint8_t* rows = keep.row(0);
     facts.keep.assign(rows, rows + static_cast<size_t>(layout.n_layer) * layout.n_expert);
-    return laid_out(shard_file(model, layout, counts, std::move(facts), params.max_file_size));
+    return laid_out(shard_file(model, layout, counts, std::move(facts)));
 }
 
 std::string part_path(const std::string& path, size_t index, size_t count) {

@@ -89,7 +89,7 @@ void check_segments(const SegmentList& list) {
                     "a literal exists");
         } else if (segment.kind != Segment::Kind::kZeros) {
             require(segment.source < list.sources().size(), "a source exists");
-            const uint64_t size = list.sources()[segment.source]->bytes().size;
+            const uint64_t size = list.sources()[segment.source]->size();
             const bool is_range = segment.kind == Segment::Kind::kRange;
             require(segment.from <= size && (!is_range || segment.size <= size - segment.from), "a range exists");
         }
@@ -201,7 +201,7 @@ void check_same(const gguf::GGUFMap& model, const std::vector<SegmentList>& file
                     "a merged file has the model's tensors in order");
             std::vector<uint8_t> bytes(tensor.nbytes);
             file.read(tensor.offset, bytes.data(), bytes.size());
-            require(bytes.empty() || std::memcmp(bytes.data(), model.data(other).data, bytes.size()) == 0,
+            require(bytes.empty() || std::memcmp(bytes.data(), model.data(other).get(), bytes.size()) == 0,
                     "a merged tensor has the model's bytes");
         }
     }

@@ -1,7 +1,7 @@
 // Read-only access to GGUF files.
 //
 // parse() turns the bytes of one file into a directory: pure, no I/O, every offset checked before a pointer made from
-// it is handed out. GGUFMap maps a model of one or several parts, parses each, and hands out views of its tensors.
+// it is handed out. GGUFMap opens a model of one or several parts, parses each, and hands out views of its tensors.
 // Everything throws moeshard::Error with the name of the file and what is wrong in it.
 #pragma once
 
@@ -103,18 +103,17 @@ struct Directory {
     const Entry* find(std::string_view key) const;
 };
 
-// Keys and tensor names must be UTF-8. String values need not be: llama.cpp reads vocabularies whose tokens are pieces
-// of characters, and names in whatever encoding somebody typed. `name` stands for the file in messages. `file_size`: of
-// the whole file, where `bytes` is only its beginning, at least up to the data.
+// Keys and names of tensors must be UTF-8. Values need not be: vocabularies hold tokens that are pieces of characters,
+// and llama.cpp takes whatever other programs wrote. `name` stands for the file in messages. `file_size`: of the whole
+// file, where `bytes` is only its beginning, at least up to the data.
 Directory parse(Bytes bytes, const std::string& name, uint64_t file_size = 0);
 
 // The name of part `index` (from 0) of `count`, for a name that ends in "-00002-of-00005.gguf"; "" for other names or
 // another count.
 std::string part_name(const std::string& path, uint64_t index, uint64_t count);
 
-// A file open for reading, mapped where the file system and the limits of this process allow it. Views hold it through
-// a shared_ptr, so it outlives the GGUFMap that made it.
-class Mapping {
+// A file open for reading. None of it is mapped before somebody wants to look at it.
+class Mapping : public std::enable_shared_from_this<Mapping> {
 public:
     explicit Mapping(const std::string& path);
     ~Mapping();
@@ -123,40 +122,37 @@ public:
 
     const std::string& path() const { return path_; }
     uint64_t size() const { return size_; }
-    bool is_mapped() const { return bytes_.data != nullptr; }
-    // Whether others could map it as this process may have to: some mounts (FUSE with direct I/O, 9p) share no pages.
-    bool is_shared() const { return is_shared_; }
-    // The whole file where it is mapped; else its first `size` bytes, read. What was returned before stays valid. A
-    // file that is cut short while it is mapped ends the process that looks at what is gone; read() does not.
-    Bytes head(uint64_t size) const;
-    // A part of the file, read where it is not mapped, and then kept as long as this lives.
-    Bytes view(uint64_t offset, uint64_t size) const;
-    // Where something that head() returned lies in the file.
-    uint64_t offset_of(const uint8_t* data) const;
     int fd() const { return fd_; }  // stays open: copying by the kernel needs it
     bool is_sparse() const { return is_sparse_; }
+    // Whether the file can be mapped as the engine does it, shared with all who look at it. Some mounts (FUSE with
+    // direct I/O, 9p) refuse that.
+    bool is_shareable() const;
 
+    // Bytes of the file for as long as the pointer lives, which may be longer than this: mapped, or where neither the
+    // file nor a part of it can be, read into memory. A file that is cut short while it is mapped ends the process that
+    // looks at what is gone; read() does not.
+    std::shared_ptr<const uint8_t> view(uint64_t offset, uint64_t size) const;
     // Throws Error where the bytes are not there any more.
     void read(uint64_t offset, uint8_t* out, uint64_t size) const;
     // Throws Error where the file was changed since it was opened.
     void check_unchanged() const;
 
 private:
+    const uint8_t* whole() const;
+
     std::string path_;
     int fd_ = -1;
     uint64_t size_ = 0;
-    Bytes bytes_;  // where it is mapped
-    bool is_shared_ = false;
-    // Of a file that is not mapped: what was read of it, by where it begins.
-    mutable std::mutex mutex_;
-    mutable std::vector<std::pair<uint64_t, std::vector<uint8_t>>> read_;
     bool is_sparse_ = false;
     int64_t modified_ = 0;  // nanoseconds
+    mutable std::once_flag looked_at_;
+    mutable const uint8_t* whole_ = nullptr;  // the map of all of it, where there is one
 };
 
 struct Part {
     std::string path;
     std::shared_ptr<const Mapping> mapping;
+    std::shared_ptr<const std::vector<uint8_t>> header;  // the beginning of the file; what `directory` refers to
     Directory directory;
 };
 
@@ -177,8 +173,10 @@ public:
     const Tensor* find(std::string_view name) const;
     const Tensor& tensor(std::string_view name) const;  // Error if there is none
 
-    Bytes data(const Tensor& tensor) const;
-    // Keeps what data() returned valid.
+    // See Mapping::view(); of a slice of the tensor: `size` bytes from byte `from` of it on.
+    std::shared_ptr<const uint8_t> data(const Tensor& tensor, uint64_t from, uint64_t size) const;
+    std::shared_ptr<const uint8_t> data(const Tensor& tensor) const { return data(tensor, 0, tensor.nbytes); }
+    // The file that the tensor lies in.
     std::shared_ptr<const Mapping> owner(const Tensor& tensor) const { return parts_[tensor.part].mapping; }
 
 private:

@@ -40,6 +40,12 @@ struct ShardParams {
 // does.
 std::vector<SegmentList> shard_segments(const gguf::GGUFMap& model, const Keep& keep, const ShardParams& params = {});
 
+// The name of a note, and its text for `model`: what a model in one file says of being divided. llama-gguf-split leaves
+// such entries ("split.count" and others) when it puts parts together. In shards they are out of place; a merge of
+// shards with this note gives them back. "" where there are none, or where the model is in parts.
+inline constexpr const char* kSplitEntriesNote = "split_entries";
+std::string split_entries(const gguf::GGUFMap& model);
+
 // What a shard, a trunk or a file of experts says about itself.
 struct ShardFacts {
     ShardKind kind = ShardKind::kShard;

@@ -76,6 +76,13 @@ class Inspection:
         return asdict(self)
 
 
+def shown(text: Any) -> str | None:
+    """Return a string of the metadata as it can be shown, bytes that are no UTF-8 as ``\\xe8``; None for all else."""
+    if not isinstance(text, str):
+        return None
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def files_of(path: str | os.PathLike[str]) -> list[str]:
     """Return the files of a model of which one is given: all its parts; where that is no GGUF file, itself."""
     try:
@@ -116,11 +123,11 @@ def inspect_model(path: str | os.PathLike[str]) -> Inspection:
     metadata = gguf.metadata
     used = zip(layout.n_expert_used, layout.per_expert_bytes, strict=True)
     return Inspection(
-        path=str(path),
+        path=gguf.path,
         parts=tuple(part.path for part in gguf.parts),
         file_bytes=sum(part.size for part in gguf.parts),
         arch=layout.arch,
-        name=metadata.get("general.name"),
+        name=shown(metadata.get("general.name")),
         n_params=sum(math.prod(info.shape) for info in infos),
         n_ctx_train=metadata.get(f"{layout.arch}.context_length"),
         n_layer=layout.n_layer,

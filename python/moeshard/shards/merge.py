@@ -39,7 +39,9 @@ def merge(
         MoeshardError: experts are missing (it names them), the shards are of different models, or `out` cannot be
             written.
     """
-    files = _core.merge_segments([GGUFMap(shard) for shard in shards], max_file_size=max_file_size or 0)
+    # All parts of a shard may be named, as *.gguf does: they are one.
+    opened = {file.path: file for file in map(GGUFMap, shards)}
+    files = _core.merge_segments(list(opened.values()), max_file_size=max_file_size or 0)
     path = os.fspath(out)
     paths = [path] if len(files) == 1 else [_core.part_path(path, i, len(files)) for i in range(len(files))]
     _core.write_segments(files, paths, force=force, jobs=jobs, progress=progress)

@@ -80,7 +80,7 @@ def split(
     pass over the model; none appears under its name before all are complete.
 
     Args:
-        model: a GGUF file, or the first part of one.
+        model: a GGUF file, or any part of one.
         keeps: what each shard holds. One keep (bool ``(n_layer, n_expert)``, or all else that `parse_keep` reads) makes
             one shard, `out` being its file; a list of keeps or a `Plan` makes a shard each, in the folder `out`.
         out: a file for one keep, else a folder, which is made where it is missing.
@@ -145,9 +145,12 @@ def lay_out(
     """Lay the shards of `nodes` out; arguments as of `split`. Reads headers and writes nothing."""
     folder = os.fspath(out)
     laid_out = []
+    # What a model in one file says of its parts: `merge` gives it back.
+    entries = _core.split_entries(source)
+    divided = [("split_entries", entries)] if entries else []
     if trunk_once:
         files = _core.shard_segments(
-            source, None, kind=TRUNK, max_file_size=max_file_size, notes=notes_of(plan.model, plan, None)
+            source, None, kind=TRUNK, max_file_size=max_file_size, notes=notes_of(plan.model, plan, None) + divided
         )
         laid_out.append(_shards(TRUNK, TRUNK, files, os.path.join(folder, TRUNK_FILE), (0, 0)))
     kind = "experts" if trunk_once else "shard"
@@ -160,7 +163,7 @@ def lay_out(
             clamp=clamp,
             per_layer=per_layer or plan.is_per_layer,
             max_file_size=max_file_size,
-            notes=notes_of(plan.model, plan, node),
+            notes=notes_of(plan.model, plan, node) + divided,
         )
         path = folder if single else os.path.join(folder, shard_name(source.path, node.name))
         held = held_range(node.keep, plan.model.moe_layers)
