@@ -18,8 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shard_files import Keep, Source, add_table, gb, keep_of, new_source, partitions, small_source, sources
 
+import moeshard
 from moeshard import GGUFMap, _core
 from moeshard._core import SegmentList
+from moeshard.shards.verify import lay_out_again
 
 NOTES = [("fingerprint", "of this model")]
 several = settings(deadline=None, max_examples=40)
@@ -213,6 +215,28 @@ def test_the_embedded_model(data: st.DataObject, tinymoe: Path) -> None:
         assert _core.first_difference(merged, tinymoe) is None
 
 
+def test_other_bytes_in_place(tmp_path: Path) -> None:
+    """Inside a segment, over several, over what was replaced before, and nothing at all."""
+    model = GGUFMap(small_source(2, 8).write(tmp_path / "model.gguf"))
+    (segments,) = shard(model, keep_of(small_source(2, 8), 1, 2, 4, 7))
+    wanted = bytearray(segments.read(0, segments.size))
+    borders = [offset for _, offset, _, _, _ in segments.segments]
+    assert len(borders) > 4
+    rng = random.Random(3)
+    places = [(0, 4), (segments.size - 3, 3), (segments.size, 0), (borders[1] - 1, 2), (borders[2] - 2, 300)]
+    places += [(offset, rng.randrange(200)) for offset in rng.choices(range(segments.size - 200), k=40)]
+    replacements = [(offset, rng.randbytes(size)) for offset, size in places]
+    for offset, new in replacements:
+        wanted[offset : offset + len(new)] = new
+    replaced = segments.with_bytes(replacements)
+    assert replaced.read(0, replaced.size) == wanted
+    check_tiling(replaced, model.parts[0].alignment)
+    assert segments.read(0, segments.size) != wanted, "the original is as it was"
+    for offset, size in [(segments.size - 1, 2), (segments.size + 1, 0), (2**64 - 1, 3)]:
+        with pytest.raises(moeshard.MoeshardError, match="reach past the end"):
+            segments.with_bytes([(offset, bytes(size))])
+
+
 @pytest.mark.parametrize("n_used", [0, 1])
 def test_a_long_table_is_converted_wherever_it_is_read(n_used: int, tmp_path: Path) -> None:
     """Longer than the blocks in which it is converted."""
@@ -265,6 +289,10 @@ def test_experts_per_token(
         is_changed = entries(file)[key] != entries(model)[key]
         assert (f"moeshard.source.{key}" in file.metadata) == is_changed
         assert len(entries(file)[key]) == len(entries(model)[key])  # the same type
+        facts = _core.shard_facts(file)
+        assert facts is not None
+        (again,) = lay_out_again(model, file, facts)  # from nothing but what the file says
+        assert _core.first_difference(again, file.path) is None
     (merged,) = _core.merge_segments(shards)
     assert _core.first_difference(merged, model.path) is None
 
