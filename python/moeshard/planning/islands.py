@@ -195,9 +195,11 @@ def _beginnings(
     shares = _shares(traffic)
     step = _by_squares(traffic, shares, sizes, shrinkage, fewest)
     rng = np.random.default_rng(seed)
+    # Sequences are drawn as they stand in the profile, which is what a seed has always meant.
+    order = np.arange(weights.size) if traffic.is_condensed else np.argsort(traffic.measured)
     found = []
     for index in range(max(1, restarts)):
-        keeps, owner, _ = _alternate(_first_owners(shares, weights, len(sizes), rng), step, weights)
+        keeps, owner, _ = _alternate(_first_owners(shares, weights, len(sizes), rng, order), step, weights)
         found.append((_mean(_losses(traffic, keeps), weights), index, owner))
     return [owner for _, _, owner in sorted(found)[: -(-len(found) // FOLLOWED)]]
 
@@ -271,9 +273,9 @@ def _mean(lost: Doubles, weights: Doubles) -> float:
     return float(lost.min(axis=1) @ weights)
 
 
-def _first_owners(shares: Floats, weights: Doubles, n_nodes: int, rng: np.random.Generator) -> Ints:
+def _first_owners(shares: Floats, weights: Doubles, n_nodes: int, rng: np.random.Generator, order: Ints) -> Ints:
     """As k-means++ does: centres far from each other, each group to its nearest."""
-    centres = shares[first_centres(shares, weights, n_nodes, rng)]
+    centres = shares[first_centres(shares, weights, n_nodes, rng, order)]
     owner: Ints = ((centres**2).sum(axis=1) - 2 * (shares @ centres.T)).argmin(axis=1)
     return owner
 
