@@ -18,6 +18,7 @@ from moeshard import MoeshardError
 from moeshard.evaluation.curve import Curve, Point, default_sizes, lone_node, measure_curve, read_curve, rule_of_thumb
 from moeshard.evaluation.losses import measure_losses
 from moeshard.evaluation.scores import Agreement, Scores
+from moeshard.planning.planner import choose_experts
 from moeshard.profile.measure import analyze
 from moeshard.profile.record import Profile
 from moeshard.traffic.domains import Domain
@@ -120,8 +121,11 @@ def test_what_lone_nodes_hold(profile: Profile) -> None:
     assert mass[kept["one-list"][0]].min() >= mass[~kept["one-list"][0]].max() * (1 - 1e-6)
     assert (kept["ranked"] != kept["ranked"][0]).any()
     assert kept["contiguous"][:, :size].all()
-    with pytest.raises(MoeshardError, match="one-list, contiguous"):
-        lone_node(profile, size, "islands")
+    # Islands of one node are that node: no others are beside it.
+    np.testing.assert_array_equal(lone_node(profile, size, "islands"), choose_experts(profile, [size], "islands")[0])
+    for strategy in ("snake", "balanced", "shared-core", "coactivation"):
+        with pytest.raises(MoeshardError, match=f"'{strategy}' deals experts out.* contiguous, one-list"):
+            lone_node(profile, size, strategy)
 
 
 def test_default_sizes() -> None:

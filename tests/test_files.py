@@ -116,7 +116,7 @@ def test_inputs_are_known_by_what_they_are(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_takes_no_file_is_noticed_before(tmp_path: Path) -> None:
-    with pytest.raises(MoeshardError, match="make the folder '.*missing'"):
+    with pytest.raises(MoeshardError, match="the folder '.*missing' does not exist; make it"):
         check_outputs([tmp_path / "missing" / "file"])
     with pytest.raises(MoeshardError, match="would be written twice"):
         check_outputs([tmp_path / "file", f"{tmp_path}/./file"])

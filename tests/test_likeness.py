@@ -130,7 +130,7 @@ def test_older_files_say_nothing_of_it(tinymoe: Path, profile: Profile, tmp_path
         likeness_from_json({"near": {"a": "b"}}, "settings")
     old = Profile(**{**vars(profile), "facts": {}})
     plan = moeshard.make_plan(tinymoe, old, n_keep=[32])
-    assert plan.extra == {} and plan.parameters["texts"] is None
+    assert "sketches" not in plan.extra and plan.parameters["texts"] is None
     text = [Domain("en", (embedded_text("en")[:3000],))]
     found = measure_curve(
         moeshard.Model(tinymoe, n_threads=1), old, text, sizes=[64], n_windows=4, window=32, n_prompt=8

@@ -26,7 +26,7 @@ from moeshard.report.writing import folder_of, write_report
 
 PROGRAM = [sys.executable, "-c", "from moeshard.cli import main; main()"]
 TEXT = moeshard.embedded_text("en")[:3000]
-QUICK = ("--windows", 2, "--window", 64, "--prompt", 16, "--threads", 1)
+QUICK = ("--windows", 4, "--window", 64, "--prompt", 16, "--threads", 1)
 
 
 @dataclass
@@ -136,7 +136,7 @@ def test_no_command_writes_over_what_it_reads(name: str, cli: Cli, files: Files,
         hard, soft = tmp_path / "hard", tmp_path / "soft"
         hard.hardlink_to(read)
         soft.symlink_to(read)
-        for out in (read, hard, soft):
+        for out in (hard, soft) if name == "png" else (read, hard, soft):  # a picture's ending says what it is
             done = cli(*files.command(name, out), "--force")  # type: ignore[arg-type]
             assert (done.code, done.out) == (1, ""), f"{name} -o {out}"
             assert "is the file that is read" in done.err and str(out) in done.err
@@ -212,11 +212,20 @@ def test_a_dash_is_stdout(name: str, cli: Cli, files: Files, monkeypatch: pytest
     written = (tmp_path / "out").read_text(encoding="utf-8")
     if name == "report":
         assert streamed.out.startswith("<!DOCTYPE html>") and streamed.out.endswith("</html>\n")
-        assert "out_files" in written and "_files" not in streamed.out
-        return
-    assert streamed.out == written
-    if name != "csv":
-        json.loads(streamed.out)
+        assert "_files/" not in streamed.out
+    elif name == "csv":
+        assert streamed.out == written
+    else:
+        assert undated(streamed.out) == undated(written)
+
+
+def undated(text: str) -> Any:
+    """Return a document without what says when and by which command it was made."""
+    document = json.loads(text)
+    for place in (document, *document.values()):
+        if isinstance(place, dict):
+            place.pop("made", None)
+    return document
 
 
 def test_what_is_no_stream(cli: Cli, files: Files, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -69,8 +69,7 @@ void register_model(py::module_& m) {
         .def_readonly("n_group", &Routing::n_group)
         .def_readonly("n_group_used", &Routing::n_group_used)
         .def_readonly("weighs_inputs", &Routing::weighs_inputs)
-        .def_property_readonly("moe_layers", &Routing::moe_layers)
-        .def_property_readonly("computed_layers", &Routing::computed_layers);
+        .def_property_readonly("moe_layers", &Routing::moe_layers);
 
     py::class_<Model, std::shared_ptr<Model>>(m, "Model", "A loaded model.")
         .def(py::init(&load), py::arg("path"), py::arg("segments") = nullptr, py::kw_only(),

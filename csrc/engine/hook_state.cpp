@@ -56,7 +56,6 @@ Routing routing_of(const llama_model& model) {
     const llama_hparams& hparams = model.hparams;
     Routing routing;
     routing.n_layer = static_cast<int32_t>(hparams.n_layer_all);
-    routing.n_layer_computed = static_cast<int32_t>(hparams.n_layer());
     routing.n_expert = static_cast<int32_t>(hparams.n_expert);
     // As llm_graph_context::build_moe_ffn decides it.
     routing.weighs_inputs = model.arch == LLM_ARCH_LLAMA4;

@@ -96,8 +96,8 @@ Place find_place(const std::string& path, const std::vector<Input>& inputs, bool
         struct stat around {};
         if (::stat(folder.c_str(), &around) != 0) {
             if (errno != ENOENT) fail_write(path, errno);
-            throw Error(path + ": cannot write: No such file or directory; make the folder '" + folder +
-                        "', or choose another one");
+            throw Error(path + ": cannot write: No such file or directory: the folder '" + folder +
+                        "' does not exist; make it, or choose another one");
         }
         const std::string real = resolve(folder, path);
         place.target = (real == "/" ? real : real + "/") + name;

@@ -40,12 +40,6 @@ std::vector<int32_t> Routing::moe_layers() const {
     return layers;
 }
 
-std::vector<int32_t> Routing::computed_layers() const {
-    std::vector<int32_t> layers = moe_layers();
-    layers.erase(std::lower_bound(layers.begin(), layers.end(), n_layer_computed), layers.end());
-    return layers;
-}
-
 Keep::Keep(int32_t n_layer, int32_t n_expert, const uint8_t* keep) : n_layer_(n_layer), n_expert_(n_expert) {
     if (n_layer <= 0 || n_expert <= 0) {
         throw Error("keep must have at least one layer and one expert, got shape " + shape(n_layer, n_expert));

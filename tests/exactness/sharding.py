@@ -69,7 +69,7 @@ class Whole:
     @property
     def tolerance(self) -> float:
         """How far logits may be apart in single precision."""
-        return GELU.get(self.name, ROUNDING)
+        return GELU.get(self.name.partition("+")[0], ROUNDING)
 
     def segments(self, keep: Keep, path: Path | None = None) -> _core.SegmentList:
         (segments,) = _core.shard_segments(self.map if path is None else _core.GGUFMap(path), keep)

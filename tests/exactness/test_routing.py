@@ -120,9 +120,9 @@ def test_what_experts_contribute_holds_their_weights_once(make: Make, name: str,
     np.testing.assert_allclose(part[0].sum(axis=1), held.sum(axis=1))
 
 
-@pytest.mark.parametrize("name", ["glm4moe+nextn", "hy_v3+nextn", "step35+nextn"])
-def test_blocks_that_predict_further_tokens_do_not_count(make: Make, tmp_path: Path, name: str) -> None:
-    """No token passes them: they have no saliency that a node could hold or lack."""
+@pytest.mark.parametrize("name", ["glm4moe+nextn", "hy_v3+nextn", "step35+nextn", "ernie4_5-moe"])
+def test_layers_that_route_no_token_do_not_count(make: Make, tmp_path: Path, name: str) -> None:
+    """Blocks that predict further tokens, and a layer that the tiny ERNIE computes as a dense one."""
     model = moeshard.Model(make(name), n_threads=1)
     last = model.n_layer - 1
     assert last in GGUFMap(model.path).moe_layout().moe_layers and last not in model.computed_layers

@@ -39,7 +39,14 @@ def test_there_are_releases() -> None:
 
 @pytest.mark.parametrize("what", READERS)
 def test_every_value_is_read_as_it_was_written(folder: Path, what: str) -> None:
-    assert as_json(READERS[what](folder)) == expected(folder, what)
+    found, wanted = as_json(READERS[what](folder)), expected(folder, what)
+    if what == "evaluation":
+        # How often intervals were drawn by a bootstrap: they are computed otherwise now, and those written down stay.
+        wanted["settings"].pop("resamples", None)
+        # Texts that experts were chosen by: one of several things that are said about likeness now.
+        if "seen" in wanted["settings"]:
+            assert found["settings"].pop("likeness")["seen"] == wanted["settings"].pop("seen")
+    assert found == wanted
 
 
 def test_shards_compute_what_they_did(folder: Path) -> None:

@@ -129,9 +129,9 @@ std::vector<specimen> all_specimens() {
     out.push_back({"deepseek2+softmax-norm", LLM_ARCH_DEEPSEEK2, gating(kSoftmax, true, 1.0f), bias});
     out.push_back({"deepseek2+wide", LLM_ARCH_DEEPSEEK2, wide});
     // Every architecture of the pin that reads gate and up from one tensor.
-    for (llm_arch arch : {LLM_ARCH_COHERE2MOE, LLM_ARCH_DEEPSEEK2, LLM_ARCH_DEEPSEEK2OCR, LLM_ARCH_GEMMA4,
-                          LLM_ARCH_GRANITE_SWA, LLM_ARCH_HY_V3, LLM_ARCH_QWEN35MOE, LLM_ARCH_QWEN3NEXT,
-                          LLM_ARCH_QWEN4EXP}) {
+    for (llm_arch arch :
+         {LLM_ARCH_COHERE2MOE, LLM_ARCH_DEEPSEEK2, LLM_ARCH_DEEPSEEK2OCR, LLM_ARCH_GEMMA4, LLM_ARCH_GRANITE_SWA,
+          LLM_ARCH_HY_V3, LLM_ARCH_QWEN35MOE, LLM_ARCH_QWEN3NEXT, LLM_ARCH_QWEN4EXP}) {
         out.push_back({std::string(llm_arch_name(arch)) + "+fused", arch, basics(arch), "", true});
     }
     // llama.cpp leaves such a block of the first in the file, and loads those of the others, but computes none.

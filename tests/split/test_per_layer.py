@@ -112,7 +112,7 @@ def test_nodes_are_evaluated_by_their_shards(cli: Cli, tinymoe: Path, tmp_path: 
     plan = ("--plan", tmp_path / "plan.json")
     assert cli("split", "tinymoe", "-o", tmp_path / "s", *plan, *more).code == 0
     (tmp_path / "text.txt").write_text("The package manager installs what it is told to. " * 40, encoding="utf-8")
-    quick = ("--text", tmp_path / "text.txt", "--windows", 2, "--window", 64, "--prompt", 16, "--threads", 1)
+    quick = ("--text", tmp_path / "text.txt", "--windows", 4, "--window", 64, "--prompt", 16, "--threads", 1)
     found = [
         json.loads(cli("evaluate", "tinymoe", *plan, *quick, "--generate", 0, "--json", *shards).out)
         for shards in ((), ("--shards", tmp_path / "s"))

@@ -19,9 +19,6 @@ struct Routing {
     // Grouped selection (DeepSeek-V3): the best n_group_used of n_group groups are searched for experts.
     int32_t n_group = 1;
     int32_t n_group_used = 1;
-    // Layers that every token passes. Those after them predict further tokens, and llama.cpp computes none of them where
-    // it is not asked to draft.
-    int32_t n_layer_computed = 0;
     // A token's weight of an expert multiplies the expert's input, not its output (Llama 4): see LayerTrace.
     bool weighs_inputs = false;
 
@@ -32,8 +29,6 @@ struct Routing {
     bool routes(int32_t layer) const { return n_expert_used.at(static_cast<size_t>(layer)) > 0; }
     // The layers that route, ascending.
     std::vector<int32_t> moe_layers() const;
-    // Of these, the layers that every token passes.
-    std::vector<int32_t> computed_layers() const;
 };
 
 // A boolean array (n_layer, n_expert), row-major: true where the expert may be chosen. Rows of layers without a router

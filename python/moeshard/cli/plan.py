@@ -38,7 +38,14 @@ def plan(
             help="islands, contiguous, balanced, ranked, snake, shared-core, reap or coactivation.",
         ),
     ] = "islands",
-    ctx: Annotated[int, typer.Option(min=1, help="Tokens of context that a node has room for, per sequence.")] = 4096,
+    ctx: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            show_default="what the model was trained on, at most 4096",
+            help="Tokens of context that a node has room for, per sequence.",
+        ),
+    ] = None,
     parallel: Annotated[int, typer.Option(min=1, help="Sequences at once on a node.")] = 1,
     experts_used: Annotated[
         int | None, typer.Option(min=1, show_default="as the model", help="Experts per token on every node.")
@@ -67,11 +74,11 @@ def plan(
     if (nodes is None) == (groups is None or keep is None) or (nodes is not None and (groups or keep)):
         raise typer.BadParameter("give either --groups with --keep, or --nodes")
 
-    from moeshard import MoeshardError
+    from moeshard import GGUFMap, MoeshardError
     from moeshard.cli.files import STDOUT, Results, check_files, files_read
     from moeshard.cli.terminal import print_json
     from moeshard.files.provenance import MADE, stamp
-    from moeshard.planning.budget import Use
+    from moeshard.planning.budget import Use, default_ctx
     from moeshard.planning.options import options_of
     from moeshard.planning.planner import check_strategy, make_plan
     from moeshard.profile.record import read_profile
@@ -86,13 +93,14 @@ def plan(
         raise typer.BadParameter(str(error)) from error
     check_files(out, inputs=files_read(model, profile), force=force, as_json=as_json)
     results = Results(force=force)
+    path = resolve_model(model)
     made = make_plan(
-        resolve_model(model),
+        path,
         read_profile(profile),
         n_keep=None if groups is None or keep is None else [keep] * groups,
         budgets=None if nodes is None else [parse_size(part) for part in nodes.split(",")],
         strategy=strategy,
-        use=Use(n_ctx=ctx, n_seq=parallel),
+        use=Use(n_ctx=ctx or default_ctx(GGUFMap(path)), n_seq=parallel),
         n_expert_used=experts_used,
         per_layer=per_layer,
         **options,

@@ -10,6 +10,7 @@ import numpy as np
 import moeshard._core as _core
 from moeshard._core import GGUFMap, MoeLayout, MoeshardError
 from moeshard.keep.text import Keep
+from moeshard.runtime.limits import DEFAULT_CTX
 from moeshard.sizes import size
 
 
@@ -32,12 +33,18 @@ class Memory:
 class Use:
     """How a node is to be used; what its memory depends on besides its experts."""
 
-    n_ctx: int = 4096
+    n_ctx: int = DEFAULT_CTX
     """Tokens that each sequence can hold."""
     n_seq: int = 1
     """Sequences at once."""
     n_ubatch: int = 512
     """Tokens computed at once."""
+
+
+def default_ctx(model: GGUFMap) -> int:
+    """Return how many tokens of context a model is run with unless told otherwise, as `moeshard.Model` counts."""
+    trained = model.metadata.get(f"{model.moe_layout().arch}.context_length")
+    return min(trained, DEFAULT_CTX) if isinstance(trained, int) and trained > 0 else DEFAULT_CTX
 
 
 def shard_memory(model: GGUFMap, keep: int | Keep, use: Use, n_expert_used: int | None = None) -> Memory:

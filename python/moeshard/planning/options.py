@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -73,7 +73,7 @@ def options_of(strategy: str, given: Mapping[str, Any]) -> Options:
     return kind(**given)
 
 
-def check_cover(sizes: list[int], n_expert: int) -> None:
+def check_cover(sizes: Sequence[int], n_expert: int) -> None:
     """Raise a `MoeshardError` where nodes of these sizes have no room for all experts together."""
     if sum(sizes) < n_expert:
         raise MoeshardError(

@@ -15,7 +15,7 @@ from moeshard._core import GGUFMap, MoeshardError
 from moeshard.arrays import Rows
 from moeshard.gguf.identity import ModelIdentity, identify, no_experts
 from moeshard.keep.text import Keep, held_range
-from moeshard.planning.budget import Memory, Use, fit, largest_keep, shard_memory
+from moeshard.planning.budget import Memory, Use, default_ctx, fit, largest_keep, shard_memory
 from moeshard.planning.deal import group_experts
 from moeshard.planning.islands import Begun, islands
 from moeshard.planning.options import ISLANDS, SHARED_CORE, IslandsOptions, SharedCoreOptions, check_cover, options_of
@@ -78,6 +78,8 @@ def choose_experts(
     divided = _regrouped(profile, groups)
     own = [size // groups for size in sizes]
     if isinstance(chosen, IslandsOptions):
+        if chosen.cover:
+            check_cover(sizes, n_expert)
         nodes = _islands(divided, own, chosen, fewest, begun)
     elif isinstance(chosen, SharedCoreOptions):
         nodes = shared_core(divided, own, chosen.core)
@@ -97,8 +99,6 @@ def check_strategy(strategy: str) -> None:
 def _islands(
     profile: Profile, sizes: list[int], options: IslandsOptions, fewest: int | None, begun: Begun | None
 ) -> list[Rows]:
-    if options.cover:
-        check_cover(sizes, profile.n_expert)
     found = islands(profile, sizes, **vars(options), fewest=fewest, begun=begun).keeps
     if options.cover and not np.logical_or.reduce(found).all():
         raise MoeshardError(
@@ -156,7 +156,7 @@ def make_plan(
     check_profile(profile, identity, source.path)
     if (n_keep is None) == (budgets is None):
         raise MoeshardError("give either the number of experts or the memory of each node")
-    use = use or Use()
+    use = use or Use(n_ctx=default_ctx(source))
     layout = source.moe_layout()
     groups = max(1, layout.n_expert_groups)
     fewest = max(n_expert_used or 0, *layout.n_expert_used, groups)

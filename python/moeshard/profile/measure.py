@@ -127,7 +127,8 @@ def _check_layers(model: Model, layers: Sequence[int] | None) -> list[int]:
             raise MoeshardError(f"layer {layer} routes nothing; the MoE layers are {model.moe_layers}")
         if layer not in model.computed_layers:
             raise MoeshardError(
-                f"layer {layer} predicts further tokens and is not computed; there is nothing to measure in it"
+                f"layer {layer} routes no token, being a block that predicts further ones, or one whose router is not "
+                f"used; there is nothing to measure in it"
             )
     if not layers:
         raise MoeshardError("no layers to measure; leave out the option for all of them")

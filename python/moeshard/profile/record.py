@@ -189,7 +189,7 @@ def read_profile(path: str | os.PathLike[str]) -> Profile:
 
 
 def _without_idle_layers(profile: Profile) -> Profile:
-    """Leave out layers in which no token chose an expert: blocks that predict further tokens, in older files."""
+    """Leave out layers in which no token chose an expert, which older files have: see `Model.computed_layers`."""
     ran = np.flatnonzero(profile.count.any(axis=(0, 2)))
     if ran.size == profile.layers.size or not profile.n_tokens.any():
         return profile

@@ -93,12 +93,6 @@ class ModelFacts:
         return self.routing.moe_layers
 
     @property
-    def computed_layers(self) -> list[int]:
-        """Of `moe_layers`, those that every token passes: all but the blocks that predict further tokens, which nothing
-        is measured in and no loss comes from."""
-        return self.routing.computed_layers
-
-    @property
     def n_vocab(self) -> int:
         return self._native.n_vocab
 

@@ -19,7 +19,7 @@ from moeshard.runtime.chat import Chat
 from moeshard.runtime.contexts import ContextPool
 from moeshard.runtime.facts import ModelFacts
 from moeshard.runtime.generation import Generation, generation_options
-from moeshard.runtime.limits import MAX_INT32
+from moeshard.runtime.limits import DEFAULT_CTX, MAX_INT32
 from moeshard.runtime.origin import Origin, find_origin
 from moeshard.runtime.session import Session, as_tokens
 from moeshard.runtime.template import Message
@@ -27,9 +27,6 @@ from moeshard.runtime.trace import ChunkSink, Trace, TraceBuilder
 
 if TYPE_CHECKING:
     from moeshard.keep.text import KeepSpec
-
-# Of the models that run here most were trained on far more than fits; a longer text gets a longer context by itself.
-DEFAULT_CTX = 4096
 
 
 class Model(ModelFacts):
@@ -331,6 +328,17 @@ class Model(ModelFacts):
             if keep is not None:
                 session.set_keep(keep)
             session.trace({0: array}, sink, probs=probs, norms=norms)
+
+    @cached_property
+    def computed_layers(self) -> list[int]:
+        """Of `moe_layers`, those in which a token is routed, found by computing one.
+
+        Not so are blocks that predict further tokens, and layers whose router an architecture loads and does not use:
+        nothing is measured in them, and no loss comes from them.
+        """
+        found: set[int] = set()
+        self.trace_stream([0], lambda chunk: found.update(layer.layer for layer in chunk.layers))
+        return sorted(found)
 
     def session(self, n_seq: int = 1, n_ctx: int | None = None) -> Session:
         """Return `n_seq` sequences of `n_ctx` tokens each, to be decoded in shared batches under a keep each."""

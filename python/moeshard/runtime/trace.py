@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -88,9 +88,10 @@ class TraceBuilder:
     """Collects the chunks of one sequence into a :class:`Trace`."""
 
     def __init__(self, routing: Routing, n_tokens: int, n_used: int, *, probs: bool, norms: bool):
-        layers = routing.computed_layers
+        layers = routing.moe_layers
         rows = (len(layers), n_tokens)
         self._index = {layer: i for i, layer in enumerate(layers)}
+        self._seen = np.zeros(rows, dtype=bool)
         self._trace = Trace(
             tuple(layers),
             np.full((*rows, n_used), -1, dtype=np.int32),
@@ -110,6 +111,7 @@ class TraceBuilder:
             if i is None:
                 continue
             k = layer.ids.shape[1]
+            self._seen[i, where] = True
             self._trace.ids[i, where, :k] = layer.ids
             self._trace.weights[i, where, :k] = layer.weights
             if self._trace.probs is not None and layer.probs is not None:
@@ -118,8 +120,19 @@ class TraceBuilder:
                 self._trace.norms[i, where, :k] = layer.norms
 
     def build(self) -> Trace:
-        """Return the trace of all layers that are computed."""
-        return self._trace
+        """Return the trace without the layers that were never computed; see `Model.computed_layers`."""
+        ran: npt.NDArray[np.bool_] = np.asarray(self._seen.any(axis=1))
+        trace = self._trace
+        if bool(ran.all()):
+            return trace
+        return replace(
+            trace,
+            layers=tuple(layer for layer, there in zip(trace.layers, ran, strict=True) if there),
+            ids=trace.ids[ran],
+            weights=trace.weights[ran],
+            probs=None if trace.probs is None else trace.probs[ran],
+            norms=None if trace.norms is None else trace.norms[ran],
+        )
 
 
 def check_finite(path: str, layer: int, experts: npt.NDArray[np.integer]) -> None:
