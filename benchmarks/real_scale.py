@@ -41,6 +41,8 @@ from moeshard.runtime.session import Statistics
 from moeshard.traffic.domains import embedded_traffic
 
 N_DOMAINS, N_TOPICS, N_TOKENS, TOP_K = 10, 6, 512, 8
+SEEDS = 3
+PLACED = ("both", "oracle")
 PER_KEEP = 300
 """Sequences between two times that what was measured is kept: half a minute at 5,000 tokens/s."""
 
@@ -209,36 +211,53 @@ def _quality(options: argparse.Namespace) -> Iterator[str]:
     model = moeshard.Model(moeshard.embedded_model(), n_threads=2)
     profile = analyze(model, embedded_traffic("calibration"))
     n = profile.n_tokens.size
-    yield f"tinymoe, {n} sequences of calibration text; {options.windows} windows of each held-out domain.\n"
-    yield "| nodes | groups | lost of the profile's squares | nats per token, placed | over all sequences |"
-    yield "|---|---|---|---|---|"
+    yield f"tinymoe, {n} sequences; {options.windows} windows of each held-out domain; means of {SEEDS} seeds.\n"
+    yield (
+        "| nodes | groups | lost of the profile's squares | nats per token: placed | oracle | "
+        "more than without groups: placed | oracle |"
+    )
+    yield f"|{'---|' * 7}"
     for n_nodes, size in ((2, 64), (4, 32)):
-        yield from _groups(model, profile, [size] * n_nodes, [n, n // 2, n // 5, n // 10], options.windows)
+        yield from _groups(model, profile, [size] * n_nodes, [n, n // 2, n // 5], options.windows)
 
 
 def _groups(
     model: moeshard.Model, profile: Profile, sizes: list[int], groups: list[int], n_windows: int
 ) -> Iterator[str]:
-    keeps = []
-    lost = []
+    keeps: list[np.ndarray] = []
+    lost: dict[int, list[float]] = {number: [] for number in groups}
+    rows: dict[int, list[list[int]]] = {number: [] for number in groups}
     for number in groups:
         search.GROUPS = number
-        keeps += choose_experts(profile, sizes)
-        lost.append(search.islands(profile, sizes).lost)
+        for seed in range(SEEDS):
+            lost[number].append(search.islands(profile, sizes, seed=seed).lost)
+            rows[number].append([_row(keeps, keep) for keep in choose_experts(profile, sizes, seed=seed)])
     heldout = embedded_traffic("heldout")
     losses = measure_losses(model, keeps, heldout, nodes=masked_nodes(model, keeps), n_windows=n_windows)
-    found = [losses.select(list(range(at, at + len(sizes)))) for at in range(0, len(keeps), len(sizes))]
-    for number, share, own in zip(groups, lost, found, strict=True):
-        scorer = Scorer(own)
-        placed = scorer.placed(own.placement())
-        over, interval = scorer.estimate(
-            own.placed_losses(own.placement()) - found[0].placed_losses(found[0].placement())
-        )
-        yield (
-            f"| {len(sizes)} x {sizes[0]} | {number} | {share:.4f} | {placed.excess:.3f} "
-            f"[{placed.excess_ci[0]:.3f}, {placed.excess_ci[1]:.3f}] | {over:+.3f} [{interval[0]:+.3f}, "
-            f"{interval[1]:+.3f}] |"
-        )
+    scorer = Scorer(losses)
+    first: list[np.ndarray] = []
+    for number in groups:
+        each = [losses.select(own) for own in rows[number]]
+        cells = [f"{len(sizes)} x {sizes[0]}", str(number), f"{np.mean(lost[number]):.4f}"]
+        values = []
+        for probe in PLACED:
+            excess = [Scorer(own).placed(own.placement(probe)).excess for own in each]
+            cells.append(f"{np.mean(excess):.3f}")
+            values.append(np.mean([own.placed_losses(own.placement(probe)) for own in each], axis=0))
+        first = first or values
+        for more, all_of_them in zip(values, first, strict=True):
+            over, (low, high) = scorer.estimate(more - all_of_them)
+            cells.append(f"{over:+.3f} [{low:+.3f}, {high:+.3f}]")
+        yield f"| {' | '.join(cells)} |"
+
+
+def _row(keeps: list[np.ndarray], keep: np.ndarray) -> int:
+    """Where a keep stands in a list, to which it is added if need be: what is the same is measured once."""
+    for row, other in enumerate(keeps):
+        if np.array_equal(keep, other):
+            return row
+    keeps.append(keep)
+    return len(keeps) - 1
 
 
 if __name__ == "__main__":

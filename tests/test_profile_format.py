@@ -22,7 +22,7 @@ from moeshard.gguf.identity import ModelIdentity, model_to_json
 from moeshard.profile.checkpoint import Checkpoint, is_checkpoint, read_checkpoint
 from moeshard.profile.growth import Growth, Keeper
 from moeshard.profile.measure import analyze
-from moeshard.profile.packed import VALUES, Packed, first, join, pack, packed, regrouped
+from moeshard.profile.packed import VALUES, Packed, Room, extended, first, pack, packed, regrouped
 from moeshard.profile.record import Profile, read_profile, unfinished
 from moeshard.runtime.session import Statistics
 from moeshard.traffic.domains import Domain
@@ -130,8 +130,28 @@ def test_packed_arrays_are_read_as_any() -> None:
         for a, b in zip(regrouped({name: array}, 4).values(), regrouped({name: plain}, 4).values(), strict=True):
             assert isinstance(a, Packed) and a.shape == (130, 4 * N_LAYER, N_EXPERT // 4)
             np.testing.assert_array_equal(a, b)
-    parts = join([first(sequences, 0), pack({name: arrays[name][:50] for name in VALUES})])
-    np.testing.assert_array_equal(parts.array("mass"), sequences.array("mass")[:50])
+
+
+def test_room_for_sequences() -> None:
+    arrays = arrays_of(np.random.default_rng(4), 90)
+    whole = packed(arrays)
+    room = Room((90, N_LAYER, N_EXPERT))
+    for at in (0, 20, 20, 70):
+        room.add(pack({name: array[room.n : at] for name, array in arrays.items()}))
+        assert room.n == at
+    for since in (0, 20, 33):
+        for name in VALUES:
+            np.testing.assert_array_equal(room.since(since).array(name), whole.array(name)[since:70])
+            np.testing.assert_array_equal(first(whole, since).array(name), whole.array(name)[:since])
+            np.testing.assert_array_equal(
+                extended(room.since(since), 95).array(name)[: 70 - since], whole.array(name)[since:70]
+            )
+            assert not extended(room.since(since), 95).array(name)[70 - since :].any()
+    # An expert that a sequence chose more often than 16 bits can say.
+    often = {name: array[70:].copy() for name, array in arrays.items()}
+    often["count"][3, 1, 2] = 70_000
+    room.add(pack(often))
+    np.testing.assert_array_equal(room.since().array("count"), np.concatenate([arrays["count"][:70], often["count"]]))
 
 
 def test_a_file_holds_what_was_measured(tmp_path: Path) -> None:

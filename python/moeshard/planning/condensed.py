@@ -108,7 +108,7 @@ def _grouped(profile: Profile, sequences: Ints, weights: Doubles, most: int) -> 
 
 def _k_means(points: Floats, weights: Doubles, k: int, rng: np.random.Generator) -> Ints:
     """int (n,): about k groups, from points drawn as k-means++ does (Arthur and Vassilvitskii 2007)."""
-    centres = points[first_centres(points, weights, k, rng)]
+    centres = points[first_centres(points, weights, k, rng, np.arange(len(points)))]
     nearest = np.empty(0, dtype=np.int64)
     for _ in range(_ROUNDS):
         distance = (centres**2).sum(axis=1) - 2 * (points @ centres.T)
@@ -121,19 +121,23 @@ def _k_means(points: Floats, weights: Doubles, k: int, rng: np.random.Generator)
     return numbers
 
 
-def first_centres(points: Floats, weights: Doubles, k: int, rng: np.random.Generator) -> list[int]:
-    """Return k indices of points far from each other, drawn by weight times squared distance to the nearest before."""
+def first_centres(points: Floats, weights: Doubles, k: int, rng: np.random.Generator, order: Ints) -> list[int]:
+    """Return k indices of points far from each other, drawn by weight times squared distance to the nearest before.
+
+    `order` are all indices as they stand where points are drawn.
+    """
     squares = (points**2).sum(axis=1, dtype=np.float64)
 
     def distances(centre: int) -> Doubles:
         found: Doubles = np.maximum(squares + squares[centre] - 2 * (points @ points[centre]), 0)
         return found
 
-    centres = [int(rng.choice(len(points), p=weights / weights.sum()))]
+    even = weights[order] / weights.sum()
+    centres = [int(rng.choice(order, p=even))]
     nearest = distances(centres[0])
     while len(centres) < k:
-        chance = nearest * weights
+        chance = (nearest * weights)[order]
         total = chance.sum()
-        centres.append(int(rng.choice(len(points), p=chance / total if total > 0 else weights / weights.sum())))
+        centres.append(int(rng.choice(order, p=chance / total if total > 0 else even)))
         nearest = np.minimum(nearest, distances(centres[-1]))
     return centres

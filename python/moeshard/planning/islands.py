@@ -25,10 +25,10 @@ from moeshard.profile.statistics import super_experts
 ROUNDS = 40
 FOLLOWED = 4
 """Of so many beginnings one is followed to its end."""
+SETTLED = 1e-3
+"""Rounds end when sequences of less than this part of the traffic would move."""
 GROUPS = 2048
-"""So many sequences are looked at, each of which may stand for several."""
-REFINED = 4
-"""So often at most, at the end, are all of them."""
+"""So many sequences are looked at, each of which may stand for several, but in the last rounds."""
 
 
 @dataclass(frozen=True)
@@ -104,50 +104,44 @@ def islands(
     by_products = _by_products(traffic, sizes, shrinkage, fewest)
     found: tuple[float, list[Rows], Ints] | None = None
     for index, owner in enumerate(begun.owners):
-        keeps, begun.owners[index] = _alternate(owner, by_products)
-        if not traffic.is_condensed and cover:
-            keeps = _cover(keeps, traffic, begun.owners[index])
-        lost = _lost(traffic, keeps)
-        if found is None or lost < found[0]:
-            found = lost, keeps, begun.owners[index]
-    assert found is not None
-    lost, keeps, owner = found
-    own = owner[traffic.groups.group]
-    if traffic.is_condensed:
-        keeps, each = _refined(profile, traffic, keeps, sizes, shrinkage, fewest)
+        keeps, owner, lost = _alternate(owner, by_products, traffic.groups.weights)
+        begun.owners[index] = owner
         if cover:
             keeps = _cover(keeps, traffic, owner)
-            each = losses(profile, traffic.measured, keeps)
-        own, lost = each.argmin(axis=1), float(each.min(axis=1) @ traffic.weights)
+            lost = _losses(traffic, keeps)
+        mean = _mean(lost, traffic.groups.weights)
+        if found is None or mean < found[0]:
+            found = mean, keeps, owner
+    assert found is not None
+    mean, keeps, owner = found
+    own = owner[traffic.groups.group]
+    if traffic.is_condensed:  # the last rounds go by every sequence for itself
+        by_all = _by_all(profile, traffic, sizes, shrinkage, fewest)
+        keeps, own, lost = _alternate(own, by_all, traffic.weights)
+        if cover:
+            keeps = _cover(keeps, traffic, owner)
+            lost = losses(profile, traffic.measured, keeps)
+        own, mean = lost.argmin(axis=1), _mean(lost, traffic.weights)
     owners = np.full(profile.n_tokens.size, -1)
     owners[traffic.measured] = own
-    return Islands(keeps, owners, lost)
+    return Islands(keeps, owners, mean)
 
 
-def _refined(
-    profile: Profile,
-    traffic: _Traffic,
-    keeps: list[Rows],
-    sizes: Sequence[int],
-    shrinkage: float,
-    fewest: int | None,
-) -> tuple[list[Rows], Doubles]:
-    """Alternate on with every sequence for itself, as long as that helps: the nodes, and what each loses of each."""
-    each = losses(profile, traffic.measured, keeps)
-    for _ in range(REFINED):
-        owner = each.argmin(axis=1)
+def _by_all(profile: Profile, traffic: _Traffic, sizes: Sequence[int], shrinkage: float, fewest: int | None) -> _Step:
+    """As `_by_products`, by every sequence instead of by groups."""
+
+    def step(owner: Ints) -> tuple[list[Rows], Doubles]:
         sums = products(profile, traffic.measured, traffic.weights, owner, len(sizes))
         everywhere = sums.sum(axis=0)
-        better = []
+        keeps = []
         for node, size in enumerate(sizes):
             weight = traffic.weights[owner == node].sum()
             own = everywhere if weight <= 0 else _drawn(sums[node], weight, everywhere, shrinkage)
-            better.append(least_lost(own, size, traffic.protected, fewest))
-        after = losses(profile, traffic.measured, better)
-        if after.min(axis=1) @ traffic.weights >= each.min(axis=1) @ traffic.weights:
-            break
-        keeps, each = better, after
-    return keeps, each
+            keeps.append(least_lost(own, size, traffic.protected, fewest))
+        del sums, everywhere
+        return keeps, losses(profile, traffic.measured, keeps)
+
+    return step
 
 
 def _drawn(own: Floats, weight: float, everywhere: Floats, shrinkage: float) -> Floats:
@@ -197,13 +191,16 @@ def _beginnings(
     traffic: _Traffic, sizes: Sequence[int], shrinkage: float, fewest: int | None, restarts: int, seed: int
 ) -> list[Ints]:
     """The best of random beginnings: which node has each group."""
+    weights = traffic.groups.weights
     shares = _shares(traffic)
     step = _by_squares(traffic, shares, sizes, shrinkage, fewest)
     rng = np.random.default_rng(seed)
+    # Sequences are drawn as they stand in the profile, which is what a seed has always meant.
+    order = np.arange(weights.size) if traffic.is_condensed else np.argsort(traffic.measured)
     found = []
     for index in range(max(1, restarts)):
-        keeps, owner = _alternate(_first_owners(shares, traffic.groups.weights, len(sizes), rng), step)
-        found.append((_lost(traffic, keeps), index, owner))
+        keeps, owner, _ = _alternate(_first_owners(shares, weights, len(sizes), rng, order), step, weights)
+        found.append((_mean(_losses(traffic, keeps), weights), index, owner))
     return [owner for _, _, owner in sorted(found)[: -(-len(found) // FOLLOWED)]]
 
 
@@ -250,9 +247,10 @@ def _pull(weights: Doubles, own: Rows, shrinkage: float) -> Doubles:
     return pull
 
 
-def _alternate(owner: Ints, step: _Step) -> tuple[list[Rows], Ints]:
-    """Alternate until no sequence moves."""
+def _alternate(owner: Ints, step: _Step, weights: Doubles) -> tuple[list[Rows], Ints, Doubles]:
+    """Alternate until next to nothing moves: the nodes, what they were chosen for, and what they lose of that."""
     keeps: list[Rows] = []
+    lost = np.zeros(0)
     for _ in range(ROUNDS):
         keeps, lost = step(owner)
         new: Ints = lost.argmin(axis=1)
@@ -260,10 +258,10 @@ def _alternate(owner: Ints, step: _Step) -> tuple[list[Rows], Ints]:
         for node in range(len(keeps)):
             if not (new == node).any():
                 new[lost.min(axis=1).argmax()] = node
-        if np.array_equal(new, owner):
+        if weights[new != owner].sum() < SETTLED:
             break
         owner = new
-    return keeps, owner
+    return keeps, owner, lost
 
 
 def _losses(traffic: _Traffic, keeps: Sequence[Rows]) -> Doubles:
@@ -271,13 +269,13 @@ def _losses(traffic: _Traffic, keeps: Sequence[Rows]) -> Doubles:
     return np.stack([traffic.groups.parts.lost(keep) for keep in keeps], axis=1)
 
 
-def _lost(traffic: _Traffic, keeps: Sequence[Rows]) -> float:
-    return float(_losses(traffic, keeps).min(axis=1) @ traffic.groups.weights)
+def _mean(lost: Doubles, weights: Doubles) -> float:
+    return float(lost.min(axis=1) @ weights)
 
 
-def _first_owners(shares: Floats, weights: Doubles, n_nodes: int, rng: np.random.Generator) -> Ints:
+def _first_owners(shares: Floats, weights: Doubles, n_nodes: int, rng: np.random.Generator, order: Ints) -> Ints:
     """As k-means++ does: centres far from each other, each group to its nearest."""
-    centres = shares[first_centres(shares, weights, n_nodes, rng)]
+    centres = shares[first_centres(shares, weights, n_nodes, rng, order)]
     owner: Ints = ((centres**2).sum(axis=1) - 2 * (shares @ centres.T)).argmin(axis=1)
     return owner
 

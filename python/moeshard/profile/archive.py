@@ -1,21 +1,7 @@
 """What a profile's file holds: an ``.npz`` of version 3, and how versions 1 and 2 are read.
 
-| array | is, in version 3 |
-|---|---|
-| `head` | JSON: version, model, domains, facts |
-| `saliency` | float64 (n_layer, E): the ranking, for whoever wants no more |
-| `layers`, `domain`, `n_tokens`, `entropy`, `peak` | as in `moeshard.profile.record.Profile` |
-| `cells` | uint8 (S, ceil(M * E / 8)): a bit for each cell (S, M, E), 1 where the sequence chose the expert |
-| `count` | uint16 or uint32 (n,): of the cells with a 1, in their order |
-| `mass`, `saliency_by_sequence`, `energy_root` | float16 (n,), in units of `…_scale`, float32 (S, M) |
-| `together` | uint16 or uint32 (D, M, E * (E + 1) / 2): upper halves of symmetric matrices, with the diagonal |
-| `correlation` | float16, the same shape: of `cosaliency`, in units of the roots of both squares |
-| `squares` | float32 (D, M, E): the diagonal of `cosaliency` |
-
-`count`, `together` and all of float16 are held byte by byte: `mass.0` are all lowest bytes, uint8, and `mass.1` the
-next. Where a name ends in `.z` they are a zlib stream: all but the lowest bytes of float16, which get no smaller.
-
-Version 2 holds all arrays of a `Profile` as they are, version 1 all but `energy` and `cosaliency`.
+docs/plans.md describes version 3. Version 2 holds all arrays of a `Profile` as they are, version 1 all but `energy` and
+`cosaliency`.
 """
 
 from __future__ import annotations

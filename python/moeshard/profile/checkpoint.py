@@ -27,7 +27,7 @@ from moeshard._core import MoeshardError
 from moeshard.arrays import Counts, Floats
 from moeshard.files.atomic import atomic_file
 from moeshard.files.documents import parse_document
-from moeshard.profile.packed import VALUES, Cells, Sequences, join, squares, triangle
+from moeshard.profile.packed import VALUES, Cells, Room, Sequences, squares, triangle
 
 _MAGIC = b"moeshard: a profile in the making, 1\n"
 _BLOCK = struct.Struct("<4sIQ")
@@ -276,16 +276,13 @@ def _done_to_bytes(new: Measured, places: Mapping[int, tuple[int, int]]) -> byte
 
 
 def _done_from_bytes(blocks: Sequence[bytes], pairs: dict[int, Pairs]) -> Measured:
-    parts = []
-    n_tokens = []
-    entropy = []
-    for content in blocks:
-        with np.load(BytesIO(content)) as file:
-            _, rows, n_expert = (int(n) for n in file["shape"])
-            values = {name: file[name] for name in VALUES}
-            scales = {name: file[f"{name}_scale"] for name in VALUES if f"{name}_scale" in file}
-            parts.append(Sequences(Cells.of(file["bits"], rows, n_expert), values, scales))
-            n_tokens.append(file["n_tokens"])
-            entropy.append(file["entropy"])
-            seconds = float(file["seconds"])
-    return Measured(join(parts), np.concatenate(n_tokens), np.concatenate(entropy), pairs, seconds)
+    files = [np.load(BytesIO(content)) for content in blocks]
+    shapes = [file["shape"].tolist() for file in files]
+    counts = [file["count"] for file in files]
+    room = Room((sum(n for n, _, _ in shapes), *shapes[0][1:]), sum(count.size for count in counts))
+    for file, (_, rows, n_expert), count in zip(files, shapes, counts, strict=True):
+        values = {name: count if name == "count" else file[name] for name in VALUES}
+        scales = {name: file[f"{name}_scale"] for name in VALUES if f"{name}_scale" in file}
+        room.add(Sequences(Cells.of(file["bits"], rows, n_expert), values, scales))
+    n_tokens, entropy = (np.concatenate([file[name] for file in files]) for name in ("n_tokens", "entropy"))
+    return Measured(room.since(), n_tokens, entropy, pairs, float(files[-1]["seconds"]))

@@ -9,7 +9,7 @@ import numpy as np
 
 from moeshard._core import MoeshardError
 from moeshard.profile.checkpoint import Checkpoint, Measured, Pairs, is_checkpoint
-from moeshard.profile.packed import VALUES, Sequences, first, join, pack, packed, rounded
+from moeshard.profile.packed import VALUES, Room, first, pack, packed, rounded
 from moeshard.profile.record import Profile, checkpoint_head, read_profile
 from moeshard.runtime.session import Statistics
 
@@ -22,12 +22,15 @@ class Growth:
 
     def __init__(self, profile: Profile):
         self.profile = profile
-        self.n = 0
-        self._parts: list[Sequences] = []
-        self._new: list[Sequences] = []
-        """Those that no file holds yet."""
+        self._room = Room(profile.count.shape)
+        self._kept = 0
+        """Sequences that a file holds."""
         self._changed: set[int] = set()
-        """Domains of these."""
+        """Domains of the others."""
+
+    @property
+    def n(self) -> int:
+        return self._room.n
 
     @staticmethod
     def resume(path: str | os.PathLike[str], wanted: Profile) -> Growth:
@@ -51,9 +54,8 @@ class Growth:
                 f"{os.fspath(path)}: is of an analysis of another model or with other options; remove it to begin anew"
             )
         growth = Growth(found)
-        growth.n = n
-        if n:
-            growth._parts.append(first(packed({name: getattr(found, name) for name in VALUES}), n))
+        growth._room.add(first(packed({name: getattr(found, name) for name in VALUES}), n))
+        growth._kept = n
         for name in VALUES:
             setattr(found, name, getattr(wanted, name))
         return growth
@@ -63,43 +65,35 @@ class Growth:
         assert sums.together is not None and sums.cosaliency is not None
         rows, new = slice(0, len(n_tokens)), slice(self.n, self.n + len(n_tokens))
         profile = self.profile
-        self._new.append(pack({name: getattr(sums, name)[rows] for name in VALUES}))
+        self._room.add(pack({name: getattr(sums, name)[rows] for name in VALUES}))
         profile.n_tokens[new] = n_tokens
         profile.entropy[new] = sums.entropy[rows]
         np.maximum(profile.peak[domain], sums.peak, out=profile.peak[domain])
         profile.together[domain] += sums.together
         profile.cosaliency[domain] += sums.cosaliency
         self._changed.add(domain)
-        self.n += len(n_tokens)
 
     def unsaved(self) -> Measured | None:
         """Return what was added since this was called last."""
-        if not self._new:
-            return None
-        new = join(self._new)
-        changed, self._new, self._changed = self._changed, [], set()
-        self._parts.append(new)
-        return self._measured(new, changed)
+        return self._since(self._kept, self._changed)
 
     def everything(self) -> Measured | None:
         """Return all that was measured."""
-        if not self.n:
-            return None
-        self._parts, self._new = [join([*self._parts, *self._new])], []
-        return self._measured(self._parts[0], set(self.profile.domain[: self.n].tolist()))
+        return self._since(0, set(self.profile.domain[: self.n].tolist()))
 
-    def _measured(self, sequences: Sequences, domains: set[int]) -> Measured:
+    def _since(self, first: int, domains: set[int]) -> Measured | None:
+        if first == self.n:
+            return None
+        self._kept, self._changed = self.n, set()
         profile = self.profile
-        own = slice(self.n - len(sequences.cells.bits), self.n)
+        own = slice(first, self.n)
         pairs = {d: Pairs(profile.together[d], profile.cosaliency[d], profile.peak[d]) for d in sorted(domains)}
-        return Measured(
-            sequences, profile.n_tokens[own], profile.entropy[own], pairs, profile.facts.get("seconds", 0.0)
-        )
+        seconds = profile.facts.get("seconds", 0.0)
+        return Measured(self._room.since(first), profile.n_tokens[own], profile.entropy[own], pairs, seconds)
 
     def finish(self) -> Profile:
         """Return the profile, exactly as a file of it holds it."""
-        sequences = join([*self._parts, *self._new])
-        self._parts, self._new = [], []
+        sequences = self._room.since()
         for name in VALUES:
             setattr(self.profile, name, sequences.array(name))
         rounded(self.profile.cosaliency)

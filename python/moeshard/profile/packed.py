@@ -12,7 +12,7 @@ H / 2**13, H / 2**24 (less of squares). A share of a row's sum, such as what a k
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ Halves = npt.NDArray[np.float16]
 VALUES = ("count", "mass", "saliency", "energy")
 """What is held of each sequence, layer and expert; of `energy`, which are squares, the roots."""
 _SQUARES = "energy"
+_COUNTS = "count"
 _BLOCK = 64
 """Sequences that are packed or taken out at once, where it makes no difference."""
 
@@ -163,7 +164,7 @@ def pack(arrays: Mapping[str, npt.NDArray[Any]]) -> Sequences:
     """Pack arrays (S, M, E), by the names of `VALUES`; cells that are 0 in all of them are not held."""
     held = np.logical_or.reduce([arrays[name] != 0 for name in VALUES])
     s, m, e = held.shape
-    cells = Cells.of(np.packbits(held.reshape(s, -1), axis=1), m, e)
+    cells = Cells.of(np.packbits(held.reshape(s, m * e), axis=1), m, e)
     values: dict[str, npt.NDArray[Any]] = {}
     scales: dict[str, Floats] = {}
     for name in VALUES:
@@ -186,35 +187,67 @@ def _scales(array: Floats) -> Floats:
     return scales
 
 
-def join(parts: Sequence[Sequences]) -> Sequences:
-    """Put sequences after each other, all of the same layers and experts; there is at least one part.
+class Room:
+    """Room for S sequences of M layers and E experts that are entered one after the other.
 
-    Parts are emptied meanwhile, so that what they hold is there only once.
+    It is laid out for all cells (or `capacity`), and what is not entered yet takes address space, but no memory:
+    nothing is ever moved, and all is there once.
     """
-    if len(parts) == 1:
-        return parts[0]
-    _, m, e = parts[0].cells.shape
-    cells = Cells.of(np.concatenate([part.cells.bits for part in parts]), m, e)
-    values = {name: np.concatenate([part.values.pop(name) for part in parts]) for name in VALUES}
-    names = [*parts[0].scales]
-    scales = {name: np.concatenate([part.scales.pop(name) for part in parts]) for name in names}
-    return Sequences(cells, values, scales)
+
+    def __init__(self, shape: tuple[int, int, int], capacity: int | None = None):
+        s, m, e = self._shape = shape
+        n = s * m * e if capacity is None else capacity
+        self.n = 0
+        """Sequences that have been entered."""
+        self._bits = np.empty((s, -(-m * e // 8)), dtype=np.uint8)
+        self._ends = np.zeros(s + 1, dtype=np.int64)
+        self._values = {name: np.empty(n, dtype=np.uint16 if name == _COUNTS else np.float16) for name in VALUES}
+        self._scales = {name: np.empty((s, m), dtype=np.float32) for name in VALUES if name != _COUNTS}
+
+    def add(self, part: Sequences) -> None:
+        new = slice(self.n, self.n + len(part.cells.bits))
+        start = self._ends[self.n]
+        self._bits[new] = part.cells.bits
+        self._ends[new.start + 1 : new.stop + 1] = start + part.cells.ends
+        self.n = new.stop
+        if part.values[_COUNTS].dtype.itemsize > self._values[_COUNTS].dtype.itemsize:
+            self._values[_COUNTS] = self._values[_COUNTS].astype(part.values[_COUNTS].dtype)
+        for name, values in part.values.items():
+            self._values[name][start : start + values.size] = values
+        for name, scales in part.scales.items():
+            self._scales[name][new] = scales
+
+    def since(self, first: int = 0) -> Sequences:
+        """Return the sequences that have been entered, from one of them on; they are not copied."""
+        own = slice(first, self.n)
+        start, stop = int(self._ends[first]), int(self._ends[self.n])
+        cells = Cells(self._bits[own], self._ends[first + 1 : self.n + 1] - start, (self.n - first, *self._shape[1:]))
+        values = {name: array[start:stop] for name, array in self._values.items()}
+        return Sequences(cells, values, {name: scales[own] for name, scales in self._scales.items()})
+
+
+def extended(sequences: Sequences, n: int) -> Sequences:
+    """Return n sequences, of which these are the first, and the others hold nothing."""
+    have, m, e = sequences.cells.shape
+    more = ((0, n - have), (0, 0))
+    ends = np.pad(sequences.cells.ends, more[0], constant_values=sequences.values[_COUNTS].size)
+    cells = Cells(np.pad(sequences.cells.bits, more), ends, (n, m, e))
+    scales = {name: np.pad(scale, more, constant_values=1) for name, scale in sequences.scales.items()}
+    return Sequences(cells, sequences.values, scales)
 
 
 def nothing(n: int, n_rows: int, n_expert: int) -> Sequences:
-    """So many sequences that hold nothing."""
-    cells = Cells.of(np.zeros((n, -(-n_rows * n_expert // 8)), dtype=np.uint8), n_rows, n_expert)
-    values = {name: np.zeros(0, dtype=np.uint16 if name == "count" else np.float16) for name in VALUES}
-    return Sequences(
-        cells, values, {name: np.ones((n, n_rows), dtype=np.float32) for name in VALUES if name != "count"}
-    )
+    """Return so many sequences that hold nothing."""
+    return extended(Room((0, n_rows, n_expert)).since(), n)
 
 
 def first(sequences: Sequences, n: int) -> Sequences:
-    """The first so many sequences, where those after them hold nothing."""
+    """Return the first so many sequences."""
     _, m, e = sequences.cells.shape
+    end = int(sequences.cells.ends[n - 1]) if n else 0
     cells = Cells(sequences.cells.bits[:n], sequences.cells.ends[:n], (n, m, e))
-    return Sequences(cells, dict(sequences.values), {name: scale[:n] for name, scale in sequences.scales.items()})
+    values = {name: array[:end] for name, array in sequences.values.items()}
+    return Sequences(cells, values, {name: scale[:n] for name, scale in sequences.scales.items()})
 
 
 def packed(arrays: Mapping[str, npt.NDArray[Any] | Packed]) -> Sequences:
@@ -225,9 +258,10 @@ def packed(arrays: Mapping[str, npt.NDArray[Any] | Packed]) -> Sequences:
         scales = {name: array.scales for name, array in zip(arrays, found, strict=True) if array.scales is not None}
         return Sequences(found[0].cells, values, scales)
     n, m, e = arrays["count"].shape
-    blocks = (slice(at, at + _BLOCK) for at in range(0, n, _BLOCK))
-    parts = [pack({name: array[block] for name, array in arrays.items()}) for block in blocks]
-    return join(parts) if parts else nothing(0, m, e)
+    room = Room((n, m, e))
+    for at in range(0, n, _BLOCK):
+        room.add(pack({name: array[at : at + _BLOCK] for name, array in arrays.items()}))
+    return room.since()
 
 
 def regrouped(arrays: Mapping[str, npt.NDArray[Any] | Packed], groups: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from moeshard.files.documents import check_version, expect, parse_document, pars
 from moeshard.gguf.identity import ModelIdentity, model_from_json, model_to_json
 from moeshard.profile.archive import VERSION, from_archive, write_archive
 from moeshard.profile.checkpoint import Measured, is_checkpoint, read_checkpoint
-from moeshard.profile.packed import VALUES, Packed, join, nothing
+from moeshard.profile.packed import VALUES, Packed, extended, nothing
 
 _KEY = "moeshard_profile"
 RANKINGS = ("saliency", "mass", "count", "reap")
@@ -227,7 +227,7 @@ def unfinished(
     if measured is not None:
         n = measured.n_tokens.size
         n_tokens[:n], entropy[:n] = measured.n_tokens, measured.entropy
-        sequences = join([measured.sequences, nothing(s - n, m, e)]) if n < s else measured.sequences
+        sequences = extended(measured.sequences, s)
         for index, pairs in measured.pairs.items():
             peak[index], together[index], cosaliency[index] = pairs.peak, pairs.together, pairs.cosaliency
         facts = {**facts, "seconds": measured.seconds}
