@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import pytest
+from old_profiles import ARRAYS, old_file
 from test_planner import profile_of
 
 import moeshard
 from moeshard import MoeshardError
-from moeshard.gguf.identity import ModelIdentity, model_to_json
+from moeshard.gguf.identity import ModelIdentity
 from moeshard.profile.checkpoint import Checkpoint, is_checkpoint, read_checkpoint
 from moeshard.profile.growth import Growth, Keeper
 from moeshard.profile.measure import analyze
@@ -28,7 +28,6 @@ from moeshard.runtime.session import Statistics
 from moeshard.traffic.domains import Domain
 
 N_LAYER, N_EXPERT, N_DOMAIN = 3, 20, 2
-ARRAYS = tuple(f.name for f in fields(Profile) if f.name not in ("model", "domains", "facts"))
 MODEL = ModelIdentity("made up", "qwen3moe", "0" * 64, N_LAYER + 1, N_EXPERT, [1, 2, 3])
 
 
@@ -165,21 +164,6 @@ def test_a_file_holds_what_was_measured(tmp_path: Path) -> None:
     plain.save(tmp_path / "plain.npz")
     assert_same(read_profile(tmp_path / "plain.npz"), profile)
     np.testing.assert_array_equal(moeshard.read_ranking(tmp_path / "p.npz", 4, 20, [1, 2, 3]).scores, profile.ranking())
-
-
-def old_file(path: Path, profile: Profile, version: int) -> None:
-    """Write a profile as moeshard did when that was the version."""
-    head = {
-        "moeshard_profile": version,
-        "model": model_to_json(profile.model),
-        "domains": profile.domains,
-        "facts": profile.facts,
-    }
-    arrays = {name: np.asarray(getattr(profile, name)) for name in ARRAYS}
-    arrays["saliency_by_sequence"] = arrays.pop("saliency")
-    if version == 1:
-        del arrays["energy"], arrays["cosaliency"]
-    np.savez_compressed(path, head=np.array(json.dumps(head)), saliency=profile.ranking(), **arrays)
 
 
 def test_older_versions_are_read(tmp_path: Path) -> None:
