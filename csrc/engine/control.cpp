@@ -61,6 +61,12 @@ void stop_trace(llama_context* ctx) {
     state.sink = nullptr;
 }
 
+void set_meter(llama_context* ctx, MissedSink sink) {
+    State& state = attach(ctx);
+    state.metered = sink != nullptr;
+    state.missed = std::move(sink);
+}
+
 void enable_masks(llama_context* ctx) { attach(ctx); }
 
 MemoryUse memory_of(const llama_context* ctx) {

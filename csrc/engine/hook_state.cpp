@@ -107,6 +107,15 @@ std::shared_ptr<const MaskRows> State::find(const Keep& keep) const {
     return nullptr;
 }
 
+const std::vector<float>& State::bias(int32_t layer, const ggml_tensor* tensor) {
+    std::vector<float>& values = biases[layer];
+    if (values.empty()) {
+        values.resize(static_cast<size_t>(ggml_nelements(tensor)));
+        ggml_backend_tensor_get(tensor, values.data(), 0, ggml_nbytes(tensor));
+    }
+    return values;
+}
+
 size_t State::n_masks() const {
     std::set<const MaskRows*> different;
     if (mask_of_all) different.insert(mask_of_all.get());

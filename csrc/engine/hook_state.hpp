@@ -51,8 +51,15 @@ struct State {
     TraceOptions trace;
     TraceSink sink;
 
+    bool metered = false;
+    MissedSink missed;
+
     // The rows of tid2eid tables (n_vocab, n_used) of hash-routed layers, fetched when first needed.
     std::map<int32_t, std::vector<int32_t>> hash_tables;
+
+    // The biases of layers that choose with one, fetched when first needed.
+    std::map<int32_t, std::vector<float>> biases;
+    const std::vector<float>& bias(int32_t layer, const ggml_tensor* tensor);
 
     GraphInput* building = nullptr;  // of the graph that is being built, once it routes something
 };

@@ -285,16 +285,24 @@ class Model(ModelFacts):
             raise
         return Generation(native, lease)
 
-    def batcher(self, n_slots: int = 4, n_ctx: int | None = None, *, n_prefill: int = 512) -> _core.Batcher:
+    def batcher(
+        self, n_slots: int = 4, n_ctx: int | None = None, *, n_prefill: int = 512, meter: bool = False
+    ) -> _core.Batcher:
         """Return what computes many requests together, a token of each per step; see csrc/include/moeshard/batcher.hpp.
 
         Args:
             n_slots: requests computed at once.
             n_ctx: tokens that each can hold; by default those of the model.
             n_prefill: tokens of prompts computed per step, which all others wait for.
+            meter: measure what requests under a keep miss; see `Session.missed`.
         """
         return _core.Batcher(
-            self._native, n_slots=n_slots, n_ctx=n_ctx or self._n_ctx, n_prefill=n_prefill, **self._context_options
+            self._native,
+            n_slots=n_slots,
+            n_ctx=n_ctx or self._n_ctx,
+            n_prefill=n_prefill,
+            meter=meter,
+            **self._context_options,
         )
 
     def trace(
