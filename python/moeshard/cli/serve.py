@@ -10,12 +10,21 @@ import typer
 from moeshard.cli.options import GpuLayersOption, ModelArgument, ThreadsOption
 
 if TYPE_CHECKING:
+    from moeshard.placement.meter import Limits
     from moeshard.planning.plan import Plan
     from moeshard.runtime.model import Model
     from moeshard.serving.local import Local, LocalOptions
 
 PlanOption = Annotated[
     Path | None, typer.Option(help="Nodes to place sessions on: what `moeshard plan` wrote. Without it: the model.")
+]
+
+EvaluationOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="What `moeshard evaluate -o` wrote of the plan: sessions whose node misses too much by it are placed "
+        "again while they are answered. Without it they stay where they are placed."
+    ),
 ]
 
 ContextOption = Annotated[
@@ -46,6 +55,7 @@ def read_template(given: str) -> str:
 def serve(
     model: ModelArgument,
     plan: PlanOption = None,
+    evaluation: EvaluationOption = None,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0: any free one.")] = 8080,
     name: Annotated[
@@ -115,7 +125,12 @@ def serve(
     known = name or Path(model).stem
     app = build(
         known,
-        Placer([node.name for node in nodes.nodes] if nodes else [], local.prober, min_quality=min_quality),
+        Placer(
+            [node.name for node in nodes.nodes] if nodes else [],
+            local.prober,
+            min_quality=min_quality,
+            limits=read_limits(evaluation, nodes) if evaluation is not None else None,
+        ),
         local.backends,
         Settings(keys=keys, hosts=hosts, metrics=metrics),  # type: ignore[arg-type]
         local.model,
@@ -144,6 +159,31 @@ def load_local(
     loaded: Model = load_model(model, n_ctx=options.n_ctx, n_threads=threads, n_gpu_layers=gpu_layers)
     mask = None if keep is None else loaded.keep(keep)
     return serve_locally(loaded, nodes, options, mask), nodes
+
+
+def read_limits(path: Path, plan: Plan | None) -> dict[str, Limits]:
+    """Return what an evaluation learned of a plan's nodes.
+
+    Raises:
+        MoeshardError: it is of another plan or model, or learned nothing.
+    """
+    from moeshard import MoeshardError
+    from moeshard.evaluation.record import read_evaluation
+    from moeshard.gguf.fingerprint import same_fingerprint
+
+    if plan is None:
+        raise typer.BadParameter("it is of a plan's nodes; give --plan too", param_hint="--evaluation")
+    found = read_evaluation(path)
+    names = [node.name for node in plan.nodes]
+    same = same_fingerprint(found.model.fingerprint, plan.model.fingerprint)
+    if [group.name for group in found.groups] != names or not same or found.parameters != plan.parameters:
+        raise MoeshardError(f"{path}: is of another plan; evaluate this one with moeshard evaluate --plan")
+    limits = found.alarms.limits() if found.alarms is not None else {}
+    if not limits:
+        raise MoeshardError(
+            f"{path}: says nothing of what nodes miss; evaluate the plan again, without --shards and with more windows"
+        )
+    return limits
 
 
 def _describe(local: Local, parallel: int) -> str:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from moeshard.serving.protocol import Options, Prompt
+
+if TYPE_CHECKING:
+    from moeshard.serving.moving import Watch
+    from moeshard.serving.placer import Decision
 
 FULL = "full"
 """The name of the backend that holds everything."""
@@ -22,6 +26,8 @@ class Ask:
     options: Options
     scope: str = ""
     """What is remembered of a prompt serves requests of the same scope only: who asks, not a secret."""
+    watch: Watch | None = None
+    """Says whether the answer is to be moved; who cannot do that does not ask it."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,10 @@ class Event:
     prompt_text: str = ""
     """With `Options.echo`, in the first event: the prompt as text."""
     finish: Finish | None = None
+    missed: float | None = None
+    """Mean share missed so far, where the answer is now (docs/serving.md); None where everything is held."""
+    moved: Decision | None = None
+    """Where the answer is now, if it was moved."""
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import moeshard._core as _core
 from moeshard._core import MoeshardError
+from moeshard.keep.text import Keep
 from moeshard.serving.errors import ApiError, busy, failed, invalid, timed_out, unavailable
 
 _log = logging.getLogger("moeshard.serving")
+
+_T = TypeVar("_T")
 
 
 class Job:
@@ -31,6 +35,8 @@ class Job:
         """Its number in the batcher, while it is computed."""
         self.ended = False
         """No more will come; set in the event loop."""
+        self.counted_in = lane.jobs
+        """Those among whom it is; of the event loop."""
         self._updates: deque[_core.Progress | ApiError] = deque()
         self._news = asyncio.Event()
         self._tell_engine = cancel
@@ -40,7 +46,7 @@ class Job:
         self._updates.append(update)
         if isinstance(update, ApiError) or update.over:
             self.ended = True
-            self.lane.jobs.discard(self)
+            self.counted_in.discard(self)
         self._news.set()
 
     async def steps(self) -> AsyncGenerator[list[_core.Progress], None]:
@@ -71,7 +77,7 @@ class Job:
         """End the request, if it is not over: within a step nothing of it is computed any more."""
         if not self.ended:
             self.ended = True
-            self.lane.jobs.discard(self)
+            self.counted_in.discard(self)
             self._tell_engine(self)
 
 
@@ -91,6 +97,16 @@ class Lane:
         self.running: dict[int, Job] = {}
 
 
+@dataclass(frozen=True)
+class Move:
+    """A request that is wanted elsewhere."""
+
+    job: Job
+    lane: Lane
+    keep: Keep | None
+    tell: Callable[[bool], None]
+
+
 class Engine:
     """A thread and its lanes."""
 
@@ -99,6 +115,7 @@ class Engine:
         self.fault: str | None = "the engine has not been started"
         """Why nothing is computed; None where all is well."""
         self._commands: list[tuple[bool, Job]] = []
+        self._moves: list[Move] = []
         self._wake = threading.Condition()
         self._closing = self._ended = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -145,6 +162,29 @@ class Engine:
         self._send(True, job)
         return job
 
+    async def move(self, job: Job, lane: Lane, keep: Keep | None) -> bool:
+        """Compute a request under another keep, maybe in another lane, from its next token on.
+
+        Returns whether it was done; where not, it goes on as it was, or is over.
+        """
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[bool] = loop.create_future()
+
+        def tell(moved: bool) -> None:
+            if moved and not job.ended:
+                job.counted_in.discard(job)
+                job.counted_in = lane.jobs
+                lane.jobs.add(job)
+            if not done.done():
+                done.set_result(moved)
+
+        with self._wake:
+            if self._ended:
+                return False
+            self._moves.append(Move(job, lane, keep, tell))
+            self._wake.notify()
+        return await done
+
     def _send(self, new: bool, job: Job) -> None:
         with self._wake:
             ended = self._ended
@@ -172,6 +212,9 @@ class Engine:
         with self._wake:
             self._ended = True
             commands, self._commands = self._commands, []
+            moves, self._moves = self._moves, []
+        for move in moves:
+            self._tell(move.tell, False)
         over = {job for new, job in commands if new}
         for lane in self.lanes:
             over |= {*lane.waiting, *lane.running.values()}
@@ -179,14 +222,36 @@ class Engine:
 
     def _take_commands(self) -> None:
         with self._wake:
-            while not (self._commands or self._closing or any(lane.running or lane.waiting for lane in self.lanes)):
+            while not (
+                self._commands
+                or self._moves
+                or self._closing
+                or any(lane.running or lane.waiting for lane in self.lanes)
+            ):
                 self._wake.wait()
             commands, self._commands = self._commands, []
+            moves, self._moves = self._moves, []
         for new, job in commands:
             if new:
                 job.lane.waiting.append(job)
             else:
                 self._drop(job)
+
+        for move in moves:
+            self._tell(move.tell, self._move(move.job, move.lane, move.keep))
+
+    def _move(self, job: Job, lane: Lane, keep: Keep | None) -> bool:
+        if job.lane.running.get(job.id) is not job:
+            return False
+        try:
+            number = job.lane.batcher.move(job.id, lane.batcher, keep)
+        except MoeshardError as error:
+            _log.info("a request stays where it is: %s", error)
+            return False
+        del job.lane.running[job.id]
+        lane.running[number] = job
+        job.lane, job.id = lane, number
+        return True
 
     def _drop(self, job: Job) -> None:
         if job.id >= 0:
@@ -230,11 +295,13 @@ class Engine:
 
     def _deliver(self, found: Sequence[tuple[Job, _core.Progress | ApiError]]) -> None:
         """Let the event loop know, once for all."""
-        if not found:
-            return
+        if found:
+            self._tell(_hand_out, found)
+
+    def _tell(self, what: Callable[[_T], None], told: _T) -> None:
         assert self._loop is not None
         try:
-            self._loop.call_soon_threadsafe(_hand_out, found)
+            self._loop.call_soon_threadsafe(what, told)
         except RuntimeError:
             _log.debug("the event loop ended before the engine did")
 

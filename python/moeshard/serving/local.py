@@ -18,6 +18,7 @@ from moeshard.runtime.model import Model
 from moeshard.serving.backends import FULL, Ask, Event, Finish, Load, Scored
 from moeshard.serving.engine import Engine, Job, Lane
 from moeshard.serving.errors import invalid, too_long
+from moeshard.serving.moving import Tally
 from moeshard.serving.probing import LocalProber
 from moeshard.serving.protocol import Options
 from moeshard.serving.rendering import Rendered, Renderer, rendered
@@ -53,6 +54,8 @@ class LocalBackend:
         self.name = name
         self._engine, self._lane, self._model, self._renderer = engine, lane, model, renderer
         self._keep, self._seconds = keep, seconds
+        self._siblings: dict[str, LocalBackend] = {}
+        """All that share the engine, by name."""
         self._jobs: set[Job] = set()
         # A vocabulary's tokens are told over and over.
         self._bytes = lru_cache(maxsize=65536)(model.token_bytes)
@@ -101,16 +104,32 @@ class LocalBackend:
             prompt_logprobs=options.echo and options.n_logprobs >= 0,
             sampling=_sampling(options),
         )
-        self._jobs.add(job)
+        at = self
+        at._jobs.add(job)
         steps = job.steps()
         reading = _Reading(self._bytes, prompt, ask)
+        watch = ask.watch
+        if watch is not None:
+            watch.begin(prompt.tokens)
         try:
             async for found in steps:
                 event = reading.event(found)
                 if event is not None:
                     yield event
+                if watch is not None and watch.target is not None and not job.ended:
+                    to = self._siblings[watch.target.backend]
+                    if await self._engine.move(job, to._lane, to._keep):
+                        watch.arrived()
+                        at._jobs.discard(job)
+                        at = to
+                        at._jobs.add(job)
+                        reading.moved()
+                    else:
+                        watch.refused()
         finally:
-            self._jobs.discard(job)
+            at._jobs.discard(job)
+            if watch is not None:
+                watch.end()
             await steps.aclose()
 
 
@@ -126,10 +145,17 @@ class _Reading:
     )
     prompt: list[Scored] = field(default_factory=list)
     began: bool = False
+    tally: Tally = field(default_factory=Tally)
+
+    def moved(self) -> None:
+        """The answer goes on elsewhere."""
+        assert self.ask.watch is not None
+        self.tally = Tally(len(self.ask.watch.tokens))
 
     def event(self, found: Sequence[_core.Progress]) -> Event | None:
         """Return what there is to tell after these steps."""
         last = found[-1]
+        self._measure(found)
         text = "".join(self.decoder.decode(step.text, final=step.over) for step in found)
         scored = self._scored(found)
         if last.n_prompt_done < last.n_prompt or not (text or scored or last.over):
@@ -145,7 +171,15 @@ class _Reading:
             prompt_logprobs=prompt,
             prompt_text=prompt_text,
             finish=_FINISH.get(last.stop_reason),
+            missed=self.tally.mean,
+            moved=self.ask.watch.moved if self.ask.watch is not None else None,
         )
+
+    def _measure(self, found: Sequence[_core.Progress]) -> None:
+        for step in found:
+            missed = self.tally.add(step.missed)
+            if self.ask.watch is not None:
+                self.ask.watch.add(step.token if step.token >= 0 else None, missed)
 
     def _scored(self, found: Sequence[_core.Progress]) -> list[Scored]:
         """Put the log-probabilities of the prompt aside and return the answer's."""
@@ -235,7 +269,8 @@ def serve_locally(model: Model, plan: Plan | None, options: LocalOptions, keep: 
     backends: dict[int, LocalBackend] = {}
     engine = Engine([])
     for shared, own in by_model(model, nodes):
-        lane = Lane(shared.batcher(options.n_slots, options.n_ctx), options.n_waiting)
+        metered = bool(nodes) or keep is not None
+        lane = Lane(shared.batcher(options.n_slots, options.n_ctx, meter=metered), options.n_waiting)
         serving.append(lane)
         for index, mask in own:
             own_keep = mask if nodes else keep
@@ -257,4 +292,6 @@ def serve_locally(model: Model, plan: Plan | None, options: LocalOptions, keep: 
             n_waiting=options.n_waiting,
             seconds=options.seconds,
         )
+    for backend in backends.values():
+        backend._siblings = {other.name: other for other in backends.values()}
     return Local([backends[position] for position in sorted(backends)], prober, engine, renderer, model)

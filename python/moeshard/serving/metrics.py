@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from moeshard.serving.placer import Decision
 
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -34,6 +37,14 @@ class Metrics:
         self._failure = self._counter("request_failure", "Requests that an error answered", "status")
         self._placements = self._counter("placements", "Sessions that were placed", "node", "reason")
         self._refused = self._counter("refused", "Sessions that no node was good enough for")
+        self._replacements = self._counter("replacements", "Sessions that were moved", "source", "node")
+        self._missed = Histogram(
+            "moeshard:missed_mass",
+            "Share of routing weight that answers missed on a node",
+            ["model_name", "node"],
+            registry=self._registry,
+            buckets=_SHARES,
+        )
         self._first = self._histogram("time_to_first_token_seconds", "From request to first token", _SECONDS)
         self._between = self._histogram("inter_token_latency_seconds", "Between tokens", _SECONDS)
         self._whole = self._histogram("e2e_request_latency_seconds", "From request to end", _SECONDS)
@@ -55,6 +66,14 @@ class Metrics:
             self._refused.labels(self._model).inc()
         elif fit is not None:
             self._fit.labels(self._model).observe(fit)
+
+    def moved(self, source: str, decision: Decision) -> None:
+        """Count a session that was moved."""
+        self._replacements.labels(self._model, source, decision.backend).inc()
+
+    def missed(self, node: str, share: float) -> None:
+        """Count what an answer missed on the node that ended it."""
+        self._missed.labels(self._model, node).observe(share)
 
     def failed(self, status: int) -> None:
         """Count a request that an error answered."""

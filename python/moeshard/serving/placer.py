@@ -18,11 +18,12 @@ from typing import Literal, Protocol
 
 from moeshard.arrays import Doubles
 from moeshard.placement.decision import MIN_QUALITY, MIN_TOKENS, Placed, place_by_loss
+from moeshard.placement.meter import Limits
 from moeshard.serving.backends import FULL
 from moeshard.serving.errors import unavailable
 from moeshard.serving.protocol import Message, Prompt, Request
 
-Reason = Literal["placed", "unclear", "refused", "short", "forced", "only", "down"]
+Reason = Literal["placed", "unclear", "refused", "short", "forced", "only", "down", "moved"]
 
 LOAD_GAP = 0.5
 """A node goes before the one that the session's key names where it has so many fewer requests for each slot."""
@@ -145,13 +146,22 @@ def first_turn(prompt: Prompt) -> Prompt:
 class Placer:
     """Places sessions, and remembers where."""
 
-    def __init__(self, names: Sequence[str], prober: Prober | None, *, min_quality: float = MIN_QUALITY):
+    def __init__(
+        self,
+        names: Sequence[str],
+        prober: Prober | None,
+        *,
+        min_quality: float = MIN_QUALITY,
+        limits: Mapping[str, Limits] | None = None,
+    ):
         """Place on the nodes of these names, by what the prober measures; without one everything goes to `FULL`.
 
         Sessions whose prompt the best node predicts with a quality below `min_quality` are refused; see `Placement`.
+        Where a node has `limits`, answers that pass them are placed again (`moeshard.serving.moving`).
         """
-        self.names, self._prober, self._min_quality = list(names), prober, min_quality
-        self._sessions: OrderedDict[str, tuple[Placed, Decision]] = OrderedDict()
+        self.names, self.prober, self.min_quality = list(names), prober, min_quality
+        self.limits = dict(limits or {})
+        self._sessions: OrderedDict[str, tuple[Placed | None, Decision]] = OrderedDict()
         self._probing: dict[str, asyncio.Future[Placed]] = {}
 
     async def place(
@@ -172,25 +182,31 @@ class Placer:
         Returns:
             The decision, and whether it was made now.
         """
-        if self._prober is None:
+        if self.prober is None:
             state = states().get(FULL)
             if state is None or not state.up:
                 raise unavailable("The model cannot answer now.")
             return Decision(FULL, "only", "There are no nodes beside the whole model.", None), False
-        known = self._sessions.get(key)
-        if known is not None:
+        placed, decision = self._sessions.get(key, (None, None))
+        if decision is not None:
             self._sessions.move_to_end(key)
-            placed, decision = known
             state = states().get(decision.backend)
             if state is not None and state.up:
                 return decision, False
-        else:
-            placed = await self._probe_once(key, first_turn(prompt), self._prober, probed)
+        if placed is None:
+            placed = await self._probe_once(key, first_turn(prompt), self.prober, probed)
         decision = choose(placed, key, states())
+        self._remember(key, placed, decision)
+        return decision, True
+
+    def moved(self, key: str, decision: Decision) -> None:
+        """Take note that a session goes on elsewhere. Where that is not up it is placed anew."""
+        self._remember(key, None, decision)
+
+    def _remember(self, key: str, placed: Placed | None, decision: Decision) -> None:
         self._sessions[key] = (placed, decision)
         while len(self._sessions) > MAX_SESSIONS:
             self._sessions.popitem(last=False)
-        return decision, True
 
     async def _probe_once(self, key: str, turn: Prompt, prober: Prober, probed: Callable[[float], None]) -> Placed:
         """Probe a session; requests of it that come meanwhile wait for the same result."""
@@ -213,7 +229,7 @@ class Placer:
             return _too_short(self.names, losses)
         # Where nobody holds the whole model nothing is refused: there is nowhere else to go.
         full = losses.nodes[losses.nodes.mean(axis=1).argmin()] if losses.full is None else losses.full
-        return place_by_loss(self.names, losses.nodes, full, min_quality=self._min_quality, n_cut=losses.n_cut)
+        return place_by_loss(self.names, losses.nodes, full, min_quality=self.min_quality, n_cut=losses.n_cut)
 
 
 def _too_short(names: Sequence[str], losses: Losses) -> Placed:

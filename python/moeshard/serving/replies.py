@@ -72,27 +72,28 @@ class Replies:
     def chunks(self, index: int, event: Event) -> Iterable[dict[str, Any]]:
         """Yield what an event tells; a chat's last chunk holds no text but why it ended."""
         choice = self._choices[index]
+        moved = bool(choice.parts) and choice.last.moved is not event.moved
         choice.parts = [event]
         text = event.prompt_text + event.text
         scored = [*event.prompt_logprobs, *event.logprobs]
         if self._request.is_chat:
             if text or scored:
-                yield self._chunk([self._choice(choice, {"delta": {"content": text}}, text, scored, None)])
+                yield self._chunk([self._choice(choice, {"delta": {"content": text}}, text, scored, None)], told=moved)
             if event.finish is not None:
                 ended = {"index": index, "delta": {}, "logprobs": None, "finish_reason": event.finish}
-                yield self._chunk([ended], last=True)
+                yield self._chunk([ended], told=True)
         else:
-            last = event.finish is not None
-            yield self._chunk([self._choice(choice, {"text": text}, text, scored, event.finish)], last=last)
+            told = moved or event.finish is not None
+            yield self._chunk([self._choice(choice, {"text": text}, text, scored, event.finish)], told=told)
 
     def closing(self) -> Iterable[dict[str, Any]]:
         """Yield what comes after all answers."""
         if self._request.include_usage:
             yield {**self._head, "choices": [], "usage": self._usage()}
 
-    def _chunk(self, choices: list[dict[str, Any]], last: bool = False) -> dict[str, Any]:
+    def _chunk(self, choices: list[dict[str, Any]], told: bool = False) -> dict[str, Any]:
         usage = {"usage": None} if self._request.include_usage else {}
-        own = {"moeshard": self._placement()} if last else {}
+        own = {"moeshard": self._placement()} if told else {}
         return {**self._head, "choices": choices, **usage, **own}
 
     # Parts of both.
@@ -138,12 +139,15 @@ class Replies:
         }
 
     def _placement(self) -> dict[str, Any]:
-        decision = self._decision
+        ends = [choice.last for choice in self._choices if choice.parts]
+        decision = next((end.moved for end in ends if end.moved is not None), self._decision)
+        missed = [end.missed for end in ends if end.missed is not None]
         return {
             "node": decision.backend,
             "reason": decision.reason,
             "detail": decision.detail,
             "fit": None if decision.fit is None else round(decision.fit, 4),
+            "missed": round(sum(missed) / len(missed), 4) if missed else None,
         }
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from moeshard.serving.backends import FULL, Ask, Backend, Event
 from moeshard.serving.errors import ApiError, unavailable, unknown_model
 from moeshard.serving.metrics import Metrics, Reading
+from moeshard.serving.moving import LatestProber, Watch, Ways
 from moeshard.serving.placer import Decision, Placer, State, session_key
 from moeshard.serving.protocol import Request
 from moeshard.serving.stream import merged
@@ -90,13 +91,25 @@ class Service:
     ) -> AsyncGenerator[tuple[int, Event], None]:
         """Yield what comes of each prompt of a request, with the prompt's number."""
         backend = self.backends[decision.backend]
-        asks = [Ask(prompt, request.options, client.scope) for prompt in request.prompts]
-        streams = [self._counted(backend.stream(ask), client.begin) for ask in asks]
+        watch = self._watch(request, decision, client)
+        asks = [Ask(prompt, request.options, client.scope, watch) for prompt in request.prompts]
+        streams = [self._counted(backend.stream(ask), client.begin, decision.backend) for ask in asks]
         async with aclosing(merged(streams, backend.load.slots)) as events:
             async for event in events:
                 yield event
 
-    async def _counted(self, events: AsyncGenerator[Event, None], begin: float) -> AsyncGenerator[Event, None]:
+    def _watch(self, request: Request, decision: Decision, client: Client) -> Watch | None:
+        """What may move the answer; None where its node has no limits, or it is one of several."""
+        limits, prober = self._placer.limits, self._placer.prober
+        movable = decision.backend in limits and decision.reason != "forced" and len(request.prompts) == 1
+        if not movable or not isinstance(prober, LatestProber):
+            return None
+        key = session_key(client.scope, self.model, client.headers, request)
+        return Watch(Ways(self._placer, prober, limits, self._states, self.metrics.moved), key, decision)
+
+    async def _counted(
+        self, events: AsyncGenerator[Event, None], begin: float, node: str
+    ) -> AsyncGenerator[Event, None]:
         before, last, reason = begin, Event(), "abort"
         try:
             async with aclosing(events):
@@ -113,6 +126,8 @@ class Service:
             reason = "error"
             raise
         finally:
+            if last.missed is not None:
+                self.metrics.missed(last.moved.backend if last.moved else node, last.missed)
             self.metrics.ended(before - begin, last.n_prompt, last.n_cached, last.n_generated, reason)
 
     def _states(self) -> dict[str, State]:

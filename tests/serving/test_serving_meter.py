@@ -1,0 +1,150 @@
+"""The meter, and the way out: who misses too much goes on elsewhere, between two tokens, and is told so."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from conftest import DOMAINS, Application, held_out
+from running import Running
+
+import moeshard
+from moeshard import Plan
+from moeshard.placement.meter import Limits
+
+LIMITS = dict.fromkeys(DOMAINS, Limits(reference=0.4, threshold=1.0))
+
+
+@pytest.fixture(scope="module")
+def moving(application: Application) -> Iterator[Running]:
+    running = Running(lambda: application(limits=LIMITS)[0])
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def client(moving: Running) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{moving.url}/v1", api_key="none", max_retries=0)
+
+
+def figure(server: Running, name: str) -> float:
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"moeshard:{name}"))
+
+
+def say(client: openai.OpenAI, session: str, prompt: str, n: int, **more: Any) -> tuple[str, list[Any]]:
+    """The answer to a prompt as a stream: its text, and its chunks."""
+    chunks = list(
+        client.completions.create(
+            model="tinymoe", prompt=prompt, max_tokens=n, stream=True, temperature=0,
+            stream_options={"include_usage": True}, extra_headers={"x-session-id": session},
+            extra_body={"repeat_penalty": 1.3, "ignore_eos": True, **more},
+        )
+    )  # fmt: skip
+    return "".join(chunk.choices[0].text for chunk in chunks if chunk.choices), chunks
+
+
+def placements(chunks: list[Any]) -> list[dict[str, Any]]:
+    return [chunk.moeshard for chunk in chunks if getattr(chunk, "moeshard", None) is not None]
+
+
+def test_a_session_that_changes_its_domain_is_moved_and_its_answer_is_whole(
+    moving: Running, client: openai.OpenAI, model: moeshard.Model, plan: Plan
+) -> None:
+    before = figure(moving, "replacements_total")
+    first = held_out("de", 300)
+    _, chunks = say(client, "changes", first, 4)
+    assert [place["node"] for place in placements(chunks)] == ["de"]
+
+    # The next turn begins where the first did, and goes on in another domain.
+    prompt = first + "\n\n" + held_out("py", 600, 8000)
+    text, chunks = say(client, "changes", prompt, 60)
+    told = placements(chunks)
+    node = told[-1]["node"]
+    assert node in ("py", "en") and [(place["node"], place["reason"]) for place in told] == [(node, "moved")] * 2
+    assert 0 < told[-1]["missed"] < 1 and 0 < told[-1]["fit"] <= 1
+    moved = next(index for index, chunk in enumerate(chunks) if getattr(chunk, "moeshard", None) is not None)
+    assert 0 < moved < len(chunks) - 10
+    usage = chunks[-1].usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (model.tokenize(prompt, parse=True).size, 60)
+    assert figure(moving, "replacements_total") == before + 1
+
+    # The first tokens are those of the first node, all others those that the second one writes behind them.
+    keeps = {node.name: node.keep for node in plan.nodes}
+    options: dict[str, Any] = {"temperature": 0, "repeat_penalty": 1.3, "ignore_end": True}
+    tokens = model.tokenize(prompt, parse=True)
+    begun = model.generate(tokens, keeps["de"], max_tokens=moved + 8, **options)
+    "".join(begun)
+    candidates = []
+    for n in range(moved + 8):
+        head = np.concatenate([tokens, begun.tokens[:n]])
+        rest = model.generate(head, keeps[node], max_tokens=60 - n, **options)
+        "".join(rest)
+        candidates.append(model.detokenize([*begun.tokens[:n], *rest.tokens]))
+    assert text in candidates and text != "".join(model.generate(tokens, keeps["de"], max_tokens=60, **options))
+
+    # The session stays there, and nobody else goes with it.
+    _, chunks = say(client, "changes", prompt + text, 4)
+    assert [(place["node"], place["reason"]) for place in placements(chunks)] == [(node, "moved")]
+    _, chunks = say(client, "another", first, 1)
+    assert placements(chunks)[-1]["node"] == "de"
+    assert figure(moving, "num_requests_running") == 0
+
+
+def test_a_session_that_does_not_change_stays(moving: Running, client: openai.OpenAI) -> None:
+    _, chunks = say(client, "stays", held_out("de", 300), 4)
+    _, chunks = say(client, "stays", held_out("de", 900), 60)
+    (told,) = placements(chunks)
+    assert told["node"] == "de" and told["reason"] == "placed"
+    assert 0 < told["missed"] < 0.4
+    assert figure(moving, 'missed_mass_count{model_name="tinymoe",node="de"}') >= 2
+
+
+def test_who_is_asked_for_by_name_answers_to_the_end(client: openai.OpenAI) -> None:
+    answer = client.completions.create(
+        model="tinymoe@de", prompt=held_out("py", 600, 2000), max_tokens=40, temperature=0
+    )
+    assert answer.moeshard["node"] == "de"  # type: ignore[attr-defined]
+    assert answer.moeshard["missed"] > LIMITS["de"].reference  # type: ignore[attr-defined]
+
+
+def test_what_is_missed_is_what_the_model_says(server: Running, model: moeshard.Model) -> None:
+    """Without limits too; the whole model misses nothing."""
+    for name in ("en", "full"):
+        body = {"model": f"tinymoe@{name}", "prompt": held_out("fr", 300, 900), "max_tokens": 1, "temperature": 0}
+        told = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()["moeshard"]
+        assert (told["missed"] is None) == (name == "full")
+        if name == "en":
+            assert 0.3 < told["missed"] < 1
+
+
+def test_many_at_once_are_moved_each_by_itself(moving: Running) -> None:
+    """With a grammar, which goes on where it was."""
+    grammar = 'root ::= "<" [a-z ]{200,} ">"'
+    first = held_out("de", 300)
+    prompts = [f"{first}\n\n{held_out(domain, 600, 8000 + 1000 * i)}" for i in range(2) for domain in ("de", "py")]
+
+    async def ask() -> list[Any]:
+        async with openai.AsyncOpenAI(base_url=f"{moving.url}/v1", api_key="none", max_retries=0) as client:
+
+            async def session(index: int, prompt: str) -> Any:
+                options: dict[str, Any] = {"model": "tinymoe", "extra_headers": {"x-session-id": f"many {index}"}}
+                await client.completions.create(prompt=first, max_tokens=1, **options)
+                return await client.completions.create(
+                    prompt=prompt, max_tokens=80, seed=index, extra_body={"grammar": grammar}, **options
+                )
+
+            return await asyncio.gather(*(session(index, prompt) for index, prompt in enumerate(prompts)))
+
+    answers = asyncio.run(ask())
+    nodes = [answer.moeshard["node"] for answer in answers]
+    assert [node == "de" for node in nodes] == [True, False] * 2
+    for answer in answers:
+        assert re.fullmatch("<[a-z ]+>?", answer.choices[0].text)
+    assert figure(moving, "num_requests_running") == 0 and figure(moving, "num_requests_waiting") == 0
