@@ -51,7 +51,7 @@ class Reader:
         self.session.set_meter(True)
 
     def read(self, tokens: Tokens) -> tuple[Doubles, Doubles]:
-        """Return losses (1 + G, T) of all tokens but the first, the whole model first; what tokens missed (G, T + 1)."""
+        """Return losses (1 + G, T) of all tokens but the first, the whole model first; what is missed (G, T + 1)."""
         self.session.reset()
         logits = self.session.decode(dict.fromkeys(range(1 + len(self.names)), tokens), "all")
         rows = [logits[seq][:-1] for seq in range(1 + len(self.names))]
