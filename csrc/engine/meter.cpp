@@ -45,6 +45,20 @@ void keep_best_groups(std::vector<float>& scores, const Gate& gate, std::vector<
     }
 }
 
+// The `n_used` experts with the best scores, the lower id first among equals. They are few, and most experts are not
+// among them: a short list kept in order is quicker than a sort.
+void best_of(const float* scores, int32_t n_expert, size_t n_used, std::vector<int32_t>& best) {
+    best.clear();
+    for (int32_t expert = 0; expert < n_expert; ++expert) {
+        const bool full = best.size() == n_used;
+        if (full && scores[expert] <= scores[best.back()]) continue;
+        if (full) best.pop_back();
+        auto at = best.end();
+        while (at != best.begin() && scores[*(at - 1)] < scores[expert]) --at;
+        best.insert(at, expert);
+    }
+}
+
 }  // namespace
 
 float missed_share(const float* logits, int32_t n_expert, const Gate& gate, const uint8_t* keep, const int32_t* ids,
@@ -57,26 +71,20 @@ float missed_share(const float* logits, int32_t n_expert, const Gate& gate, cons
     if (ids) {
         order.assign(ids, ids + n_used);
     } else {
-        scores.assign(logits, logits + n);
         // The function leaves logits in their order, so that it matters only where something is added to it.
+        const float* by = logits;
         if (!gate.bias.empty() || gate.n_group > 1) {
+            scores.assign(logits, logits + n);
             for (float& score : scores) score = weight_of(score, gate.function, peak);
             if (gate.function == Gate::Function::kSoftmax) {
                 const float sum = std::accumulate(scores.begin(), scores.end(), 0.0f);
                 for (float& score : scores) score /= sum;
             }
             for (size_t i = 0; i < gate.bias.size(); ++i) scores[i] += gate.bias[i];
+            if (gate.n_group > 1) keep_best_groups(scores, gate, order);
+            by = scores.data();
         }
-        if (gate.n_group > 1) keep_best_groups(scores, gate, order);
-        order.resize(n);
-        std::iota(order.begin(), order.end(), 0);
-        std::partial_sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(n_used), order.end(),
-                          [&](int32_t a, int32_t b) {
-                              const float x = scores[static_cast<size_t>(a)];
-                              const float y = scores[static_cast<size_t>(b)];
-                              return x != y ? x > y : a < b;
-                          });
-        order.resize(n_used);
+        best_of(by, n_expert, n_used, order);
     }
     double all = 0.0;
     double missed = 0.0;
