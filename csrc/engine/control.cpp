@@ -61,6 +61,11 @@ void stop_trace(llama_context* ctx) {
     state.sink = nullptr;
 }
 
+void set_routers(llama_context* ctx, std::vector<WholeRouter> routers) {
+    State& state = attach(ctx);
+    if (!routers.empty()) state.routers = std::make_shared<const Routers>(state.model, std::move(routers));
+}
+
 void set_meter(llama_context* ctx, MissedSink sink) {
     State& state = attach(ctx);
     state.metered = sink != nullptr;

@@ -31,6 +31,17 @@ void set_mask(llama_context* ctx, int32_t seq, const Keep* keep);
 void start_trace(llama_context* ctx, const TraceOptions& options, TraceSink sink);
 void stop_trace(llama_context* ctx);
 
+// A layer's router before a shard was taken of it.
+struct WholeRouter {
+    int32_t layer = 0;
+    std::vector<uint8_t> weight;        // in the type of the shard's own router
+    std::vector<float> bias;            // of the logits; may be empty
+    std::vector<float> selection_bias;  // may be empty
+    std::vector<uint8_t> keep;          // which experts the shard holds
+};
+// Without masks, what tokens miss is measured by these. They take no part in what is computed.
+void set_routers(llama_context* ctx, std::vector<WholeRouter> routers);
+
 // Measures what masked tokens miss, see missed_share(), in every micro-batch and hands it to `sink`; null ends that.
 void set_meter(llama_context* ctx, MissedSink sink);
 

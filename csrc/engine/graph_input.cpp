@@ -30,7 +30,7 @@ GraphInput::GraphInput(State& state, const llm_graph_context& graph)
       tracing_(state.tracing),
       options_(state.trace),
       masked_(state.masked),
-      metered_(state.masked && state.metered),
+      metered_(state.measures()),
       capacity_(room_for(state.n_masks())) {
     // ggml keeps an earlier graph's memory plan for a new one that has as many nodes and leafs, although other tensors
     // must outlive it now. Leafs that count what is traced make such graphs differ.
@@ -44,8 +44,8 @@ GraphInput::GraphInput(State& state, const llm_graph_context& graph)
 }
 
 bool GraphInput::built_for(const State& now) const {
-    return masked_ == now.masked && metered_ == (now.masked && now.metered) &&
-           static_cast<int64_t>(now.n_masks()) <= capacity_ && tracing_ == now.tracing &&
+    return masked_ == now.masked && metered_ == now.measures() && static_cast<int64_t>(now.n_masks()) <= capacity_ &&
+           tracing_ == now.tracing &&
            (!tracing_ || (options_.probs == now.trace.probs && options_.norms == now.trace.norms));
 }
 

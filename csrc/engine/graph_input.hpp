@@ -60,7 +60,8 @@ private:
         int il = 0;
         ggml_tensor* logits = nullptr;  // [n_expert, n_rows], before any mask
         ggml_tensor* bias = nullptr;
-        Gate gate;  // but for the bias
+        const Routers::Layer* whole = nullptr;  // that the logits are of, instead of the model's own
+        Gate gate;                              // but for the bias
     };
     struct HashIds {
         ggml_tensor* input = nullptr;

@@ -83,7 +83,7 @@ MaskRows::MaskRows(const Keep& keep, const Routing& routing) : keep(keep) {
     }
 }
 
-State::State(const llama_model& model, Routing facts) : routing(std::move(facts)) {
+State::State(const llama_model& of, Routing facts) : model(of), routing(std::move(facts)) {
     for (int32_t layer = 0; layer < routing.n_layer; ++layer) {
         slot_of_layer.push_back(routing.routes(layer) ? n_slots++ : -1);
         if (routing.routes(layer)) {

@@ -8,6 +8,7 @@
 #include "engine/graph_input.hpp"
 #include "ggml-backend.h"
 #include "llama-hparams.h"
+#include "llama-model.h"
 #include "moeshard/error.hpp"
 
 namespace moeshard::hook {
@@ -28,6 +29,13 @@ Gate::Function function_of(int gating) {
     }
 }
 
+const ggml_tensor* router_of(const llama_model& model, int il) {
+    return model.layers[static_cast<size_t>(il)].ffn_gate_inp;
+}
+
+// Of a shard all tokens are, of a whole model those under a mask.
+bool is_measured(const MaskRows* mask, bool masked) { return mask != nullptr || !masked; }
+
 }  // namespace
 
 void GraphInput::meter(const llm_graph_context& graph, ggml_tensor* logits, int gating, ggml_tensor* bias, int il) {
@@ -35,6 +43,14 @@ void GraphInput::meter(const llm_graph_context& graph, ggml_tensor* logits, int 
     if (!metered_ || (!metered_layers_.empty() && metered_layers_.back().il == il)) return;
     Metered layer;
     layer.il = il;
+    if (!masked_) {
+        layer.whole = state_.routers->find(il);
+        // What the router reads is known from the scores, where they are of a router at all.
+        const ggml_tensor* own = logits->op == GGML_OP_ADD ? logits->src[0] : logits;
+        if (!layer.whole || own->op != GGML_OP_MUL_MAT || own->src[0] != router_of(state_.model, il)) return;
+        logits = ggml_mul_mat(graph.ctx0, layer.whole->weight, own->src[1]);
+        bias = nullptr;
+    }
     layer.logits = logits;
     layer.bias = bias;
     layer.gate.function = function_of(gating);
@@ -53,7 +69,7 @@ void GraphInput::read_metered(const llama_ubatch& ubatch, ggml_backend_sched_t s
     bool any = false;
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
         masks.push_back(state_.mask(ubatch.seq_id[i][0]));
-        any = any || masks.back() != nullptr;
+        any = any || is_measured(masks.back(), masked_);
     }
     if (!any) return;
     // Copies from devices are asked for at once and waited for once.
@@ -69,30 +85,39 @@ void GraphInput::read_metered(const llama_ubatch& ubatch, ggml_backend_sched_t s
     const auto n_slots = static_cast<size_t>(state_.n_slots);
     std::vector<float> missed(ubatch.n_tokens * n_slots, std::numeric_limits<float>::quiet_NaN());
     GateScratch scratch;
+    std::vector<float> biased;
     for (size_t k = 0; k < metered_layers_.size(); ++k) {
         const Metered& layer = metered_layers_[k];
         const auto n_expert = static_cast<int32_t>(layer.logits->ne[0]);
         Gate gate = layer.gate;
         if (layer.bias) gate.bias = state_.bias(layer.il, layer.bias);
+        if (layer.whole) gate.bias = layer.whole->selection_bias;
         const auto* rows = copies[k].empty() ? static_cast<const float*>(layer.logits->data) : copies[k].data();
         const auto table = state_.hash_tables.find(layer.il);
         const auto slot = static_cast<size_t>(state_.slot_of_layer[static_cast<size_t>(layer.il)]);
         for (const int32_t token : tokens_of(ubatch, layer.logits->ne[1])) {
             const MaskRows* mask = masks[static_cast<size_t>(token)];
-            if (mask) {
+            if (is_measured(mask, masked_)) {
+                const uint8_t* keep = layer.whole ? layer.whole->keep.data() : mask->keep.row(layer.il);
                 const int32_t* ids = table == state_.hash_tables.end()
                                          ? nullptr
                                          : table->second.data() + static_cast<size_t>(ubatch.token[token]) *
                                                                       static_cast<size_t>(gate.n_used);
+                const float* logits = rows;
+                if (layer.whole && !layer.whole->bias.empty()) {
+                    biased = layer.whole->bias;
+                    for (size_t i = 0; i < biased.size(); ++i) biased[i] += rows[i];
+                    logits = biased.data();
+                }
                 missed[static_cast<size_t>(token) * n_slots + slot] =
-                    missed_share(rows, n_expert, gate, mask->keep.row(layer.il), ids, scratch);
+                    missed_share(logits, n_expert, gate, keep, ids, scratch);
             }
             rows += n_expert;
         }
     }
     std::vector<float> own(n_slots);
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-        if (!masks[i]) continue;
+        if (!is_measured(masks[i], masked_)) continue;
         own.assign(missed.begin() + static_cast<std::ptrdiff_t>(i * n_slots),
                    missed.begin() + static_cast<std::ptrdiff_t>((i + 1) * n_slots));
         state_.missed(ubatch.seq_id[i][0], ubatch.pos[i], own);

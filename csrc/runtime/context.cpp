@@ -63,7 +63,6 @@ struct Context::Impl {
     void reset(int32_t seq);
     int32_t truncate(int32_t seq, int32_t n);
 
-    void set_meter(bool on);
     void check(const std::vector<Input>& inputs) const;
     void compute(const std::vector<Input>& inputs, const LogitsSink& sink);
     size_t outputs_per_batch() const;
@@ -159,13 +158,6 @@ void Context::Impl::check(const std::vector<Input>& inputs) const {
             }
         }
     }
-}
-
-void Context::Impl::set_meter(bool on) {
-    if (!on) return hook::set_meter(ctx, nullptr);
-    hook::set_meter(ctx, [this](int32_t seq, int32_t, const std::vector<float>& layers) {
-        missed[static_cast<size_t>(seq)].add(layers);
-    });
 }
 
 void Context::Impl::decode(const std::vector<Input>& inputs, const LogitsSink& sink) {
@@ -358,7 +350,7 @@ void Context::set_keep(const Keep* keep, int32_t seq) {
 
 void Context::set_meter(bool on) {
     const Owner::Use use(impl_->owner);
-    impl_->set_meter(on);
+    meter(impl_->ctx, *impl_->model, on ? &impl_->missed : nullptr);
 }
 
 const std::vector<float>& Context::missed(int32_t seq) const {

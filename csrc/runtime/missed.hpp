@@ -1,32 +1,26 @@
-// What the tokens of a sequence missed in the last decode; see Context::missed.
+// What tokens miss, as the engine measures it.
 #pragma once
 
-#include <cmath>
 #include <vector>
+
+#include "moeshard/model.hpp"
+
+struct llama_context;
 
 namespace moeshard {
 
+// Of a sequence's tokens in the last decode; see Context::missed.
 struct Missed {
     std::vector<float> mean;      // (n_tokens,)
     std::vector<float> by_layer;  // (n_tokens, n_layers)
 
-    void clear() {
-        mean.clear();
-        by_layer.clear();
-    }
-
+    void clear();
     // A token's shares; NaN where a layer did not compute it.
-    void add(const std::vector<float>& layers) {
-        float sum = 0.0f;
-        int n = 0;
-        for (const float share : layers) {
-            if (std::isnan(share)) continue;
-            sum += share;
-            ++n;
-        }
-        mean.push_back(n == 0 ? 0.0f : sum / static_cast<float>(n));
-        by_layer.insert(by_layer.end(), layers.begin(), layers.end());
-    }
+    void add(const std::vector<float>& layers);
 };
+
+// Adds what is measured from now on to `missed`, by sequence; null ends that. A shard file brings its whole routers
+// along, or nothing of it is measured.
+void meter(llama_context* ctx, const Model& model, std::vector<Missed>* missed);
 
 }  // namespace moeshard

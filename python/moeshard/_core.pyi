@@ -424,6 +424,8 @@ class ShardFacts:
     @property
     def keep(self) -> _Keep: ...
     @property
+    def has_router(self) -> bool: ...
+    @property
     def notes(self) -> list[tuple[str, str]]: ...
 
 def shard_segments(
@@ -435,6 +437,7 @@ def shard_segments(
     clamp: bool = False,
     per_layer: bool = False,
     max_file_size: int = 0,
+    with_router: bool = False,
     notes: Sequence[tuple[str, str]] = [],
 ) -> list[SegmentList]: ...
 def split_entries(model: GGUFMap) -> str: ...

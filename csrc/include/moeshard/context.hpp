@@ -71,7 +71,8 @@ public:
     void set_meter(bool on);
     // Of each token that the last decode appended to `seq` under a keep: of the weight that the routers would have
     // given out, had nothing been dropped, the share of dropped experts, from 0 to 1, mean over the layers that
-    // computed the token (the last layer computes only tokens with output). Empty without a keep or meter.
+    // computed the token (the last layer computes only tokens with output). Empty without a keep or meter. In a shard
+    // file that was written with its whole routers (ShardParams::with_router) every token is measured.
     const std::vector<float>& missed(int32_t seq) const;
     // The same in each MoE layer, (n_tokens, n_layers); NaN where it did not compute the token.
     const std::vector<float>& missed_by_layer(int32_t seq) const;

@@ -72,6 +72,13 @@ def split(
             "--trunk-once", help="Write what all shards share once, as trunk.gguf, and files of experts beside it."
         ),
     ] = False,
+    with_router: Annotated[
+        bool,
+        typer.Option(
+            "--with-router",
+            help="Write the whole routers into the shards' metadata: who runs one can then measure what it misses.",
+        ),
+    ] = False,
     max_file_size: MaxFileSizeOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
     jobs: JobsOption = 0,
@@ -121,6 +128,7 @@ def split(
             clamp=clamp,
             per_layer=per_layer,
             trunk_once=trunk_once,
+            with_router=with_router,
             max_file_size=max_file_size,
             only=only,
             write_plan=wanted is not None,

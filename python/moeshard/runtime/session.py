@@ -102,7 +102,8 @@ class Session:
         """Return float32 (n_tokens,): what each token of the last decode missed, mean over layers; see docs/serving.md.
 
         Of the weight that a layer's router would have given out, had nothing been dropped, the share of dropped
-        experts. Empty for a sequence without a keep. The last layer computes only tokens with output.
+        experts. Empty for a sequence without a keep, but for a shard that was split with its whole routers. The last
+        layer computes only tokens with output.
         """
         return self._lease.context.missed(seq)
 

@@ -269,8 +269,7 @@ def serve_locally(model: Model, plan: Plan | None, options: LocalOptions, keep: 
     backends: dict[int, LocalBackend] = {}
     engine = Engine([])
     for shared, own in by_model(model, nodes):
-        metered = bool(nodes) or keep is not None
-        lane = Lane(shared.batcher(options.n_slots, options.n_ctx, meter=metered), options.n_waiting)
+        lane = Lane(shared.batcher(options.n_slots, options.n_ctx, meter=True), options.n_waiting)
         serving.append(lane)
         for index, mask in own:
             own_keep = mask if nodes else keep

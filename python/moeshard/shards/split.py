@@ -65,6 +65,7 @@ def split(
     clamp: bool = False,
     per_layer: bool = False,
     trunk_once: bool = False,
+    with_router: bool = False,
     max_file_size: int | None = None,
     only: int | None = None,
     write_plan: bool = False,
@@ -91,6 +92,8 @@ def split(
             llama.cpp refuses them. A plan that was made so needs no word here.
         trunk_once: write what all shards share once, as ``trunk.gguf``, and files of experts only, to be loaded by
             ``moeshard.Model(trunk=…, experts=…)``.
+        with_router: write the whole routers into the shards' metadata, so that who runs a shard can measure what it
+            makes tokens miss (`Session.missed`). Other programs pass them over.
         max_file_size: bytes; a larger shard becomes several numbered parts.
         only: write this shard alone (from 0).
         write_plan: into the folder also write ``plan.json``, which says what each shard holds.
@@ -118,7 +121,7 @@ def split(
     plan = _as_plan(keeps, identity, names, n_expert_used, single)
     plan.check(identity)
     nodes = _chosen(plan.nodes, only)
-    laid_out = lay_out(source, plan, nodes, out, single, clamp, per_layer, trunk_once, max_file_size or 0)
+    laid_out = lay_out(source, plan, nodes, out, single, clamp, per_layer, trunk_once, max_file_size or 0, with_router)
     if not dry_run:
         files: list[SegmentList | bytes] = [segments for shard in laid_out for segments in shard.files]
         paths = [path for shard in laid_out for path in shard.facts.paths]
@@ -141,6 +144,7 @@ def lay_out(
     per_layer: bool,
     trunk_once: bool,
     max_file_size: int,
+    with_router: bool = False,
 ) -> list[Shards]:
     """Lay the shards of `nodes` out; arguments as of `split`. Reads headers and writes nothing."""
     folder = os.fspath(out)
@@ -163,6 +167,7 @@ def lay_out(
             clamp=clamp,
             per_layer=per_layer or plan.is_per_layer,
             max_file_size=max_file_size,
+            with_router=with_router,
             notes=notes_of(plan.model, plan, node) + divided,
         )
         path = folder if single else os.path.join(folder, shard_name(source.path, node.name))
