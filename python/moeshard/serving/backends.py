@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
+from moeshard.arrays import Tokens
+from moeshard.serving.decision import Decision
 from moeshard.serving.protocol import Options, Prompt
-
-if TYPE_CHECKING:
-    from moeshard.serving.moving import Watch
-    from moeshard.serving.placer import Decision
 
 FULL = "full"
 """The name of the backend that holds everything."""
 
 Finish = Literal["stop", "length"]
+
+
+class Watch(Protocol):
+    """What a backend that can move an answer tells about it, and asks where it belongs."""
+
+    target: Decision | None
+    """Where the answer belongs now; None: where it is."""
+    moved: Decision | None
+    """Where the answer went, if it was moved."""
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """Prompt and answer so far."""
+
+    def begin(self, prompt: Tokens) -> None:
+        """Take the prompt."""
+
+    def add(self, token: int | None, missed: Sequence[float]) -> None:
+        """Take what tokens missed, and the token of the answer that came of them; None while the prompt is read."""
+
+    def arrived(self) -> None:
+        """The answer is where `target` says."""
+
+    def refused(self) -> None:
+        """The answer could not be moved and goes on where it is."""
+
+    def end(self) -> None:
+        """The answer is over."""
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ import numpy as np
 
 from moeshard.arrays import Tokens
 from moeshard.placement.meter import MOST_TOKENS, Limits, Meter, n_deciding, place_again
+from moeshard.serving.decision import Decision
 from moeshard.serving.errors import ApiError
-from moeshard.serving.placer import Decision, Losses, Placer, State, choose
+from moeshard.serving.placer import Losses, Placer, State, choose
 
 _log = logging.getLogger("moeshard.serving")
 

@@ -14,16 +14,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp
-from typing import Literal, Protocol
+from typing import Protocol
 
 from moeshard.arrays import Doubles
 from moeshard.placement.decision import MIN_QUALITY, MIN_TOKENS, Placed, place_by_loss
 from moeshard.placement.meter import Limits
 from moeshard.serving.backends import FULL
+from moeshard.serving.decision import Decision, Reason
 from moeshard.serving.errors import unavailable
 from moeshard.serving.protocol import Message, Prompt, Request
-
-Reason = Literal["placed", "unclear", "refused", "short", "forced", "only", "down", "moved"]
 
 LOAD_GAP = 0.5
 """A node goes before the one that the session's key names where it has so many fewer requests for each slot."""
@@ -60,19 +59,6 @@ class State:
     up: bool
     load: float
     """Requests for each slot."""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Who answers, and why."""
-
-    backend: str
-    reason: Reason
-    detail: str
-    """For people, a sentence."""
-    fit: float | None
-    """Perplexity of the whole model over the backend's own, on the first turn, at most 1; None where it was not
-    measured."""
 
 
 def choose(placed: Placed, key: str, states: Mapping[str, State]) -> Decision:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moeshard.serving.backends import Event, Scored
-from moeshard.serving.placer import Decision
+from moeshard.serving.decision import Decision
 from moeshard.serving.protocol import Request
 
 

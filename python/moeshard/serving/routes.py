@@ -19,11 +19,11 @@ from starlette.types import ASGIApp
 
 from moeshard._core import MoeshardError
 from moeshard.runtime.model import Model
+from moeshard.serving.decision import Decision
 from moeshard.serving.errors import ApiError, invalid, unavailable, unknown_model, unsupported
 from moeshard.serving.fields import MAX_INT, Fields, parse_object
 from moeshard.serving.metrics import MEDIA_TYPE
 from moeshard.serving.openapi import describe
-from moeshard.serving.placer import Decision
 from moeshard.serving.protocol import Request, chat_request, completion_request
 from moeshard.serving.replies import Replies
 from moeshard.serving.service import Client, Service

@@ -8,10 +8,11 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from moeshard.serving.backends import FULL, Ask, Backend, Event
+from moeshard.serving.decision import Decision
 from moeshard.serving.errors import ApiError, unavailable, unknown_model
 from moeshard.serving.metrics import Metrics, Reading
 from moeshard.serving.moving import LatestProber, Watch, Ways
-from moeshard.serving.placer import Decision, Placer, State, session_key
+from moeshard.serving.placer import Placer, State, session_key
 from moeshard.serving.protocol import Request
 from moeshard.serving.stream import merged
 
