@@ -63,8 +63,12 @@ void stop_trace(llama_context* ctx) {
 
 void set_routers(llama_context* ctx, std::vector<WholeRouter> routers) {
     State& state = attach(ctx);
-    if (!routers.empty()) state.routers = std::make_shared<const Routers>(state.model, std::move(routers));
+    // Graphs that were built refer to them: never replaced.
+    if (routers.empty() || state.routers) return;
+    state.routers = std::make_shared<const Routers>(state.model, std::move(routers));
 }
+
+bool has_routers(llama_context* ctx) { return attach(ctx).routers != nullptr; }
 
 void set_meter(llama_context* ctx, MissedSink sink) {
     State& state = attach(ctx);

@@ -39,8 +39,9 @@ struct WholeRouter {
     std::vector<float> selection_bias;  // may be empty
     std::vector<uint8_t> keep;          // which experts the shard holds
 };
-// Without masks, what tokens miss is measured by these. They take no part in what is computed.
+// Without masks, what tokens miss is measured by these, given once. They take no part in what is computed.
 void set_routers(llama_context* ctx, std::vector<WholeRouter> routers);
+bool has_routers(llama_context* ctx);
 
 // Measures what masked tokens miss, see missed_share(), in every micro-batch and hands it to `sink`; null ends that.
 void set_meter(llama_context* ctx, MissedSink sink);

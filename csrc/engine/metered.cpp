@@ -1,5 +1,5 @@
 // The meter's part of a graph: routers are read as they are before any mask, and what tokens miss is counted outside
-// of it. Nothing is computed that would not be without the meter; the logits only have to outlive the graph.
+// of it. The logits only have to outlive the graph; nothing else is computed, but for a shard's whole routers.
 #include <cmath>
 #include <limits>
 #include <string>

@@ -82,7 +82,8 @@ void Missed::add(const std::vector<float>& layers) {
 void meter(llama_context* ctx, const Model& model, std::vector<Missed>* missed) {
     if (!missed) return hook::set_meter(ctx, nullptr);
     char kind[16];
-    if (llama_model_meta_val_str(model.handle(), "moeshard.kind", kind, sizeof(kind)) >= 0) {
+    const bool is_shard = llama_model_meta_val_str(model.handle(), "moeshard.kind", kind, sizeof(kind)) >= 0;
+    if (is_shard && !hook::has_routers(ctx)) {
         hook::set_routers(ctx, read_routers(model.path()));
     }
     hook::set_meter(ctx, [missed](int32_t seq, int32_t, const std::vector<float>& layers) {

@@ -101,13 +101,18 @@ def test_a_shard_with_its_routers_measures_what_the_mask_does(
             with model.session(n_ctx=tokens.size) as session:
                 session.set_keep(mask, 0)
                 session.set_meter(True)
-                logits = session.decode({0: tokens}, "all")[0]
-                found.append((logits, session.missed_by_layer(0)))
+                logits = session.decode({0: tokens[:-1]}, "all")[0]
+                missed = session.missed_by_layer(0)
+                session.set_meter(True)  # once more, which changes nothing
+                last = session.decode({0: tokens[-1:]}, "all")[0]
+                missed = np.concatenate([missed, session.missed_by_layer(0)])
+                found.append((np.concatenate([logits, last]), missed))
         assert np.nanmax(found[0][1]) > 0.1
         np.testing.assert_allclose(found[1][1], found[0][1], atol=1e-5)
         # The routers take no part in what is computed.
-        plain = moeshard.Model(shard, n_threads=1).logits(tokens)
-        assert np.array_equal(found[1][0], plain)
+        with moeshard.Model(shard, n_threads=1).session(n_ctx=tokens.size) as session:
+            plain = [session.decode({0: part}, "all")[0] for part in (tokens[:-1], tokens[-1:])]
+        assert np.array_equal(found[1][0], np.concatenate(plain))
         moeshard.verify(shard, path)
     moeshard.merge(paths, tmp_path / "merged.gguf")
     assert (tmp_path / "merged.gguf").read_bytes() == path.read_bytes()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,6 +18,10 @@ from running import Running
 import moeshard
 from moeshard import Plan
 from moeshard.placement.meter import Limits
+from moeshard.serving.app import build
+from moeshard.serving.local import LocalOptions, serve_locally
+from moeshard.serving.placer import Placer
+from moeshard.serving.settings import Settings
 
 LIMITS = dict.fromkeys(DOMAINS, Limits(reference=0.4, threshold=1.0))
 
@@ -122,6 +127,25 @@ def test_what_is_missed_is_what_the_model_says(server: Running, model: moeshard.
         assert (told["missed"] is None) == (name == "full")
         if name == "en":
             assert 0.3 < told["missed"] < 1
+
+
+def test_a_shard_file_says_what_it_misses(model: moeshard.Model, plan: Plan, tinymoe: Path, tmp_path: Path) -> None:
+    keep = plan.nodes[0].keep
+    moeshard.split(tinymoe, keep, tmp_path / "shard.gguf", with_router=True)
+    shard = moeshard.Model(tmp_path / "shard.gguf", n_threads=1)
+    local = serve_locally(shard, None, LocalOptions(n_slots=1, n_ctx=512))
+    running = Running(lambda: build("shard", Placer([], None), local.backends, Settings(), shard))
+    try:
+        body = {"prompt": held_out("en", 300), "max_tokens": 1, "temperature": 0}
+        told = httpx.post(f"{running.url}/v1/completions", json=body, timeout=60).json()["moeshard"]
+    finally:
+        running.stop()
+    tokens = model.tokenize(held_out("en", 300), parse=True)
+    with model.session(n_ctx=tokens.size) as session:
+        session.set_keep(keep, 0)
+        session.set_meter(True)
+        session.decode({0: tokens})
+        assert told["missed"] == pytest.approx(session.missed(0).mean(), abs=0.01)
 
 
 def test_many_at_once_are_moved_each_by_itself(moving: Running) -> None:

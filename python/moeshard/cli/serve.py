@@ -123,13 +123,14 @@ def serve(
     )
     local, nodes = load_local(model, plan, options, threads, gpu_layers)
     known = name or Path(model).stem
+    limits = read_limits(evaluation, nodes) if evaluation is not None else {}
     app = build(
         known,
         Placer(
             [node.name for node in nodes.nodes] if nodes else [],
             local.prober,
             min_quality=min_quality,
-            limits=read_limits(evaluation, nodes) if evaluation is not None else None,
+            limits=limits,
         ),
         local.backends,
         Settings(keys=keys, hosts=hosts, metrics=metrics),  # type: ignore[arg-type]
@@ -143,6 +144,9 @@ def serve(
     def ready() -> None:
         typer.echo(f"{address_of(sock)} serves {known}: {_describe(local, parallel)}")
         typer.echo(f"OpenAI's clients: base_url {address_of(sock)}/v1; a page to try it: {address_of(sock)}/")
+        if nodes is not None:
+            moving = f"away from {', '.join(limits)}" if limits else "nowhere (see --evaluation)"
+            typer.echo(f"Sessions whose node misses too much of what they need are moved {moving}.")
 
     run(app, sock, ready)
 
