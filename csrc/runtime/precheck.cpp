@@ -54,7 +54,8 @@ void check_used(const gguf::GGUFMap& file, const std::string& arch) {
         const uint32_t used = layout.n_expert_used[layer], first = layout.n_expert_used[0];
         if (used == first) continue;
         throw Error(file.path() + ": " + entry->key + " is " + std::to_string(used) + " in layer " +
-                    std::to_string(layer) + " and " + std::to_string(first) + " in layer 0: llama.cpp computes layers " +
+                    std::to_string(layer) + " and " + std::to_string(first) +
+                    " in layer 0: llama.cpp computes layers " +
                     "with different numbers of experts per token wrongly in models of architecture '" + arch +
                     "'; write the file with one number for all layers");
     }
