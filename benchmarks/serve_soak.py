@@ -256,9 +256,7 @@ def make_plan(model: str, folder: Path) -> Path:
     """Return a plan of four nodes."""
     profile, plan = folder / "profile.npz", folder / "plan.json"
     command = [sys.executable, "-m", "moeshard"]
-    subprocess.run(
-        [*command, "analyze", model, "--micro", "-n", "512", "-o", profile], check=True, stdout=subprocess.DEVNULL
-    )
+    subprocess.run([*command, "analyze", model, "-n", "1024", "-o", profile], check=True, stdout=subprocess.DEVNULL)
     options = ["--profile", profile, "--groups", "4", "--keep", "64", "-o", plan]
     subprocess.run([*command, "plan", model, *options], check=True, stdout=subprocess.DEVNULL)
     return plan
