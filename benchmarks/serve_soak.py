@@ -143,7 +143,7 @@ class Soak:
                 ("/v1/chat/completions", {**chat, "model": "nobody"}, 404),
                 ("/v1/chat/completions", {**chat, "tools": [{"type": "function"}]}, 400),
                 ("/v1/chat/completions", {**chat, "temperature": "hot"}, 400),
-                ("/v1/completions", {"prompt": self.text() * 20}, 400),
+                ("/v1/completions", {"prompt": self.text() * 100}, 400),
                 ("/v1/completions", {"prompt": "x", "grammar": "root ::= ("}, 400),
                 ("/v1/completions", {"prompt": "x", "logit_bias": {"99999999": 1}}, 400),
                 ("/v1/completions", [1, 2], 400),

@@ -5,7 +5,8 @@
 Both servers hold the same file, with as many threads, slots and tokens of context for each slot. A round asks one of
 them, then the other (in alternating order) for N answers at once, of the same prompts, which nobody saw before; what
 counts is the ratio within a round, of which the median is told with a 95 % bootstrap interval. Above 1 moeshard is the
-quicker one. Tokens/s are those of all streams together, from the first request to the last token, prompts included.
+better one. Tokens/s are those of all streams together, from the first request to the last token, prompts included.
+Processor time is that of all the server's threads, for each token of an answer; others on the machine change it less.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from engine_cost import median_interval
 from llama_server import build
 
@@ -78,8 +80,11 @@ class Server:
     port: int
     pid: int
 
-    def ask(self, bodies: Sequence[dict[str, Any]]) -> tuple[float, float]:
-        """Stream answers to all bodies at once; return tokens/s and the median time to the first token."""
+    def ask(self, bodies: Sequence[dict[str, Any]]) -> tuple[float, float, float]:
+        """Stream answers to all bodies at once; return tokens/s, the median time to the first token, and the processor
+        time for each token."""
+        process = psutil.Process(self.pid)
+        cpu = sum(process.cpu_times()[:2])
         selector = selectors.DefaultSelector()
         sends = [_post(self.port, body) for body in bodies]
         streams = [Stream(socket.create_connection(("127.0.0.1", self.port))) for _ in bodies]
@@ -100,7 +105,8 @@ class Server:
                 raise SystemExit(f"{self.name} wrote {stream.n_tokens()} tokens, not {body['max_tokens']}")
         seconds = max(stream.end for stream in streams) - begin
         first = float(np.median([stream.first - begin for stream in streams]))
-        return sum(body["max_tokens"] for body in bodies) / seconds, first
+        n_tokens = sum(body["max_tokens"] for body in bodies)
+        return n_tokens / seconds, first, (sum(process.cpu_times()[:2]) - cpu) / n_tokens
 
 
 def _post(port: int, body: dict[str, Any]) -> bytes:
@@ -161,6 +167,8 @@ def measure(model: str, llama_server: Path, args: argparse.Namespace) -> None:
     size = os.path.getsize(model) / 2**20
     print(f"{model}: {size:.0f} MiB, {args.threads} threads, {slots} slots of {ctx} tokens, prompts of {args.prompt}")
     print(f"answers of {args.tokens} tokens, {args.rounds} rounds; moeshard | llama-server | ratio [95 %]")
+    if args.cpus:
+        ours, theirs = (["taskset", "--cpu-list", args.cpus, *command] for command in (ours, theirs))
     with (
         running("moeshard", [*ours, "--threads", str(args.threads)], free_port()) as mine,
         running("llama-server", theirs, free_port()) as stock,
@@ -168,7 +176,7 @@ def measure(model: str, llama_server: Path, args: argparse.Namespace) -> None:
         fresh = prompts(args.prompt)
         for name in args.sampling:
             for n in args.streams:
-                found = np.empty((args.rounds, 2, 2))
+                found = np.empty((args.rounds, 2, 3))
                 for i in range(-1, args.rounds):  # the first is not counted
                     base = {"max_tokens": args.tokens, "ignore_eos": True, "stream": True, **SAMPLINGS[name]}
                     base["stream_options"] = {"include_usage": True}
@@ -177,15 +185,17 @@ def measure(model: str, llama_server: Path, args: argparse.Namespace) -> None:
                         figures = (mine, stock)[which].ask(bodies)
                         if i >= 0:
                             found[i, which] = figures
-                speed, first = found[:, :, 0], found[:, :, 1]
-                print(f"  {name:8}{n:3} streams: {_row(speed, speed[:, 0] / speed[:, 1], 1, 'tokens/s')}; "
-                      f"first token {_row(first, first[:, 1] / first[:, 0], 1000, 'ms')}", flush=True)  # fmt: skip
+                speed, first, cpu = (found[:, :, which] for which in range(3))
+                print(f"  {name}, {n} streams", flush=True)
+                print(f"    tokens/s           {_row(speed, speed[:, 0] / speed[:, 1], 1)}")
+                print(f"    first token, ms    {_row(first, first[:, 1] / first[:, 0], 1000)}")
+                print(f"    processor, ms      {_row(cpu, cpu[:, 1] / cpu[:, 0], 1000)}", flush=True)
 
 
-def _row(values: np.ndarray, ratios: np.ndarray, scale: float, unit: str) -> str:
+def _row(values: np.ndarray, ratios: np.ndarray, scale: float) -> str:
     mine, stock = np.median(values, axis=0) * scale
     median, low, high = median_interval(ratios)
-    return f"{mine:7.1f} | {stock:7.1f} {unit} | {median:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{mine:8.2f} | {stock:8.2f} | {median:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def main() -> None:
@@ -197,6 +207,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
     parser.add_argument("--tokens", type=int, default=128, help="tokens of each answer")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--cpus", default="", help="processors that the servers may use, such as 0,1 (Linux); all")
     parser.add_argument("--llama-server", type=Path, help="by default the one of the pin, built where it is not there")
     args = parser.parse_args()
     llama_server = args.llama_server or build()
