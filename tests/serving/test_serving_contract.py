@@ -18,6 +18,7 @@ OPERATIONS = {
     "/tokenize": "POST",
     "/detokenize": "POST",
     "/v1/embeddings": "POST",
+    "/moeshard/losses": "POST",
     "/v1/models": "GET",
     "/v1/models/{name}": "GET",
     "/nodes": "GET",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from itertools import pairwise
 
 import httpx
 from conftest import Application
@@ -29,7 +30,7 @@ def test_owners_are_served_by_turns_and_each_in_its_order(items: list[tuple[str,
         assert [item for item in found if item[0] == owner] == own
         # Between two of an owner each other one that waits has exactly one turn.
         places = [index for index, item in enumerate(found) if item[0] == owner]
-        for a, b in zip(places, places[1:], strict=False):
+        for a, b in pairwise(places):
             between = [item[0] for item in found[a + 1 : b]]
             assert len(between) == len(set(between))
             waiting = {item[0] for item in found[b:]} - {owner}

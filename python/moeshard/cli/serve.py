@@ -119,6 +119,8 @@ def serve(
         local.backends,
         Settings(keys=keys, hosts=hosts, metrics=metrics),  # type: ignore[arg-type]
         local.model,
+        prober=local.measure,
+        about=local.about,
     )
     if not keys and not is_loopback(sock):
         warn(f"everybody who reaches {host} can use this server; give it API keys (--api-key-file)")

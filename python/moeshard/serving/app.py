@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -15,11 +16,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from moeshard.runtime.model import Model
-from moeshard.serving.auth import Keys
+from moeshard.serving.auth import Keys, scope_of
 from moeshard.serving.backends import Backend
 from moeshard.serving.errors import ApiError, failed
 from moeshard.serving.limits import BodyLimit, Hosts, RequestId
-from moeshard.serving.placer import Placer
+from moeshard.serving.placer import Placer, Prober
 from moeshard.serving.routes import Api, Endpoint, Json
 from moeshard.serving.service import Client, Service
 from moeshard.serving.settings import Settings
@@ -31,7 +32,14 @@ _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
 def build(
-    model: str, placer: Placer, backends: Sequence[Backend], settings: Settings, tokenizer: Model | None = None
+    model: str,
+    placer: Placer,
+    backends: Sequence[Backend],
+    settings: Settings,
+    tokenizer: Model | None = None,
+    *,
+    prober: Prober | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> Starlette:
     """Make the application.
 
@@ -42,6 +50,8 @@ def build(
             started and stopped with the application.
         settings: who may ask, and how much.
         tokenizer: for /tokenize and /detokenize; None: these are not there.
+        prober: for /moeshard/losses, by which a gateway places; None: that is not there.
+        about: what /props tells of the experts that are held; see `moeshard.serving.about`.
     """
     service = Service(model, placer, backends)
 
@@ -60,7 +70,7 @@ def build(
             _log.warning("%s %s: %s", http.method, http.url.path, error.message)
         return Json(error.to_json(), error.status, error.headers)
 
-    endpoints = Api(service, settings, tokenizer).endpoints()
+    endpoints = Api(service, settings, tokenizer, prober, about or {}).endpoints()
     return Starlette(
         routes=[
             Route(endpoint.path, _guarded(endpoint, settings.keys), methods=[endpoint.method]) for endpoint in endpoints
@@ -81,7 +91,7 @@ def _guarded(endpoint: Endpoint, keys: Keys) -> Callable[[HttpRequest], Awaitabl
     async def call(http: HttpRequest) -> ASGIApp:
         try:
             headers = dict(http.headers)
-            client = Client("" if endpoint.public else keys.scope(headers), headers)
+            client = Client("" if endpoint.public else scope_of(keys, headers), headers)
             return await endpoint.handler(http, client)
         except (ApiError, HTTPException, ClientGone):
             raise

@@ -15,6 +15,7 @@ from moeshard.keep.text import Keep
 from moeshard.placement.nodes import by_model, plan_nodes
 from moeshard.planning.plan import Plan
 from moeshard.runtime.model import Model
+from moeshard.serving.about import about
 from moeshard.serving.backends import FULL, Ask, Event, Finish, Load, Scored
 from moeshard.serving.engine import Engine, Job, Lane
 from moeshard.serving.errors import invalid, too_long
@@ -200,10 +201,14 @@ class Local:
     backends: list[LocalBackend]
     """The whole model first, then the nodes in the order of the plan."""
     prober: LocalProber | None
-    """None without a plan."""
+    """Of all nodes; None without a plan."""
+    measure: LocalProber
+    """The same, or without a plan what measures the model alone, as a gateway asks for."""
     engine: Engine
     renderer: Renderer
     model: Model
+    about: dict[str, Any]
+    """What others may know of it; see `moeshard.serving.about`."""
 
     async def start(self) -> None:
         """Begin to compute for the running event loop."""
@@ -247,14 +252,21 @@ def serve_locally(model: Model, plan: Plan | None, options: LocalOptions, keep: 
             probe = Lane(shared.batcher(len(own), options.n_probe, n_prefill=options.n_probe), 0)
             probing.append((probe, own))
     engine.lanes = [*serving, *(lane for lane, _ in probing)]
-    prober = None
-    if nodes:
-        prober = LocalProber(
-            engine,
-            probing,
-            renderer,
-            n_probe=options.n_probe,
-            n_waiting=options.n_waiting,
-            seconds=options.seconds,
-        )
-    return Local([backends[position] for position in sorted(backends)], prober, engine, renderer, model)
+    prober = LocalProber(
+        engine,
+        # Alone the model measures among what it answers: that needs no memory of its own.
+        probing or [(serving[0], [(None, keep)])],
+        renderer,
+        n_probe=options.n_probe,
+        n_waiting=options.n_waiting,
+        seconds=options.seconds,
+    )
+    return Local(
+        [backends[position] for position in sorted(backends)],
+        prober if nodes else None,
+        prober,
+        engine,
+        renderer,
+        model,
+        about(model, plan, nodes, options.n_probe),
+    )

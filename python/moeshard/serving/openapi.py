@@ -84,6 +84,8 @@ def _operation(path: str, models: Sequence[str], token: dict[str, Any]) -> dict[
     if path == "/detokenize":
         body = _object({"tokens": _array(token)}, "tokens")
         return _post("Make text of tokens.", body, _object({"content": _TEXT}, "content"))
+    if path == "/moeshard/losses":
+        return _losses(token)
     if path == "/v1/models/{name}":
         operation = _get("One of the models.", _model())
         operation["parameters"] = [
@@ -123,14 +125,22 @@ def _post(summary: str, body: dict[str, Any], schema: dict[str, Any], stream: bo
             "x-moeshard-fit": {"description": "Its quality on the first turn, 0 to 1.", "schema": {"type": "number"}},
         }
         responses["404"] = _failure("No such model.")
-        responses["429"] = _failure("Too many requests are waiting.")
-        responses["503"] = _failure("Nobody can answer.")
-        responses["504"] = _failure("It took too long.")
+        responses.update(_BUSY)
     return {
         "summary": summary,
         "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
         "responses": responses,
     }
+
+
+def _losses(token: dict[str, Any]) -> dict[str, Any]:
+    prompt = {"anyOf": [_TEXT, _array(token, minItems=1)]}
+    body = {"anyOf": [_object({"messages": _messages()}, "messages"), _object({"prompt": prompt}, "prompt")]}
+    numbers = _array({"type": "number"})
+    told = {"nodes": _array(numbers), "full": numbers, "n_tokens": {"type": "integer"}, "n_cut": {"type": "integer"}}
+    operation = _post("What a first turn costs nodes and model, nats per token.", body, _object(told, *told))
+    operation["responses"].update(_BUSY)
+    return operation
 
 
 def _success(what: str, schema: dict[str, Any]) -> dict[str, Any]:
@@ -194,11 +204,15 @@ def _options(models: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _chat_body(models: Sequence[str]) -> dict[str, Any]:
+def _messages() -> dict[str, Any]:
     part = _object({"type": {"const": "text"}, "text": _TEXT}, "type", "text")
     message = _object({"role": {"enum": list(ROLES)}, "content": {"anyOf": [_TEXT, _array(part)]}}, "role", "content")
+    return _array(message, minItems=1)
+
+
+def _chat_body(models: Sequence[str]) -> dict[str, Any]:
     own = {
-        "messages": _array(message, minItems=1),
+        "messages": _messages(),
         "max_completion_tokens": _number(-1, MAX_INT, "integer"),
         "logprobs": _BOOL,
         "top_logprobs": _number(0, MAX_TOP_LOGPROBS, "integer"),
@@ -242,6 +256,12 @@ def _completion(part: str) -> dict[str, Any]:
         "id", "object", "created", "model", "choices", "usage",
     )  # fmt: skip
 
+
+_BUSY = {
+    "429": _failure("Too many requests are waiting."),
+    "503": _failure("Nobody can answer."),
+    "504": _failure("It took too long."),
+}
 
 _PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
     "/v1/models": ("What can be asked for.", _object({"object": _TEXT, "data": _array(_model())}, "object", "data")),

@@ -123,6 +123,19 @@ def completion_request(body: Mapping[str, Any]) -> Request:
     return _request(fields, prompts, fields.integer("max_tokens", 16, -1), n_logprobs=n_logprobs, echo=echo)
 
 
+def turn_request(body: Mapping[str, Any]) -> Prompt:
+    """Read a first turn that is to be measured: ``messages``, or a ``prompt``.
+
+    Raises:
+        ApiError: 400, naming the field.
+    """
+    fields = Fields(body)
+    if fields.given("messages"):
+        return tuple(_message(value, index) for index, value in enumerate(fields.array("messages")))
+    value = fields.raw("prompt")
+    return value if isinstance(value, str) else _ids(fields, value)
+
+
 def _request(
     fields: Fields,
     prompts: tuple[Prompt, ...],

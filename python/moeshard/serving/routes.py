@@ -21,10 +21,11 @@ from moeshard._core import MoeshardError
 from moeshard.runtime.model import Model
 from moeshard.serving.errors import ApiError, invalid, unavailable, unknown_model, unsupported
 from moeshard.serving.fields import MAX_INT, Fields, parse_object
+from moeshard.serving.losses import losses_to_json
 from moeshard.serving.metrics import MEDIA_TYPE
 from moeshard.serving.openapi import describe
-from moeshard.serving.placer import Decision
-from moeshard.serving.protocol import Request, chat_request, completion_request
+from moeshard.serving.placer import Decision, Prober
+from moeshard.serving.protocol import Request, chat_request, completion_request, turn_request
 from moeshard.serving.replies import Replies
 from moeshard.serving.service import Client, Service
 from moeshard.serving.settings import Settings
@@ -56,8 +57,16 @@ class Json(Response):
 class Api:
     """The handlers, and the table of where they are."""
 
-    def __init__(self, service: Service, settings: Settings, tokenizer: Model | None):
+    def __init__(
+        self,
+        service: Service,
+        settings: Settings,
+        tokenizer: Model | None,
+        prober: Prober | None,
+        about: Mapping[str, Any],
+    ):
         self._service, self._settings, self._tokenizer = service, settings, tokenizer
+        self._prober, self._about = prober, about
         self._created = int(time.time())
         self._page = Path(__file__).with_name("page.html").read_bytes() if settings.page else b""
 
@@ -78,6 +87,8 @@ class Api:
         if self._tokenizer is not None:
             found.append(Endpoint("/tokenize", "POST", self._tokenize))
             found.append(Endpoint("/detokenize", "POST", self._detokenize))
+        if self._prober is not None:
+            found.append(Endpoint("/moeshard/losses", "POST", self._losses))
         if self._settings.metrics != "off":
             found.append(Endpoint("/metrics", "GET", self._metrics, public=self._settings.metrics == "public"))
         if self._settings.page:
@@ -144,6 +155,11 @@ class Api:
         except MoeshardError as error:
             raise invalid(str(error), "tokens") from error
 
+    async def _losses(self, http: HttpRequest, client: Client) -> ASGIApp:
+        prompt = turn_request(await _body(http))
+        assert self._prober is not None
+        return Json(losses_to_json(await until_disconnect(http.receive, self._prober.losses(prompt))))
+
     # About the server.
 
     async def _models(self, http: HttpRequest, client: Client) -> ASGIApp:
@@ -168,6 +184,7 @@ class Api:
                 "model_alias": self._service.model,
                 "total_slots": max(backend.load.slots for backend in backends),
                 "default_generation_settings": {"n_ctx": min(backend.n_ctx for backend in backends)},
+                **({"moeshard": self._about} if self._about else {}),
             }
         )
 
