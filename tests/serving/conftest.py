@@ -57,8 +57,7 @@ def application(model: moeshard.Model, plan: Plan) -> Application:
         wanted = LocalOptions(**{"n_slots": 4, "n_ctx": 2048, "n_probe": 64, **options})
         local = serve_locally(model, plan if with_plan else None, wanted)
         placer = Placer([node.name for node in plan.nodes] if with_plan else [], local.prober)
-        own = {"prober": local.measure, "about": local.about}
-        return build("tinymoe", placer, local.backends, settings or Settings(), model, **own), local
+        return build("tinymoe", placer, local.backends, settings or Settings(), model, local.inner), local
 
     return make
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -19,8 +18,9 @@ from moeshard.runtime.model import Model
 from moeshard.serving.auth import Keys, scope_of
 from moeshard.serving.backends import Backend
 from moeshard.serving.errors import ApiError, failed
+from moeshard.serving.inner import Inner
 from moeshard.serving.limits import BodyLimit, Hosts, RequestId
-from moeshard.serving.placer import Placer, Prober
+from moeshard.serving.placer import Placer
 from moeshard.serving.routes import Api, Endpoint, Json
 from moeshard.serving.service import Client, Service
 from moeshard.serving.settings import Settings
@@ -37,9 +37,7 @@ def build(
     backends: Sequence[Backend],
     settings: Settings,
     tokenizer: Model | None = None,
-    *,
-    prober: Prober | None = None,
-    about: Mapping[str, Any] | None = None,
+    inner: Inner | None = None,
 ) -> Starlette:
     """Make the application.
 
@@ -50,10 +48,9 @@ def build(
             started and stopped with the application.
         settings: who may ask, and how much.
         tokenizer: for /tokenize and /detokenize; None: these are not there.
-        prober: for /moeshard/losses, by which a gateway places; None: that is not there.
-        about: what /props tells of the experts that are held; see `moeshard.serving.about`.
+        inner: what gateways ask for; None: that is not there.
     """
-    service = Service(model, placer, backends)
+    service = Service(model, placer, backends, settings.resume)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -70,7 +67,7 @@ def build(
             _log.warning("%s %s: %s", http.method, http.url.path, error.message)
         return Json(error.to_json(), error.status, error.headers)
 
-    endpoints = Api(service, settings, tokenizer, prober, about or {}).endpoints()
+    endpoints = Api(service, settings, tokenizer, inner).endpoints()
     return Starlette(
         routes=[
             Route(endpoint.path, _guarded(endpoint, settings.keys), methods=[endpoint.method]) for endpoint in endpoints

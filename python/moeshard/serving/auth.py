@@ -22,8 +22,8 @@ class Keys:
         # Only digests are kept: what a log or a memory dump shows opens nothing.
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
-    def __bool__(self) -> bool:
-        return bool(self._digests)
+    def __len__(self) -> int:
+        return len(self._digests)
 
     def scope(self, headers: Mapping[str, str]) -> str:
         """Return the name of who asks: of its key the digest's first digits, which logs may show.

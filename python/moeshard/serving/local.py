@@ -5,9 +5,11 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
+
+import numpy as np
 
 import moeshard._core as _core
 from moeshard._core import MoeshardError
@@ -19,6 +21,7 @@ from moeshard.serving.about import about
 from moeshard.serving.backends import FULL, Ask, Event, Finish, Load, Scored
 from moeshard.serving.engine import Engine, Job, Lane
 from moeshard.serving.errors import invalid, too_long
+from moeshard.serving.inner import Inner
 from moeshard.serving.probing import LocalProber
 from moeshard.serving.protocol import Options
 from moeshard.serving.rendering import Rendered, Renderer, rendered
@@ -87,6 +90,9 @@ class LocalBackend:
         options = ask.options
         if not prompt.tokens.size:
             raise invalid("The prompt is empty.", "prompt")
+        if ask.begun:
+            begun = self._model.tokenize(ask.begun, special=False)
+            prompt = replace(prompt, tokens=np.concatenate([prompt.tokens, begun]))
         if prompt.tokens.size > self._lane.n_ctx:
             raise too_long(prompt.tokens.size, self._lane.n_ctx)
         job = self._engine.submit(
@@ -202,13 +208,11 @@ class Local:
     """The whole model first, then the nodes in the order of the plan."""
     prober: LocalProber | None
     """Of all nodes; None without a plan."""
-    measure: LocalProber
-    """The same, or without a plan what measures the model alone, as a gateway asks for."""
     engine: Engine
     renderer: Renderer
     model: Model
-    about: dict[str, Any]
-    """What others may know of it; see `moeshard.serving.about`."""
+    inner: Inner
+    """What gateways ask for; without a plan the model alone is measured."""
 
     async def start(self) -> None:
         """Begin to compute for the running event loop."""
@@ -264,9 +268,8 @@ def serve_locally(model: Model, plan: Plan | None, options: LocalOptions, keep: 
     return Local(
         [backends[position] for position in sorted(backends)],
         prober if nodes else None,
-        prober,
         engine,
         renderer,
         model,
-        about(model, plan, nodes, options.n_probe),
+        Inner(prober, renderer, about(model, plan, nodes, options.n_probe)),
     )

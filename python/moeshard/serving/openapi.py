@@ -86,6 +86,9 @@ def _operation(path: str, models: Sequence[str], token: dict[str, Any]) -> dict[
         return _post("Make text of tokens.", body, _object({"content": _TEXT}, "content"))
     if path == "/moeshard/losses":
         return _losses(token)
+    if path == "/moeshard/render":
+        told = _object({"tokens": _array({"type": "integer"}), "stop": _array(_TEXT)}, "tokens", "stop")
+        return _post("Make tokens of a prompt, as the model reads it.", _turn(token), told)
     if path == "/v1/models/{name}":
         operation = _get("One of the models.", _model())
         operation["parameters"] = [
@@ -133,12 +136,15 @@ def _post(summary: str, body: dict[str, Any], schema: dict[str, Any], stream: bo
     }
 
 
-def _losses(token: dict[str, Any]) -> dict[str, Any]:
+def _turn(token: dict[str, Any]) -> dict[str, Any]:
     prompt = {"anyOf": [_TEXT, _array(token, minItems=1)]}
-    body = {"anyOf": [_object({"messages": _messages()}, "messages"), _object({"prompt": prompt}, "prompt")]}
+    return {"anyOf": [_object({"messages": _messages()}, "messages"), _object({"prompt": prompt}, "prompt")]}
+
+
+def _losses(token: dict[str, Any]) -> dict[str, Any]:
     numbers = _array({"type": "number"})
     told = {"nodes": _array(numbers), "full": numbers, "n_tokens": {"type": "integer"}, "n_cut": {"type": "integer"}}
-    operation = _post("What a first turn costs nodes and model, nats per token.", body, _object(told, *told))
+    operation = _post("What a first turn costs nodes and model, nats per token.", _turn(token), _object(told, *told))
     operation["responses"].update(_BUSY)
     return operation
 
@@ -200,6 +206,7 @@ def _options(models: Sequence[str]) -> dict[str, Any]:
         "n": {"enum": [1, None]},
         "response_format": form,
         "prompt_cache_key": {"type": ["string", "null"]},
+        "begun": {"type": ["string", "null"]},
         "ignore_eos": _BOOL,
     }
 
