@@ -46,6 +46,14 @@ def plan(model: moeshard.Model, tinymoe: Path) -> Plan:
     return Plan(nodes, "by domain", {}, replace(identify(GGUFMap(tinymoe)), facts={"path": "tinymoe"}))
 
 
+@pytest.fixture(scope="session")
+def shards(plan: Plan, tinymoe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A file for each node of the plan."""
+    folder = tmp_path_factory.mktemp("shards")
+    moeshard.split(tinymoe, plan, folder)
+    return {node.name: folder / f"tinymoe.{node.name}.gguf" for node in plan.nodes}
+
+
 Application = Callable[..., tuple[Starlette, Local]]
 
 

@@ -143,5 +143,6 @@ def load_local(
 
 def _describe(local: Local, parallel: int) -> str:
     names = [backend.name for backend in local.backends[1:]]
-    nodes = f"{len(names)} nodes ({', '.join(names)}) and the whole model" if names else "the whole model"
+    alone = "the whole model" if local.model.is_whole else f"a shard, {local.model.n_expert} experts per layer"
+    nodes = f"{len(names)} nodes ({', '.join(names)}) and the whole model" if names else alone
     return f"{nodes}, {parallel} requests at once of {local.backends[0].n_ctx} tokens"

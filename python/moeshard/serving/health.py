@@ -58,7 +58,7 @@ class Health:
     def silent(self, why: str) -> None:
         """It did not answer a poll in time: a moment's business is forgiven."""
         self._silent += 1
-        if self._silent >= SILENT_POLLS:
+        if self._silent >= SILENT_POLLS or self._poll_fault is not None:
             self._poll_fault = why
 
     def served(self) -> None:

@@ -31,6 +31,9 @@ _log = logging.getLogger("moeshard.serving")
 _LOOK_SECONDS = 0.25
 """How often a request looks whether its node is lost meanwhile."""
 
+_SURVEY_SECONDS = 5.0
+"""How long each has at least when all are looked at before anything is served."""
+
 MOESHARD, LLAMA_SERVER = "moeshard", "llama-server"
 
 
@@ -261,7 +264,7 @@ class RemoteBackend:
             base_url=self.url,
             timeout=httpx.Timeout(None, connect=self._deadlines.connect),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
-            verify=ssl.create_default_context(),
+            verify=ssl.create_default_context() if self.url.startswith("https:") else False,
             trust_env=False,
         )
 
@@ -284,10 +287,11 @@ class RemoteBackend:
             await asyncio.sleep(min(0.2, self._deadlines.poll))  # however often it is asked for
 
     async def _poll(self, client: httpx.AsyncClient, strict: bool = False) -> None:
+        bound = max(_SURVEY_SECONDS, self._deadlines.poll) if strict else self._deadlines.poll
         try:
-            health, props = await asyncio.wait_for(self._look(client), self._deadlines.poll)
+            health, props = await asyncio.wait_for(self._look(client), bound)
         except asyncio.TimeoutError:
-            self._health.silent(f"{self.url} does not answer within {self._deadlines.poll:g} s")
+            self._health.silent(f"{self.url} does not answer within {bound:g} s")
             return
         except (httpx.HTTPError, OSError) as error:
             self._health.ill(f"{self.url} cannot be reached: {error or type(error).__name__}")
