@@ -225,11 +225,21 @@ class RemoteBackend:
             ApiError: it fails, or does not come in time.
         """
         assert self._client is not None
+        request = asyncio.ensure_future(self._client.post(path, json=body, headers=self._headers))
+        end = time.monotonic() + seconds
         try:
-            request = self._client.post(path, json=body, headers=self._headers)
-            answer = await asyncio.wait_for(request, seconds)
-        except (httpx.HTTPError, asyncio.TimeoutError) as error:
+            while not request.done():
+                left = end - time.monotonic()
+                if left <= 0:
+                    raise NodeError("timeout", f"{self.name} said nothing for {seconds:g} seconds", 504)
+                if self._health.is_lost:
+                    raise NodeError("health", f"{self.name} was lost meanwhile: {self.fault}")
+                await asyncio.wait({request}, timeout=min(_LOOK_SECONDS, left))
+            answer = request.result()
+        except httpx.HTTPError as error:
             raise self._unreachable(error) from error
+        finally:
+            request.cancel()
         found = _json(answer.content)
         if answer.status_code != 200:
             raise told(self.name, answer.status_code, found, answer.headers)
@@ -252,8 +262,7 @@ class RemoteBackend:
             raise self._unreachable(error) from error
 
     def _unreachable(self, error: Exception) -> NodeError:
-        why = str(error) or ("no answer in time" if isinstance(error, asyncio.TimeoutError) else type(error).__name__)
-        return NodeError("connect", f"{self.name} cannot be reached: {why}")
+        return NodeError("connect", f"{self.name} cannot be reached: {error or type(error).__name__}")
 
     # Health.
 
