@@ -34,7 +34,7 @@ class Process:
         self.process = self._begin()
 
     def _begin(self) -> subprocess.Popen[str]:
-        self._errors = tempfile.TemporaryFile("w+")
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, as long as the process
         process = subprocess.Popen(
             [*self._command, str(self.port)], stdout=subprocess.PIPE, stderr=self._errors, text=True, env=ENVIRONMENT
         )
@@ -51,7 +51,10 @@ class Process:
         return n
 
     def send(self, number: int) -> None:
+        """Send a signal; what kills has killed then."""
         self.process.send_signal(number)
+        if number == signal.SIGKILL:
+            self.process.wait(60)
 
     def close(self) -> None:
         self.process.send_signal(signal.SIGKILL)
