@@ -21,9 +21,13 @@ from running import Running
 import moeshard
 from moeshard import MoeshardError, Plan, PlanNode
 from moeshard.serving.auth import Keys
+from moeshard.serving.backends import Ask, Event
 from moeshard.serving.errors import ApiError, unavailable
+from moeshard.serving.failover import is_wanted
 from moeshard.serving.gate import Gate
 from moeshard.serving.gateway import read_node_keys
+from moeshard.serving.protocol import Options
+from moeshard.serving.resume import Told, can_resume, continued, resumed
 from moeshard.serving.settings import Settings
 
 
@@ -96,6 +100,36 @@ def test_log_probabilities_and_echoes_are_passed_on(server: Running, nodes: dict
             assert np.allclose(told["token_logprobs"][1:], wanted["token_logprobs"][1:], atol=0.05)
         else:
             assert [entry["bytes"] for entry in told] == [entry["bytes"] for entry in wanted]
+
+
+def test_an_answer_that_has_begun_is_continued(server: Running, shard_models: dict[str, moeshard.Model]) -> None:
+    shard = shard_models["de"]
+    body = {"model": "tinymoe@de", "temperature": 0, "max_tokens": 12, "begun": " Gerade"}
+    messages = [{"role": "user", "content": held_out("de", 200)}]
+    chat = post(server.url, {**body, "messages": messages}, path="/v1/chat/completions").json()
+    begun = shard.tokenize(" Gerade", special=False)
+    tokens = [*shard.tokenize(f"user: {held_out('de', 200)}\nassistant:"), *begun]
+    assert chat["choices"][0]["message"]["content"] == "".join(shard.generate(tokens, temperature=0, max_tokens=12))
+    assert chat["usage"]["prompt_tokens"] == len(tokens)
+    ids = shard.tokenize(held_out("en", 200)).tolist()
+    told = post(server.url, {**body, "prompt": ids}).json()["choices"][0]["text"]
+    assert told == "".join(shard.generate([*ids, *begun], temperature=0, max_tokens=12))
+
+
+def test_what_can_be_continued() -> None:
+    told = Told()
+    for event in (Event("a", n_generated=1), Event("bc", n_generated=3), Event("", n_generated=4, finish="length")):
+        told.add(event)
+    assert told == Told("abc", 4)
+    ask = resumed(Ask("p", Options(max_tokens=10), begun="x"), told)
+    assert (ask.prompt, ask.begun, ask.options.max_tokens) == ("p", "xabc", 6)
+    assert resumed(Ask("p", Options(max_tokens=3)), told).options.max_tokens == 0
+    assert resumed(Ask("p", Options()), told).options.max_tokens == -1
+    event = continued(Event("d", n_prompt=9, n_generated=1), told)
+    assert (event.n_prompt, event.n_generated) == (5, 5)
+    assert can_resume(Ask("p", Options()))
+    assert not can_resume(Ask("p", Options(grammar='root ::= "a"'))) and not can_resume(Ask("p", Options(echo=True)))
+    assert is_wanted("1", False) and not is_wanted("no", True) and is_wanted("", True) and not is_wanted("?", False)
 
 
 def place(url: str, text: str, key: str = "") -> tuple[str, str, str]:

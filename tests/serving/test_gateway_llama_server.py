@@ -170,12 +170,14 @@ def test_leaving_frees_its_slot(server: Running, stock: str) -> None:
     body = {"model": "tinymoe@de", "prompt": "Es", "max_tokens": 1900, "ignore_eos": True, "stream": True}
     headers = {"x-conversation-id": "one"}  # which would switch that off, if it were passed on
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60, headers=headers) as answer:
-        assert next(answer.iter_bytes())
-        assert any(slot["is_processing"] for slot in httpx.get(f"{stock}/slots").json())
-    end = time.monotonic() + 2  # of the five or more that the answer would take
-    while any(slot["is_processing"] for slot in httpx.get(f"{stock}/slots").json()):
+        pieces = answer.iter_bytes()
+        assert next(pieces)
+        (busy,) = [slot["id"] for slot in httpx.get(f"{stock}/slots").json() if slot["is_processing"]]
+    end = time.monotonic() + 30
+    while (slot := httpx.get(f"{stock}/slots").json()[busy])["is_processing"]:
         assert time.monotonic() < end
         time.sleep(0.02)
+    assert slot["n_prompt_tokens"] < 500  # of the 512 that it would have written
 
 
 def test_clients_of_several_keys_share_nothing_that_it_remembers(plan: Plan, nodes: dict[str, str], full: str) -> None:
