@@ -22,6 +22,8 @@ class Ask:
     options: Options
     scope: str = ""
     """What is remembered of a prompt serves requests of the same scope only: who asks, not a secret."""
+    begun: str = ""
+    """What of the answer is there already: it is continued, and only what comes after it is told."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,8 @@ class Backend(Protocol):
         """Tokens that a prompt and its answer can have together."""
 
     @property
-    def memory_used(self) -> float:
-        """Share of the tokens that its slots can hold, 1 is all."""
+    def memory_used(self) -> float | None:
+        """Share of what its slots can hold, in tokens, that they remember, 1 is all; None where that is not known."""
 
     def stream(self, ask: Ask) -> AsyncGenerator[Event, None]:
         """Answer. Closing the generator ends the computation within a step.

@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import moeshard._core as _core
 from moeshard._core import MoeshardError
 from moeshard.serving.errors import ApiError, busy, failed, invalid, timed_out, unavailable
+from moeshard.serving.fair import FairQueue, gives_way
 
 _log = logging.getLogger("moeshard.serving")
 
@@ -37,6 +38,8 @@ class Job:
         """Its number in the batcher, while it is computed."""
         self.ended = False
         """No more will come; set in the event loop."""
+        self.scope: str = options.get("scope", "")
+        """Who asks: those who wait are served by turns."""
         self._updates: deque[_core.Progress | ApiError] = deque()
         self._news = asyncio.Event()
         self._tell_engine = cancel
@@ -96,7 +99,7 @@ class Lane:
         self.computed: dict[int, Job] = {}
         """Whose steps may be in the queue, by number."""
         # Of the engine's thread:
-        self.waiting: deque[Job] = deque()
+        self.waiting: FairQueue[Job] = FairQueue()
         self.running: dict[int, Job] = {}
 
     def run(self, n_steps: int) -> list[int]:
@@ -179,12 +182,24 @@ class Engine:
         """
         if self.fault is not None:
             raise unavailable(self.fault)
-        if len(lane.jobs) >= lane.n_slots + lane.n_waiting:
-            raise busy(max(1, lane.n_waiting // (4 * lane.n_slots)))
         job = Job(lane, options, seconds, lambda job: self._send(False, job))
+        if len(lane.jobs) >= lane.n_slots + lane.n_waiting:
+            self._make_room(job)
         lane.jobs.add(job)
         self._send(True, job)
         return job
+
+    def _make_room(self, job: Job) -> None:
+        """Let the newest request of who has most of a full queue give way, if the new one's owner has less."""
+        lane = job.lane
+        full = busy(max(1, lane.n_waiting // (4 * lane.n_slots)))
+        waiting = [other for other in lane.jobs if other.id < 0]
+        greedy = gives_way(Counter(other.scope for other in waiting), job.scope)
+        if greedy is None:
+            raise full
+        newest = max((other for other in waiting if other.scope == greedy), key=lambda other: other.deadline)
+        newest.add(full)
+        self._send(False, newest)
 
     def _send(self, new: bool, job: Job) -> None:
         with self._wake:
@@ -227,7 +242,7 @@ class Engine:
             commands, self._commands = self._commands, []
         for new, job in commands:
             if new:
-                job.lane.waiting.append(job)
+                job.lane.waiting.add(job.scope, job)
             else:
                 self._drop(job)
 
@@ -236,8 +251,8 @@ class Engine:
             job.lane.batcher.cancel(job.id)
             job.lane.running.pop(job.id, None)
             job.lane.computed.pop(job.id, None)
-        elif job in job.lane.waiting:
-            job.lane.waiting.remove(job)
+        else:
+            job.lane.waiting.remove(job.scope, job)
 
     def _expire(self, lane: Lane) -> None:
         now = time.monotonic()
@@ -249,7 +264,7 @@ class Engine:
     def _admit(self, lane: Lane) -> None:
         refused: list[tuple[Job, ApiError]] = []
         while lane.waiting and lane.batcher.n_free:
-            job = lane.waiting.popleft()
+            job = lane.waiting.pop()
             try:
                 job.id = lane.batcher.submit(**job.options)
             except MoeshardError as error:

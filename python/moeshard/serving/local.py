@@ -5,9 +5,11 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
+
+import numpy as np
 
 import moeshard._core as _core
 from moeshard._core import MoeshardError
@@ -15,9 +17,11 @@ from moeshard.keep.text import Keep
 from moeshard.placement.nodes import by_model, plan_nodes
 from moeshard.planning.plan import Plan
 from moeshard.runtime.model import Model
+from moeshard.serving.about import about
 from moeshard.serving.backends import FULL, Ask, Event, Finish, Load, Scored
 from moeshard.serving.engine import Engine, Job, Lane
 from moeshard.serving.errors import invalid, too_long
+from moeshard.serving.inner import Inner
 from moeshard.serving.probing import LocalProber
 from moeshard.serving.protocol import Options
 from moeshard.serving.rendering import Rendered, Renderer, rendered
@@ -86,6 +90,9 @@ class LocalBackend:
         options = ask.options
         if not prompt.tokens.size:
             raise invalid("The prompt is empty.", "prompt")
+        if ask.begun:
+            begun = self._model.tokenize(ask.begun, special=False)
+            prompt = replace(prompt, tokens=np.concatenate([prompt.tokens, begun]))
         if prompt.tokens.size > self._lane.n_ctx:
             raise too_long(prompt.tokens.size, self._lane.n_ctx)
         job = self._engine.submit(
@@ -200,10 +207,12 @@ class Local:
     backends: list[LocalBackend]
     """The whole model first, then the nodes in the order of the plan."""
     prober: LocalProber | None
-    """None without a plan."""
+    """Of all nodes; None without a plan."""
     engine: Engine
     renderer: Renderer
     model: Model
+    inner: Inner
+    """What gateways ask for; without a plan the model alone is measured."""
 
     async def start(self) -> None:
         """Begin to compute for the running event loop."""
@@ -247,14 +256,20 @@ def serve_locally(model: Model, plan: Plan | None, options: LocalOptions, keep: 
             probe = Lane(shared.batcher(len(own), options.n_probe, n_prefill=options.n_probe), 0)
             probing.append((probe, own))
     engine.lanes = [*serving, *(lane for lane, _ in probing)]
-    prober = None
-    if nodes:
-        prober = LocalProber(
-            engine,
-            probing,
-            renderer,
-            n_probe=options.n_probe,
-            n_waiting=options.n_waiting,
-            seconds=options.seconds,
-        )
-    return Local([backends[position] for position in sorted(backends)], prober, engine, renderer, model)
+    prober = LocalProber(
+        engine,
+        # Alone the model measures among what it answers: that needs no memory of its own.
+        probing or [(serving[0], [(None, keep)])],
+        renderer,
+        n_probe=options.n_probe,
+        n_waiting=options.n_waiting,
+        seconds=options.seconds,
+    )
+    return Local(
+        [backends[position] for position in sorted(backends)],
+        prober if nodes else None,
+        engine,
+        renderer,
+        model,
+        Inner(prober, renderer, about(model, plan, nodes, options.n_probe)),
+    )

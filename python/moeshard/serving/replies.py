@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moeshard.serving.backends import Event, Scored
-from moeshard.serving.placer import Decision
+from moeshard.serving.failover import Course
 from moeshard.serving.protocol import Request
 
 
@@ -30,9 +30,9 @@ class Choice:
 class Replies:
     """The answers to one request."""
 
-    def __init__(self, request: Request, model: str, decision: Decision):
+    def __init__(self, request: Request, model: str, course: Course):
         """`model` is the one that the client asked for."""
-        self._request, self._decision = request, decision
+        self._request, self._course = request, course
         kind = "chat.completion" if request.is_chat else "text_completion"
         self._kind = f"{kind}.chunk" if request.is_chat and request.stream else kind
         self._head = {
@@ -138,12 +138,13 @@ class Replies:
         }
 
     def _placement(self) -> dict[str, Any]:
-        decision = self._decision
+        decision = self._course.decision
         return {
             "node": decision.backend,
             "reason": decision.reason,
             "detail": decision.detail,
             "fit": None if decision.fit is None else round(decision.fit, 4),
+            **({"moved": self._course.moved} if self._course.moved else {}),
         }
 
 
