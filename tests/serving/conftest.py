@@ -47,6 +47,14 @@ def plan(model: moeshard.Model, tinymoe: Path) -> Plan:
     return Plan(nodes, "by domain", {}, replace(identify(GGUFMap(tinymoe)), facts={"path": "tinymoe"}))
 
 
+@pytest.fixture(scope="session")
+def shards(plan: Plan, tinymoe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A file for each node of the plan."""
+    folder = tmp_path_factory.mktemp("shards")
+    moeshard.split(tinymoe, plan, folder)
+    return {node.name: folder / f"tinymoe.{node.name}.gguf" for node in plan.nodes}
+
+
 Application = Callable[..., tuple[Starlette, Local]]
 
 
@@ -63,7 +71,7 @@ def application(model: moeshard.Model, plan: Plan) -> Application:
         wanted = LocalOptions(**{"n_slots": 4, "n_ctx": 2048, "n_probe": 64, **options})
         local = serve_locally(model, plan if with_plan else None, wanted)
         placer = Placer([node.name for node in plan.nodes] if with_plan else [], local.prober, limits=limits)
-        return build("tinymoe", placer, local.backends, settings or Settings(), model), local
+        return build("tinymoe", placer, local.backends, settings or Settings(), model, local.inner), local
 
     return make
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,30 +70,31 @@ def test_a_session_that_changes_its_domain_is_moved_and_its_answer_is_whole(
 
     # The next turn begins where the first did, and goes on in another domain.
     prompt = first + "\n\n" + held_out("py", 600, 8000)
-    text, chunks = say(client, "changes", prompt, 60)
+    n = 800  # the engine runs ahead of who reads, far, where the model is this small
+    text, chunks = say(client, "changes", prompt, n)
     told = placements(chunks)
     node = told[-1]["node"]
     assert node in ("py", "en") and [(place["node"], place["reason"]) for place in told] == [(node, "moved")] * 2
     assert 0 < told[-1]["missed"] < 1 and 0 < told[-1]["fit"] <= 1
     moved = next(index for index, chunk in enumerate(chunks) if getattr(chunk, "moeshard", None) is not None)
-    assert 0 < moved < len(chunks) - 10
+    assert 0 < moved < len(chunks) - 2
     usage = chunks[-1].usage
-    assert (usage.prompt_tokens, usage.completion_tokens) == (model.tokenize(prompt, parse=True).size, 60)
+    tokens = model.tokenize(prompt, parse=True)
+    assert (usage.prompt_tokens, usage.completion_tokens) == (tokens.size, n)
     assert figure(moving, "replacements_total") == before + 1
 
     # The first tokens are those of the first node, all others those that the second one writes behind them.
-    keeps = {node.name: node.keep for node in plan.nodes}
+    keeps = {one.name: one.keep for one in plan.nodes}
     options: dict[str, Any] = {"temperature": 0, "repeat_penalty": 1.3, "ignore_end": True}
-    tokens = model.tokenize(prompt, parse=True)
-    begun = model.generate(tokens, keeps["de"], max_tokens=moved + 8, **options)
-    "".join(begun)
-    candidates = []
-    for n in range(moved + 8):
-        head = np.concatenate([tokens, begun.tokens[:n]])
-        rest = model.generate(head, keeps[node], max_tokens=60 - n, **options)
+    begun = model.generate(tokens, keeps["de"], max_tokens=n, **options)
+    assert text != "".join(begun)
+    alike = max(k for k in range(n) if text.startswith(model.detokenize(begun.tokens[:k])))
+    found = []
+    for k in range(alike, max(-1, alike - 8), -1):
+        rest = model.generate(np.concatenate([tokens, begun.tokens[:k]]), keeps[node], max_tokens=40, **options)
         "".join(rest)
-        candidates.append(model.detokenize([*begun.tokens[:n], *rest.tokens]))
-    assert text in candidates and text != "".join(model.generate(tokens, keeps["de"], max_tokens=60, **options))
+        found.append(model.detokenize([*begun.tokens[:k], *rest.tokens]))
+    assert any(text.startswith(beginning) for beginning in found)
 
     # The session stays there, and nobody else goes with it.
     _, chunks = say(client, "changes", prompt + text, 4)
@@ -149,25 +151,29 @@ def test_a_shard_file_says_what_it_misses(model: moeshard.Model, plan: Plan, tin
 
 
 def test_many_at_once_are_moved_each_by_itself(moving: Running) -> None:
-    """With a grammar, which goes on where it was."""
-    grammar = 'root ::= "<" [a-z ]{200,} ">"'
+    """With a grammar, which goes on where it was; an answer that is over too soon moves its session all the same."""
+    grammar = 'root ::= "<" [a-z ]{400,} ">"'
     first = held_out("de", 300)
     prompts = [f"{first}\n\n{held_out('py', 600, 8000 + 1000 * index)}" for index in range(4)]
 
-    async def ask() -> list[Any]:
+    async def ask() -> None:
         async with openai.AsyncOpenAI(base_url=f"{moving.url}/v1", api_key="none", max_retries=0) as client:
 
-            async def session(index: int, prompt: str) -> Any:
+            async def session(index: int, prompt: str) -> None:
                 options: dict[str, Any] = {"model": "tinymoe", "extra_headers": {"x-session-id": f"many {index}"}}
                 await client.completions.create(prompt=first, max_tokens=1, **options)
-                return await client.completions.create(
-                    prompt=prompt, max_tokens=80, seed=index, extra_body={"grammar": grammar}, **options
+                told = await client.completions.create(
+                    prompt=prompt, max_tokens=100 + 50 * index, seed=index, extra_body={"grammar": grammar}, **options
                 )
+                assert re.fullmatch("<[a-z ]+>?", told.choices[0].text)
+                end = time.monotonic() + 60
+                while told.moeshard["reason"] != "moved":  # type: ignore[attr-defined]
+                    assert time.monotonic() < end
+                    await asyncio.sleep(0.05)
+                    told = await client.completions.create(prompt=first, max_tokens=1, **options)
+                assert told.moeshard["node"] != "de"  # type: ignore[attr-defined]
 
-            return await asyncio.gather(*(session(index, prompt) for index, prompt in enumerate(prompts)))
+            await asyncio.gather(*(session(index, prompt) for index, prompt in enumerate(prompts)))
 
-    answers = asyncio.run(ask())
-    assert all(answer.moeshard["node"] != "de" and answer.moeshard["reason"] == "moved" for answer in answers)
-    for answer in answers:
-        assert re.fullmatch("<[a-z ]+>?", answer.choices[0].text)
+    asyncio.run(ask())
     assert figure(moving, "num_requests_running") == 0 and figure(moving, "num_requests_waiting") == 0

@@ -19,6 +19,7 @@ from moeshard.cli.chat import chat
 from moeshard.cli.curve import curve
 from moeshard.cli.demo import demo
 from moeshard.cli.evaluate import evaluate
+from moeshard.cli.gateway import gateway
 from moeshard.cli.generate import generate
 from moeshard.cli.inspect import inspect
 from moeshard.cli.merge import merge
@@ -200,6 +201,7 @@ app.command(short_help="Choose the experts of each node by a profile.")(plan)
 app.command(short_help="Measure what the nodes of a plan lose.")(evaluate)
 app.command(short_help="Say which node should have a session.")(place)
 app.command(short_help="Serve a model to OpenAI's clients.")(serve)
+app.command(short_help="Serve the nodes of a plan, each a server of its own.")(gateway)
 app.command(short_help="Draw what was measured, on one page.")(report)
 app.command(short_help="Write shards: GGUF files with some of the experts.")(split)
 app.command(short_help="Compare a shard with the model it was taken from.")(verify)

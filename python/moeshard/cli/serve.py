@@ -8,6 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moeshard.cli.options import GpuLayersOption, ModelArgument, ThreadsOption
+from moeshard.cli.serving_options import (
+    AllowHostOption,
+    ApiKeyFileOption,
+    HostOption,
+    MetricsOption,
+    MinQualityOption,
+    PortOption,
+    TimeoutOption,
+    check_metrics,
+)
 
 if TYPE_CHECKING:
     from moeshard.placement.meter import Limits
@@ -56,8 +66,8 @@ def serve(
     model: ModelArgument,
     plan: PlanOption = None,
     evaluation: EvaluationOption = None,
-    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0: any free one.")] = 8080,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8080,
     name: Annotated[
         str | None, typer.Option("--name", show_default="the file's", help="The model's name in requests.")
     ] = None,
@@ -67,27 +77,12 @@ def serve(
     probe: Annotated[
         int, typer.Option(min=16, help="Look at so many last tokens of a session's first turn to place it.")
     ] = 256,
-    min_quality: Annotated[
-        float,
-        typer.Option(
-            min=0.0,
-            max=1.0,
-            help="Give a session to the whole model where that one's perplexity on the first turn, divided by the best "
-            "node's, is lower; 0: never.",
-        ),
-    ] = 0.5,
-    timeout: Annotated[float, typer.Option(min=1.0, help="Seconds until an answer is given up.")] = 3600.0,
+    min_quality: MinQualityOption = 0.5,
+    timeout: TimeoutOption = 3600.0,
     template: TemplateOption = "",
-    api_key_file: Annotated[
-        Path | None, typer.Option(help="API keys, one a line; those in MOESHARD_API_KEY count too.")
-    ] = None,
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="A name that a server without API keys may be called by, beside localhost."),
-    ] = None,
-    metrics: Annotated[
-        str, typer.Option(help="Who may read /metrics: key (who has an API key), public, or off (nobody).")
-    ] = "key",
+    api_key_file: ApiKeyFileOption = None,
+    allow_host: AllowHostOption = None,
+    metrics: MetricsOption = "key",
     threads: ThreadsOption = 0,
     gpu_layers: GpuLayersOption = -1,
 ) -> None:
@@ -95,8 +90,7 @@ def serve(
 
     Ctrl-C ends it when the answers that have begun are done; a second one at once.
     """
-    if metrics not in ("key", "public", "off"):
-        raise typer.BadParameter("choose key, public or off", param_hint="--metrics")
+    check_metrics(metrics)
 
     from moeshard.serving.requirements import require_serving
 
@@ -135,6 +129,7 @@ def serve(
         local.backends,
         Settings(keys=keys, hosts=hosts, metrics=metrics),  # type: ignore[arg-type]
         local.model,
+        local.inner,
     )
     if not keys and not is_loopback(sock):
         warn(f"everybody who reaches {host} can use this server; give it API keys (--api-key-file)")
@@ -192,5 +187,6 @@ def read_limits(path: Path, plan: Plan | None) -> dict[str, Limits]:
 
 def _describe(local: Local, parallel: int) -> str:
     names = [backend.name for backend in local.backends[1:]]
-    nodes = f"{len(names)} nodes ({', '.join(names)}) and the whole model" if names else "the whole model"
+    alone = "the whole model" if local.model.is_whole else f"a shard, {local.model.n_expert} experts per layer"
+    nodes = f"{len(names)} nodes ({', '.join(names)}) and the whole model" if names else alone
     return f"{nodes}, {parallel} requests at once of {local.backends[0].n_ctx} tokens"

@@ -30,12 +30,13 @@ def split(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write to; with --keep, the file.")],
     groups: Annotated[int | None, typer.Option(min=1, help="Deal the experts out to so many shards.")] = None,
     mode: Annotated[
-        str,
+        str | None,
         typer.Option(
             **one_of("moeshard.planning.deal:MODES"),
+            show_default="contiguous",
             help="How: contiguous, balanced, tiers or snake. The last two need --ranking.",
         ),
-    ] = "contiguous",
+    ] = None,
     ranking: Annotated[
         Path | None, typer.Option(help="What experts are worth: CSV 'layer,expert,score', or a profile.")
     ] = None,
@@ -91,6 +92,8 @@ def split(
     """
     if sum(option is not None for option in (groups, keep, plan)) != 1:
         raise typer.BadParameter("give one of --groups, --keep and --plan")
+    if groups is None and (mode is not None or ranking is not None or replicate):
+        raise typer.BadParameter("--mode, --ranking and --replicate go with --groups")
     if keep is not None and (trunk_once or only is not None):
         raise typer.BadParameter("--keep makes one file: --trunk-once and --only go with --groups or --plan")
     if balance and keep is None:
@@ -115,7 +118,9 @@ def split(
     if plan is not None:
         wanted = read_plan(plan)
     elif groups is not None:
-        wanted = plan_groups(source, groups, mode, ranking=ranking, replicate=replicate, n_expert_used=experts_used)
+        wanted = plan_groups(
+            source, groups, mode or "contiguous", ranking=ranking, replicate=replicate, n_expert_used=experts_used
+        )
     keep_file = Path(keep) if keep is not None and os.path.isfile(keep) else None
 
     start = time.monotonic()

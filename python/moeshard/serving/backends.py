@@ -21,8 +21,6 @@ class Watch(Protocol):
 
     target: Decision | None
     """Where the answer belongs now; None: where it is."""
-    moved: Decision | None
-    """Where the answer went, if it was moved."""
 
     @property
     def tokens(self) -> Sequence[int]:
@@ -54,6 +52,8 @@ class Ask:
     """What is remembered of a prompt serves requests of the same scope only: who asks, not a secret."""
     watch: Watch | None = None
     """Says whether the answer is to be moved; who cannot do that does not ask it."""
+    begun: str = ""
+    """What of the answer is there already: it is continued, and only what comes after it is told."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,6 @@ class Event:
     finish: Finish | None = None
     missed: float | None = None
     """Mean share missed so far, where the answer is now (docs/serving.md); None where everything is held."""
-    moved: Decision | None = None
-    """Where the answer is now, if it was moved."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +126,8 @@ class Backend(Protocol):
         """Tokens that a prompt and its answer can have together."""
 
     @property
-    def memory_used(self) -> float:
-        """Share of the tokens that its slots can hold, 1 is all."""
+    def memory_used(self) -> float | None:
+        """Share of what its slots can hold, in tokens, that they remember, 1 is all; None where that is not known."""
 
     def stream(self, ask: Ask) -> AsyncGenerator[Event, None]:
         """Answer. Closing the generator ends the computation within a step.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Reason = Literal["placed", "unclear", "refused", "short", "forced", "only", "down", "moved"]
+Reason = Literal["placed", "unclear", "refused", "short", "hashed", "forced", "only", "down", "unable", "moved"]
 
 
 @dataclass(frozen=True)

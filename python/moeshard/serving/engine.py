@@ -1,28 +1,36 @@
 """The thread that computes: it takes requests from the event loop, steps them, and gives back what came of each step.
 
 Requests lie in lanes, a `Batcher` each. Lanes with something to do are stepped in turn, so that none waits for another
-longer than for one step of it.
+longer than for one step of it. The thread needs Python only where requests begin or end: what comes of steps lies in a
+queue until the event loop has time for it, and neither waits for the other.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import moeshard._core as _core
 from moeshard._core import MoeshardError
 from moeshard.keep.text import Keep
+from moeshard.serving.ahead import Ahead
 from moeshard.serving.errors import ApiError, busy, failed, invalid, timed_out, unavailable
+from moeshard.serving.fair import FairQueue, gives_way
 
 _log = logging.getLogger("moeshard.serving")
 
 _T = TypeVar("_T")
+
+MAX_SECONDS = 0.5
+"""The thread looks at its clock at least so often."""
 
 
 class Job:
@@ -37,6 +45,8 @@ class Job:
         """No more will come; set in the event loop."""
         self.counted_in = lane.jobs
         """Those among whom it is; of the event loop."""
+        self.scope: str = options.get("scope", "")
+        """Who asks: those who wait are served by turns."""
         self._updates: deque[_core.Progress | ApiError] = deque()
         self._news = asyncio.Event()
         self._tell_engine = cancel
@@ -81,6 +91,29 @@ class Job:
             self._tell_engine(self)
 
 
+@dataclass(frozen=True)
+class Moved:
+    """A request that goes on elsewhere."""
+
+    job: Job
+    source: Lane
+    old: int
+    """Its number there."""
+    lane: Lane
+    number: int
+    ahead: Ahead
+
+
+@dataclass(frozen=True)
+class Move:
+    """A request that is wanted elsewhere."""
+
+    job: Job
+    lane: Lane
+    keep: Keep | None
+    done: asyncio.Future[bool]
+
+
 class Lane:
     """Requests that are computed in one batch."""
 
@@ -91,20 +124,17 @@ class Lane:
         self.jobs: set[Job] = set()
         """All that are not over; of the event loop."""
         self.n_held = 0
-        """Tokens that the slots remember, after the last step."""
+        """Tokens that the slots remember, a moment ago."""
+        self.steps = _core.StepQueue()
+        self.computed: dict[int, Job | Ahead] = {}
+        """Whose steps may be in the queue, by number."""
         # Of the engine's thread:
-        self.waiting: deque[Job] = deque()
+        self.waiting: FairQueue[Job] = FairQueue()
         self.running: dict[int, Job] = {}
 
-
-@dataclass(frozen=True)
-class Move:
-    """A request that is wanted elsewhere."""
-
-    job: Job
-    lane: Lane
-    keep: Keep | None
-    tell: Callable[[bool], None]
+    def run(self, n_steps: int) -> list[int]:
+        """Make so many steps (0: any number), fewer where a request is over; return whose are."""
+        return self.steps.run(self.batcher, n_steps, MAX_SECONDS)
 
 
 class Engine:
@@ -120,11 +150,19 @@ class Engine:
         self._closing = self._ended = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._wake_fds: tuple[int, int] | None = None
+        """The ends of a pipe: a byte in it says that steps have come."""
 
     def start(self) -> None:
         """Begin to compute for the running event loop; more than once is once."""
         if self._thread is None:
             self._loop = asyncio.get_running_loop()
+            self._wake_fds = os.pipe()
+            for fd in self._wake_fds:
+                os.set_blocking(fd, False)
+            for lane in self.lanes:
+                lane.steps = _core.StepQueue(self._wake_fds[1])
+            self._loop.add_reader(self._wake_fds[0], self._collect)
             self._thread = threading.Thread(target=self._run, name="moeshard-engine", daemon=True)
             self.fault = None
             self._thread.start()
@@ -141,6 +179,26 @@ class Engine:
             for lane in self.lanes:
                 lane.batcher.abort()
             await asyncio.to_thread(self._thread.join, 0.05)
+        if self._loop is not None and self._wake_fds is not None:
+            self._collect()
+            self._loop.remove_reader(self._wake_fds[0])
+            for fd in self._wake_fds:
+                os.close(fd)
+            self._wake_fds = None
+
+    def _collect(self) -> None:
+        """Hand out what came of steps; called in the event loop."""
+        if self._wake_fds is None:
+            return
+        with suppress(BlockingIOError):
+            os.read(self._wake_fds[0], 4096)
+        for lane in self.lanes:
+            for step in lane.steps.take():
+                job = lane.computed.get(step.id)
+                if step.over:
+                    lane.computed.pop(step.id, None)
+                if job is not None and not job.ended:
+                    job.add(step)
 
     def submit(self, lane: Lane, seconds: float, **options: Any) -> Job:
         """Hand a request to a lane; called in the event loop.
@@ -155,35 +213,58 @@ class Engine:
         """
         if self.fault is not None:
             raise unavailable(self.fault)
-        if len(lane.jobs) >= lane.n_slots + lane.n_waiting:
-            raise busy(max(1, lane.n_waiting // (4 * lane.n_slots)))
         job = Job(lane, options, seconds, lambda job: self._send(False, job))
+        if len(lane.jobs) >= lane.n_slots + lane.n_waiting:
+            self._make_room(job)
         lane.jobs.add(job)
         self._send(True, job)
         return job
+
+    def _make_room(self, job: Job) -> None:
+        """Let the newest request of who has most of a full queue give way, if the new one's owner has less."""
+        lane = job.lane
+        full = busy(max(1, lane.n_waiting // (4 * lane.n_slots)))
+        waiting = [other for other in lane.jobs if other.id < 0]
+        greedy = gives_way(Counter(other.scope for other in waiting), job.scope)
+        if greedy is None:
+            raise full
+        newest = max((other for other in waiting if other.scope == greedy), key=lambda other: other.deadline)
+        newest.add(full)
+        self._send(False, newest)
 
     async def move(self, job: Job, lane: Lane, keep: Keep | None) -> bool:
         """Compute a request under another keep, maybe in another lane, from its next token on.
 
         Returns whether it was done; where not, it goes on as it was, or is over.
         """
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[bool] = loop.create_future()
-
-        def tell(moved: bool) -> None:
-            if moved and not job.ended:
-                job.counted_in.discard(job)
-                job.counted_in = lane.jobs
-                lane.jobs.add(job)
-            if not done.done():
-                done.set_result(moved)
-
+        move = Move(job, lane, keep, asyncio.get_running_loop().create_future())
         with self._wake:
             if self._ended:
                 return False
-            self._moves.append(Move(job, lane, keep, tell))
+            self._moves.append(move)
             self._wake.notify()
-        return await done
+            for other in self.lanes:
+                other.steps.interrupt()
+        return await move.done
+
+    def _settle(self, told: tuple[Move, Moved | None]) -> None:
+        """Take note that a request was moved, or not; called in the event loop."""
+        move, moved = told
+        self._collect()  # what came before
+        if moved is not None:
+            job = moved.job
+            moved.source.computed.pop(moved.old, None)
+            if moved.lane.computed.get(moved.number) is moved.ahead:
+                moved.lane.computed[moved.number] = job
+            if not job.ended:
+                job.counted_in.discard(job)
+                job.counted_in = moved.lane.jobs
+                job.counted_in.add(job)
+            for step in moved.ahead.steps:
+                if not job.ended:
+                    job.add(step)
+        if not move.done.done():
+            move.done.set_result(moved is not None)
 
     def _send(self, new: bool, job: Job) -> None:
         with self._wake:
@@ -191,6 +272,8 @@ class Engine:
             if not ended:
                 self._commands.append((new, job))
                 self._wake.notify()
+                for lane in self.lanes:
+                    lane.steps.interrupt()
         if ended and new:
             job.add(unavailable(self.fault or "the engine has ended"))
 
@@ -205,7 +288,7 @@ class Engine:
                     self._expire(lane)
                     self._admit(lane)
                     if lane.running:
-                        self._step(lane)
+                        self._step(lane, alone=not any(other.running for other in self.lanes if other is not lane))
         except Exception as error:
             _log.exception("the engine failed; restart the server")
             self.fault = reason = f"the engine failed: {error}"
@@ -214,7 +297,7 @@ class Engine:
             commands, self._commands = self._commands, []
             moves, self._moves = self._moves, []
         for move in moves:
-            self._tell(move.tell, False)
+            self._tell(self._settle, (move, None))
         over = {job for new, job in commands if new}
         for lane in self.lanes:
             over |= {*lane.waiting, *lane.running.values()}
@@ -222,43 +305,45 @@ class Engine:
 
     def _take_commands(self) -> None:
         with self._wake:
-            while not (
-                self._commands
-                or self._moves
-                or self._closing
-                or any(lane.running or lane.waiting for lane in self.lanes)
-            ):
+            while not self._has_work():
                 self._wake.wait()
             commands, self._commands = self._commands, []
             moves, self._moves = self._moves, []
         for new, job in commands:
             if new:
-                job.lane.waiting.append(job)
+                job.lane.waiting.add(job.scope, job)
             else:
                 self._drop(job)
 
         for move in moves:
-            self._tell(move.tell, self._move(move.job, move.lane, move.keep))
+            self._tell(self._settle, (move, self._move(move.job, move.lane, move.keep)))
 
-    def _move(self, job: Job, lane: Lane, keep: Keep | None) -> bool:
-        if job.lane.running.get(job.id) is not job:
-            return False
+    def _has_work(self) -> bool:
+        told = bool(self._commands or self._moves or self._closing)
+        return told or any(lane.running or lane.waiting for lane in self.lanes)
+
+    def _move(self, job: Job, lane: Lane, keep: Keep | None) -> Moved | None:
+        source, old = job.lane, job.id
+        if source.running.get(old) is not job:
+            return None
         try:
-            number = job.lane.batcher.move(job.id, lane.batcher, keep)
+            number = source.batcher.move(old, lane.batcher, keep)
         except MoeshardError as error:
             _log.info("a request stays where it is: %s", error)
-            return False
-        del job.lane.running[job.id]
-        lane.running[number] = job
+            return None
+        del source.running[old]
+        moved = Moved(job, source, old, lane, number, Ahead())
+        lane.running[number], lane.computed[number] = job, moved.ahead
         job.lane, job.id = lane, number
-        return True
+        return moved
 
     def _drop(self, job: Job) -> None:
         if job.id >= 0:
             job.lane.batcher.cancel(job.id)
             job.lane.running.pop(job.id, None)
-        elif job in job.lane.waiting:
-            job.lane.waiting.remove(job)
+            job.lane.computed.pop(job.id, None)
+        else:
+            job.lane.waiting.remove(job.scope, job)
 
     def _expire(self, lane: Lane) -> None:
         now = time.monotonic()
@@ -268,9 +353,9 @@ class Engine:
         self._deliver([(job, timed_out(job.seconds)) for job in late])
 
     def _admit(self, lane: Lane) -> None:
-        refused: list[tuple[Job, _core.Progress | ApiError]] = []
+        refused: list[tuple[Job, ApiError]] = []
         while lane.waiting and lane.batcher.n_free:
-            job = lane.waiting.popleft()
+            job = lane.waiting.pop()
             try:
                 job.id = lane.batcher.submit(**job.options)
             except MoeshardError as error:
@@ -279,24 +364,19 @@ class Engine:
                 _log.exception("a request could not be begun")
                 refused.append((job, failed(f"The request could not be begun: {error}")))
             else:
-                lane.running[job.id] = job
+                lane.running[job.id] = lane.computed[job.id] = job
         self._deliver(refused)
 
-    def _step(self, lane: Lane) -> None:
-        steps = lane.batcher.step()
+    def _step(self, lane: Lane, alone: bool) -> None:
+        """Make a step, or, where no other lane has anything to do, as many as there are until a request is over."""
+        for number in lane.run(0 if alone else 1):
+            lane.running.pop(number, None)
         lane.n_held = lane.batcher.n_held
-        found: list[tuple[Job, _core.Progress | ApiError]] = []
-        for step in steps:
-            job = lane.running[step.id]
-            if step.over:
-                del lane.running[step.id]
-            found.append((job, step))
-        self._deliver(found)
 
-    def _deliver(self, found: Sequence[tuple[Job, _core.Progress | ApiError]]) -> None:
+    def _deliver(self, found: Sequence[tuple[Job, ApiError]]) -> None:
         """Let the event loop know, once for all."""
         if found:
-            self._tell(_hand_out, found)
+            self._tell(self._hand_out, found)
 
     def _tell(self, what: Callable[[_T], None], told: _T) -> None:
         assert self._loop is not None
@@ -305,8 +385,8 @@ class Engine:
         except RuntimeError:
             _log.debug("the event loop ended before the engine did")
 
-
-def _hand_out(found: Sequence[tuple[Job, _core.Progress | ApiError]]) -> None:
-    for job, update in found:
-        if not job.ended:
-            job.add(update)
+    def _hand_out(self, found: Sequence[tuple[Job, ApiError]]) -> None:
+        self._collect()  # what came before
+        for job, error in found:
+            if not job.ended:
+                job.add(error)

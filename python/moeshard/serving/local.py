@@ -5,9 +5,11 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
+
+import numpy as np
 
 import moeshard._core as _core
 from moeshard._core import MoeshardError
@@ -15,9 +17,11 @@ from moeshard.keep.text import Keep
 from moeshard.placement.nodes import by_model, plan_nodes
 from moeshard.planning.plan import Plan
 from moeshard.runtime.model import Model
+from moeshard.serving.about import about
 from moeshard.serving.backends import FULL, Ask, Event, Finish, Load, Scored
 from moeshard.serving.engine import Engine, Job, Lane
 from moeshard.serving.errors import invalid, too_long
+from moeshard.serving.inner import Inner
 from moeshard.serving.moving import Tally
 from moeshard.serving.probing import LocalProber
 from moeshard.serving.protocol import Options
@@ -89,6 +93,9 @@ class LocalBackend:
         options = ask.options
         if not prompt.tokens.size:
             raise invalid("The prompt is empty.", "prompt")
+        if ask.begun:
+            begun = self._model.tokenize(ask.begun, special=False)
+            prompt = replace(prompt, tokens=np.concatenate([prompt.tokens, begun]))
         if prompt.tokens.size > self._lane.n_ctx:
             raise too_long(prompt.tokens.size, self._lane.n_ctx)
         job = self._engine.submit(
@@ -104,11 +111,10 @@ class LocalBackend:
             prompt_logprobs=options.echo and options.n_logprobs >= 0,
             sampling=_sampling(options),
         )
-        at = self
+        at, watch = self, ask.watch
         at._jobs.add(job)
         steps = job.steps()
         reading = _Reading(self._bytes, prompt, ask)
-        watch = ask.watch
         if watch is not None:
             watch.begin(prompt.tokens)
         try:
@@ -119,11 +125,11 @@ class LocalBackend:
                 if watch is not None and watch.target is not None and not job.ended:
                     to = self._siblings[watch.target.backend]
                     if await self._engine.move(job, to._lane, to._keep):
-                        watch.arrived()
                         at._jobs.discard(job)
                         at = to
                         at._jobs.add(job)
-                        reading.moved()
+                        watch.arrived()
+                        reading.tally = Tally(len(watch.tokens))
                     else:
                         watch.refused()
         finally:
@@ -147,11 +153,6 @@ class _Reading:
     began: bool = False
     tally: Tally = field(default_factory=Tally)
 
-    def moved(self) -> None:
-        """The answer goes on elsewhere."""
-        assert self.ask.watch is not None
-        self.tally = Tally(len(self.ask.watch.tokens))
-
     def event(self, found: Sequence[_core.Progress]) -> Event | None:
         """Return what there is to tell after these steps."""
         last = found[-1]
@@ -172,7 +173,6 @@ class _Reading:
             prompt_text=prompt_text,
             finish=_FINISH.get(last.stop_reason),
             missed=self.tally.mean,
-            moved=self.ask.watch.moved if self.ask.watch is not None else None,
         )
 
     def _measure(self, found: Sequence[_core.Progress]) -> None:
@@ -234,10 +234,12 @@ class Local:
     backends: list[LocalBackend]
     """The whole model first, then the nodes in the order of the plan."""
     prober: LocalProber | None
-    """None without a plan."""
+    """Of all nodes; None without a plan."""
     engine: Engine
     renderer: Renderer
     model: Model
+    inner: Inner
+    """What gateways ask for; without a plan the model alone is measured."""
 
     async def start(self) -> None:
         """Begin to compute for the running event loop."""
@@ -281,16 +283,22 @@ def serve_locally(model: Model, plan: Plan | None, options: LocalOptions, keep: 
             probe = Lane(shared.batcher(len(own), options.n_probe, n_prefill=options.n_probe), 0)
             probing.append((probe, own))
     engine.lanes = [*serving, *(lane for lane, _ in probing)]
-    prober = None
-    if nodes:
-        prober = LocalProber(
-            engine,
-            probing,
-            renderer,
-            n_probe=options.n_probe,
-            n_waiting=options.n_waiting,
-            seconds=options.seconds,
-        )
     for backend in backends.values():
         backend._siblings = {other.name: other for other in backends.values()}
-    return Local([backends[position] for position in sorted(backends)], prober, engine, renderer, model)
+    prober = LocalProber(
+        engine,
+        # Alone the model measures among what it answers: that needs no memory of its own.
+        probing or [(serving[0], [(None, keep)])],
+        renderer,
+        n_probe=options.n_probe,
+        n_waiting=options.n_waiting,
+        seconds=options.seconds,
+    )
+    return Local(
+        [backends[position] for position in sorted(backends)],
+        prober if nodes else None,
+        engine,
+        renderer,
+        model,
+        Inner(prober, renderer, about(model, plan, nodes, options.n_probe)),
+    )

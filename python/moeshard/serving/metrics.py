@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
-
-if TYPE_CHECKING:
-    from moeshard.serving.decision import Decision
 
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -45,8 +42,10 @@ class Metrics:
             registry=self._registry,
             buckets=_SHARES,
         )
+        self._failovers = self._counter("failovers", "Requests that moved from who failed", "node", "reason")
         self._first = self._histogram("time_to_first_token_seconds", "From request to first token", _SECONDS)
         self._between = self._histogram("inter_token_latency_seconds", "Between tokens", _SECONDS)
+        self._next_token = self._between.labels(model)  # looked up once: it is asked for each token
         self._whole = self._histogram("e2e_request_latency_seconds", "From request to end", _SECONDS)
         self._probe = self._histogram("probe_seconds", "To find out where a session belongs", _SECONDS)
         self._fit = self._histogram("placement_fit", "Of the node that a session was placed on", _SHARES)
@@ -67,13 +66,17 @@ class Metrics:
         elif fit is not None:
             self._fit.labels(self._model).observe(fit)
 
-    def moved(self, source: str, decision: Decision) -> None:
+    def moved(self, source: str, node: str) -> None:
         """Count a session that was moved."""
-        self._replacements.labels(self._model, source, decision.backend).inc()
+        self._replacements.labels(self._model, source, node).inc()
 
     def missed(self, node: str, share: float) -> None:
         """Count what an answer missed on the node that ended it."""
         self._missed.labels(self._model, node).observe(share)
+
+    def failed_over(self, node: str, reason: str) -> None:
+        """Count a request that `node` failed and another took over."""
+        self._failovers.labels(self._model, node, reason).inc()
 
     def failed(self, status: int) -> None:
         """Count a request that an error answered."""
@@ -85,7 +88,7 @@ class Metrics:
     def next_tokens(self, n: int, seconds: float) -> None:
         """Count tokens that came together, so long after those before them."""
         for _ in range(n):
-            self._between.labels(self._model).observe(seconds / n)
+            self._next_token.observe(seconds / n)
 
     def ended(self, seconds: float, n_prompt: int, n_cached: int, n_generated: int, reason: str) -> None:
         """Count an answer; `reason` is ``abort`` where nobody waited for its end, ``error`` where it failed."""

@@ -16,6 +16,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from moeshard.arrays import Tokens
+from moeshard.placement.decision import Placed
 from moeshard.placement.meter import MOST_TOKENS, Limits, Meter, n_deciding, place_again
 from moeshard.serving.decision import Decision
 from moeshard.serving.errors import ApiError
@@ -72,12 +73,12 @@ class Watch:
     def __init__(self, ways: Ways, key: str, decision: Decision):
         """Watch an answer of the session `key`, which `decision` placed."""
         self._ways, self._key, self.decision = ways, key, decision
-        self.moved: Decision | None = None
-        """Where the answer went, if it was moved."""
         self._meter = Meter(ways.limits.get(decision.backend))
         self._tokens: list[int] = []
         self._missed: list[float] = []
         self._look: asyncio.Task[None] | None = None
+        self._over = False
+        self._placed: Placed | None = None
         self.target: Decision | None = None
         """Where the answer belongs now; None: where it is."""
 
@@ -94,18 +95,21 @@ class Watch:
         self._missed = []
         self._tokens.append(token)
         if self._meter.passed and self._look is None and self.target is None:
-            self._look = asyncio.ensure_future(self._look_again())
+            # The text as it is now: more may have been computed before anybody looks.
+            tokens, n = np.array(self._tokens, dtype=np.int32), n_deciding(self._meter.n_since)
+            self._look = asyncio.ensure_future(self._look_again(tokens, n))
 
-    async def _look_again(self) -> None:
-        tokens, n = np.array(self._tokens, dtype=np.int32), n_deciding(self._meter.n_since)
+    async def _look_again(self, tokens: Tokens, n: int) -> None:
         try:
             losses = await self._ways.prober.latest(tokens, n)
             self.target = self._judge(losses)
         except ApiError as error:
             _log.info("a session could not be looked at again: %s", error.message)
+        self._look = None
         if self.target is None:
             self._meter.stayed()
-        self._look = None
+        elif self._over:
+            self.arrived()
 
     def _judge(self, losses: Losses) -> Decision | None:
         placer = self._ways.placer
@@ -116,6 +120,7 @@ class Watch:
         )
         if placed is None:
             return None
+        self._placed = placed
         found = choose(placed, self._key, self._ways.states())
         return None if found.backend == self.decision.backend else replace(found, reason="moved")
 
@@ -123,9 +128,9 @@ class Watch:
         """The answer is where `target` says: the session stays there."""
         assert self.target is not None
         self._ways.moved(self.decision.backend, self.target)
-        self._ways.placer.moved(self._key, self.target)
-        self.moved = self.decision = self.target
-        self.target = None
+        assert self._placed is not None
+        self._ways.placer.moved(self._key, self._placed, self.target)
+        self.decision, self.target = self.target, None
         self._meter = Meter(self._ways.limits.get(self.decision.backend))
 
     def refused(self) -> None:
@@ -139,6 +144,7 @@ class Watch:
         return self._tokens
 
     def end(self) -> None:
-        """The answer is over; what is being looked at is not waited for."""
-        if self._look is not None:
-            self._look.cancel()
+        """The answer is over. What is found out now is for the session's next turn."""
+        self._over = True
+        if self.target is not None:
+            self.arrived()

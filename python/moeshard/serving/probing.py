@@ -60,7 +60,7 @@ class LocalProber:
         if self._n_waiting > self._may_wait:
             raise busy(1)
         tokens = (await rendered(self._renderer, prompt, answer=False)).tokens
-        seen = tokens[-self._n_probe :]
+        seen = tokens[-min(self._n_probe, *(lane.n_ctx for lane, _ in self._parts)) :]
         if seen.size < MIN_TOKENS:
             return Losses(np.empty((self._n_nodes, 0)), np.empty(0), n_tokens=seen.size, n_cut=0)
         # Not cancelled by one who leaves: the next probe begins with all slots free, in the same order.
