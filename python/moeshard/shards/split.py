@@ -240,6 +240,11 @@ def shard_name(model: str, node: str) -> str:
     return re.sub(r"-\d{5,}-of-\d{5,}$", "", Path(model).stem) + f".{node}.gguf"
 
 
+def recovery_name(model: str, node: str) -> str:
+    """Return what the recovery of a node is called: ``model.NODE.recovery.gguf``."""
+    return shard_name(model, node).removesuffix(".gguf") + ".recovery.gguf"
+
+
 def _plan_is_new(plan: Plan, path: str, inputs: Sequence[str | os.PathLike[str]], force: bool) -> bool:
     """Whether a plan is to be written beside its shards; where another one lies there, an error comes first."""
     if not os.path.isfile(path):
