@@ -133,7 +133,11 @@ class Context:
     def set_keep(self, keep: _Keep | None, seq: int = -1) -> None: ...
     def decode(self, inputs: Sequence[tuple[int, _Tokens]], outputs: str = "last") -> list[_Floats]: ...
     def trace(
-        self, inputs: Sequence[tuple[int, _Tokens]], sink: _Sink, probs: bool = False, norms: bool = False,
+        self,
+        inputs: Sequence[tuple[int, _Tokens]],
+        sink: _Sink,
+        probs: bool = False,
+        norms: bool = False,
         states: Sequence[int] = [],
     ) -> None: ...
     def measure(

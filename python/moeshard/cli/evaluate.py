@@ -36,6 +36,10 @@ def evaluate(
     shards: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Run the shards in this folder instead of masks on the model.")
     ] = None,
+    recovery: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Correct the nodes' experts by what `moeshard recover` wrote to this folder."),
+    ] = None,
     probe: Annotated[
         str,
         typer.Option(
@@ -118,6 +122,7 @@ def evaluate(
             nodes,
             domains,
             shards=shards,
+            recovery=recovery,
             probe=cast("Probe", probe),
             n_windows=windows,
             window=window,

@@ -37,6 +37,7 @@ def evaluate(
     domains: Sequence[Domain] | None = None,
     *,
     shards: str | os.PathLike[str] | None = None,
+    recovery: str | os.PathLike[str] | None = None,
     probe: Probe = "both",
     n_windows: int | None = N_WINDOWS,
     window: int = WINDOW,
@@ -56,6 +57,7 @@ def evaluate(
             keeps its own.
         domains: text that the plan was not made from; None: the embedded held-out texts.
         shards: folder of the plan's shards, to be run instead of masks on the model.
+        recovery: folder of the plan's recoveries: nodes are run as their corrected shards, without files of these.
         probe: what places sessions by their prompts, ``both``, ``loss`` or ``saliency``; see `Losses.placement`.
         n_windows: per domain, evenly spread over its text; None: all.
         window: tokens predicted in each.
@@ -83,7 +85,7 @@ def evaluate(
     loaded = model if isinstance(model, Model) else Model(model)
     planned = plan if isinstance(plan, Plan) else read_plan(plan)
     texts = embedded_traffic("heldout") if domains is None else list(domains)
-    nodes = plan_nodes(loaded, planned, shards)
+    nodes = plan_nodes(loaded, planned, shards, recovery=recovery)
 
     windows, owners = cut_windows(loaded, texts, window, n_windows)
     check_windows([domain.name for domain in texts], owners, window)
@@ -143,6 +145,7 @@ def evaluate(
             confidence=confidence,
             seed=seed,
             shards=None if shards is None else os.fspath(shards),
+            recovery=None if recovery is None else os.fspath(recovery),
             n_expert_used=_used(loaded, nodes),
         ),
         domains=losses.domains,

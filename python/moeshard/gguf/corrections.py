@@ -1,7 +1,7 @@
 """Tensors that a shard holds instead of its model's: a recovery file, and what it says about itself.
 
-A recovery is a GGUF of the corrected tensors of one node, under the names and in the shapes that they have in its shard.
-All else that it says is one JSON document in its metadata.
+A recovery is a GGUF of the corrected tensors of one node, under the names and in the shapes that they have in its
+shard. All else that it says is one JSON document in its metadata.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from moeshard._core import GGUFMap, MoeshardError
 from moeshard.files.documents import check_version, parse_document, take
 from moeshard.gguf.identity import ModelIdentity, model_from_json
 from moeshard.keep.text import Keep, format_row, parse_row
+
+_T = TypeVar("_T")
 
 VERSION = 1
 KEY = "moeshard.recovery"
@@ -83,7 +86,7 @@ class Corrections:
         made = {key: self.document[key] for key in ("node", "parts", "texts", "made") if key in self.document}
         return NOTE, json.dumps({"tensors": {name: digest(self.file, name) for name in self.names}, **made})
 
-    def _read(self, read: Any) -> Any:
+    def _read(self, read: Callable[[], _T]) -> _T:
         try:
             return read()
         except MoeshardError as error:

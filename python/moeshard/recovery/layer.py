@@ -63,9 +63,7 @@ def read_projections(model: GGUFMap, layer: int, kept: Sequence[int]) -> Project
     if info is None or len(info.shape) != 3:
         raise MoeshardError(f"{model.path}: layer {layer} has no tensor '{name}', so its experts cannot be corrected")
     _, rows, n = info.shape
-    values = [
-        _core.dequantize(info.type, _bytes(model, layer, expert), rows * n).reshape(rows, n) for expert in kept
-    ]
+    values = [_core.dequantize(info.type, _bytes(model, layer, expert), rows * n).reshape(rows, n) for expert in kept]
     scale = np.ones(len(kept), dtype=np.float32)
     scales = model.tensors.get(f"blk.{layer}.ffn_down_exps.scale")
     if scales is not None:
@@ -98,11 +96,11 @@ def fit_layer(
     if DOWN in parts:
         previous: Matrix | None = None
         best = before
-        for ridge in sorted(ridges, reverse=True):
-            previous = ridge_solution(moments, ridge, start=previous)
+        for tried in sorted(ridges, reverse=True):
+            previous = ridge_solution(moments, tried, start=previous)
             error = sample.error(previous)
             if error < best:
-                best, corrections = error, [(ridge, previous)]
+                best, corrections = error, [(tried, previous)]
     for ridge, correction in corrections:
         if ridge is None and GAIN not in parts:
             return None
@@ -125,7 +123,7 @@ def _written(
     """Return (error on the sample, ridge, bytes) of corrected projections in their type, without and with gains."""
     original = own.rows
     wanted = original + correction.astype(np.float32)
-    found = []
+    found: list[tuple[float, float | None, bytes]] = []
     data, written = _quantised(own, moments, wanted, kind)
     if ridge is not None:
         found.append((sample.error(written - original), ridge, data))

@@ -64,7 +64,7 @@ class Moments:
                 self._earlier[begin:end] += own @ earlier[rows]
 
     def close(self, removed: float = 0.0) -> None:
-        """Make the sums whole, once all tokens are added; `removed` is the part of `earlier` that is lacking no more."""
+        """Make the sums whole, once all tokens are added; `removed` is the part of `earlier` that lacks no more."""
         if self._earlier is not None:
             self.cross -= removed * self._earlier
             self._earlier = None
@@ -79,7 +79,7 @@ class Moments:
     @property
     def scale(self) -> float:
         """Mean square of a feature, summed over tokens: the unit of ridges."""
-        return float(np.trace(self.gram, dtype=np.float64)) / self.gram.shape[0]
+        return float(np.diagonal(self.gram).mean(dtype=np.float64))
 
     def importance(self, expert: int) -> Floats:
         """Return float32 (n_ff,): how much an error in each column of an expert's projection counts."""
@@ -93,9 +93,7 @@ class Moments:
 def block_rows(n_expert: int, n_ff: int, most: int) -> list[slice]:
     """Divide the features into blocks of whole experts, of at most `most` features where an expert has no more."""
     per_block = max(1, most // n_ff)
-    return [
-        slice(first * n_ff, min(first + per_block, n_expert) * n_ff) for first in range(0, n_expert, per_block)
-    ]
+    return [slice(first * n_ff, min(first + per_block, n_expert) * n_ff) for first in range(0, n_expert, per_block)]
 
 
 @dataclass

@@ -89,7 +89,9 @@ class NodeFit:
         self._whole, self._model, self._identity = whole, model, identity
         self._streams, self._settings = streams, settings
 
-    def run(self, task: NodeTask, *, resume: bool, force: bool, progress: Callable[[str, float], object]) -> NodeRecovery:
+    def run(
+        self, task: NodeTask, *, resume: bool, force: bool, progress: Callable[[str, float], object]
+    ) -> NodeRecovery:
         """Correct all layers of a node and write its file.
 
         Raises:
@@ -116,7 +118,9 @@ class NodeFit:
     def _block(
         self, task: NodeTask, block: Sequence[int], done: NodeRecovery, partial: str, step: Callable[[float], object]
     ) -> None:
-        own = {layer: read_projections(self._model, layer, np.flatnonzero(task.keep[layer]).tolist()) for layer in block}
+        own = {
+            layer: read_projections(self._model, layer, np.flatnonzero(task.keep[layer]).tolist()) for layer in block
+        }
         scales = {layer: projections.scale for layer, projections in own.items()}
         total = len(task.fit) + 2 * len(task.judge)
         read = 0
@@ -158,7 +162,9 @@ class NodeFit:
             if layer in ridges and not helps:
                 done.drop(own[layer].name)
             done.layers.append(
-                LayerReport(layer, before[layer] / unit, after[layer] / unit, ridges.get(layer) if helps else None, helps)
+                LayerReport(
+                    layer, before[layer] / unit, after[layer] / unit, ridges.get(layer) if helps else None, helps
+                )
             )
 
     def _fit_block(

@@ -61,6 +61,7 @@ def recover(
     n_windows: int | None = None,
     window: int = WINDOW,
     n_prompt: int = PROMPT,
+    inputs: Sequence[str | os.PathLike[str]] = (),
     resume: bool = False,
     force: bool = False,
     command: Sequence[str] | None = None,
@@ -84,6 +85,7 @@ def recover(
         n_windows: of each domain, evenly spread over its text; None: all.
         window: tokens in each.
         n_prompt: of them, by so many a window is placed on a node.
+        inputs: files that all this was read from: none of them is replaced.
         resume: go on from the partial files of an earlier run with the same arguments.
         force: replace existing files.
         command: what is running this, for the record.
@@ -113,7 +115,7 @@ def recover(
     texts = embedded_traffic("calibration") if domains is None else list(domains)
     paths = [os.path.join(out, recovery_name(source.path, node.name)) for node in chosen]
     with made_folder(out):  # none of it stays where the work ends early
-        check_outputs(paths, [source.path], force=force)
+        check_outputs(paths, [source.path, *inputs], force=force)
 
     def step(stage: str, part: float) -> None:
         if progress is not None:

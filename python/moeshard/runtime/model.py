@@ -75,7 +75,13 @@ class Model(ModelFacts):
         if n_expert_used is not None and n_expert_used < 1:
             raise MoeshardError(f"n_expert_used must be positive, got {n_expert_used}")
         self._origin = find_origin(path, keep, trunk, experts, n_expert_used or 0, recovery)
-        self._source: dict[str, Any] = {"path": path, "keep": keep, "trunk": trunk, "experts": experts, "recovery": recovery}
+        self._source: dict[str, Any] = {
+            "path": path,
+            "keep": keep,
+            "trunk": trunk,
+            "experts": experts,
+            "recovery": recovery,
+        }
         self._loaded: _core.Model | None = self._origin.load(n_gpu_layers, mmap, n_expert_used or 0, progress)
         if n_ctx is not None and not 1 <= n_ctx <= MAX_INT32:
             raise MoeshardError(f"n_ctx must be from 1 to {MAX_INT32}, got {n_ctx}")
