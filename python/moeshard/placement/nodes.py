@@ -79,9 +79,8 @@ def plan_nodes(
     if not model.is_whole:
         raise MoeshardError(f"{model.path}: only some of its experts are loaded; load the whole model")
     if recovery is not None:
-        return [
-            _corrected(model, node, os.path.join(recovery, recovery_name(model.path, node.name))) for node in plan.nodes
-        ]
+        paths = recoveries(model, plan, recovery)
+        return [_corrected(model, node, path) for node, path in zip(plan.nodes, paths, strict=True)]
     if shards is None:
         return masked_nodes(model, [node.keep for node in plan.nodes], [node.n_expert_used for node in plan.nodes])
     return [_open_shard(model, plan, node, os.fspath(shards)) for node in plan.nodes]
@@ -91,6 +90,22 @@ def _same_everywhere(model: Model) -> int | None:
     """Experts per token, if they are as many in all layers that route."""
     numbers = {model.routing.n_expert_used[layer] for layer in model.moe_layers}
     return numbers.pop() if len(numbers) == 1 else None
+
+
+def recoveries(model: Model, plan: Plan, folder: str | os.PathLike[str]) -> list[str]:
+    """Return where the recoveries of a plan's nodes lie.
+
+    Raises:
+        MoeshardError: one is missing.
+    """
+    paths = [os.path.join(folder, recovery_name(model.path, node.name)) for node in plan.nodes]
+    for node, path in zip(plan.nodes, paths, strict=True):
+        if not os.path.isfile(path):
+            raise MoeshardError(
+                f"'{os.fspath(folder)}' has no recovery of node '{node.name}': {os.path.basename(path)} is missing; "
+                f"make it with moeshard recover"
+            )
+    return paths
 
 
 def _corrected(model: Model, node: PlanNode, recovery: str) -> NodeModel:

@@ -23,12 +23,15 @@ from moeshard.recovery.node import SOURCE, LayerReport, NodeFit, NodeTask, Setti
 from moeshard.recovery.streams import Streams
 from moeshard.shards.split import recovery_name
 from moeshard.traffic.domains import Domain, embedded_traffic
+from moeshard.traffic.likeness import sketch
 from moeshard.traffic.windows import WINDOW
 
 if TYPE_CHECKING:
     from moeshard.runtime.model import Model
 
 PARTS = (DOWN, GAIN)
+_PLACING = 0.1
+"""The part of the work that placing the text is, about: for the progress only."""
 PROMPT = 64
 
 
@@ -114,38 +117,37 @@ def recover(
         raise MoeshardError(f"the plan has no node '{unknown[0]}'; it has {names}")
     texts = embedded_traffic("calibration") if domains is None else list(domains)
     paths = [os.path.join(out, recovery_name(source.path, node.name)) for node in chosen]
-    with made_folder(out):  # none of it stays where the work ends early
-        check_outputs(paths, [source.path, *inputs], force=force)
 
     def step(stage: str, part: float) -> None:
         if progress is not None:
             progress(stage, part)
 
-    calibration = calibrate(loaded, texts, window, n_windows)
-    masks = [node.keep for node in planned.nodes]
-    used = [node.n_expert_used for node in planned.nodes]
-    placing = 0.1
-    owner = owners(
-        loaded,
-        masks,
-        masked_nodes(loaded, masks, used),
-        calibration,
-        min(n_prompt, window - 1),
-        lambda done, total: step("placing the text", placing * done / total),
-    )
-    about: dict[str, Any] = {
-        "parts": list(settings.parts),
-        "ridges": list(settings.ridges),
-        "passes": settings.passes,
-        "type": settings.kind,
-        "window": window,
-        "windows": n_windows,
-        "texts": {domain.name: domain.digest for domain in texts},
-        "made": stamp(command),
-    }
-    fit = NodeFit(loaded, source, identity, Streams(loaded, window), settings)
-    results = []
-    with made_folder(out):
+    with made_folder(out):  # none of it stays where the work ends early
+        check_outputs(paths, [source.path, *inputs], force=force)
+        calibration = calibrate(loaded, texts, window, n_windows)
+        masks = [node.keep for node in planned.nodes]
+        used = [node.n_expert_used for node in planned.nodes]
+        owner = owners(
+            loaded,
+            masks,
+            masked_nodes(loaded, masks, used),
+            calibration,
+            min(n_prompt, window - 1),
+            lambda done, total: step("placing the text", _PLACING * done / total),
+        )
+        about: dict[str, Any] = {
+            "parts": list(settings.parts),
+            "ridges": list(settings.ridges),
+            "passes": settings.passes,
+            "type": settings.kind,
+            "window": window,
+            "windows": n_windows,
+            "texts": {domain.name: domain.digest for domain in texts},
+            "sketches": {domain.name: sketch(domain) for domain in texts},
+            "made": stamp(command),
+        }
+        fit = NodeFit(loaded, source, identity, Streams(loaded, window), settings)
+        results = []
         for index, (node, path) in enumerate(zip(chosen, paths, strict=True)):
             mine = np.flatnonzero(owner == planned.nodes.index(node))
             kept, judged = calibration.divide(mine)
@@ -153,7 +155,7 @@ def recover(
             task = NodeTask(node.name, node.keep, node.n_expert_used, kept, judged, path, facts)
 
             def part(stage: str, done: float, index: int = index) -> None:
-                step(stage, placing + (1 - placing) * (index + done) / len(chosen))
+                step(stage, _PLACING + (1 - _PLACING) * (index + done) / len(chosen))
 
             found = fit.run(task, resume=resume, force=force, progress=part)
             sizes = _sizes(source, node.keep, found.tensors)
