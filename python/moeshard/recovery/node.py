@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moeshard._core import GGUFMap, MoeshardError
-from moeshard.arrays import Tokens
 from moeshard.gguf.corrections import open_corrections, write_corrections
 from moeshard.gguf.identity import ModelIdentity
 from moeshard.keep.text import Keep
 from moeshard.recovery.layer import DOWN, GAIN, RIDGES, Fitted, Projections, fit_layer, read_projections
 from moeshard.recovery.moments import Moments, Sample
-from moeshard.recovery.streams import Lack, Streams
+from moeshard.recovery.streams import Lack, Streams, Text
 
 if TYPE_CHECKING:
     from moeshard.runtime.model import Model
@@ -75,8 +74,8 @@ class NodeTask:
     name: str
     keep: Keep
     n_expert_used: int | None
-    fit: list[Tokens]
-    judge: list[Tokens]
+    fit: Text
+    judge: Text
     path: str
     facts: dict[str, Any]
     """What the file says of how it was made; a partial one is gone on with only where all of it is the same."""
@@ -156,7 +155,7 @@ class NodeFit:
                 read += number
                 step(read / total)
             corrected.close()
-        unit = sum(map(len, task.judge))
+        unit = task.judge.n_tokens
         for layer in block:
             helps = layer in ridges and after[layer] < before[layer]
             if layer in ridges and not helps:

@@ -20,7 +20,7 @@ from moeshard.progress import StageProgress
 from moeshard.recovery.calibration import calibrate, owners
 from moeshard.recovery.layer import DOWN, GAIN, RIDGES
 from moeshard.recovery.node import SOURCE, LayerReport, NodeFit, NodeTask, Settings
-from moeshard.recovery.streams import Streams
+from moeshard.recovery.streams import Streams, Text
 from moeshard.shards.split import recovery_name
 from moeshard.traffic.domains import Domain, embedded_traffic
 from moeshard.traffic.likeness import sketch
@@ -146,13 +146,13 @@ def recover(
             "sketches": {domain.name: sketch(domain) for domain in texts},
             "made": stamp(command),
         }
-        fit = NodeFit(loaded, source, identity, Streams(loaded, window), settings)
+        fit = NodeFit(loaded, source, identity, Streams(loaded, window, identity.moe_layers), settings)
         results = []
         for index, (node, path) in enumerate(zip(chosen, paths, strict=True)):
             mine = np.flatnonzero(owner == planned.nodes.index(node))
             kept, judged = calibration.divide(mine)
             facts = {"node": node.name, "n_expert_used": node.n_expert_used, **about}
-            task = NodeTask(node.name, node.keep, node.n_expert_used, kept, judged, path, facts)
+            task = NodeTask(node.name, node.keep, node.n_expert_used, Text(kept), Text(judged), path, facts)
 
             def part(stage: str, done: float, index: int = index) -> None:
                 step(stage, _PLACING + (1 - _PLACING) * (index + done) / len(chosen))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from moeshard._core import MoeshardError
 from moeshard.arrays import Floats, Ids, Tokens
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from moeshard.runtime.states import LayerStates, StateReader
 
 TOKENS_AT_ONCE = 2048
+KEPT_BYTES = 1 << 30
+"""The whole model's streams are kept where they take no more, in half precision; else read again for every block."""
 _TINY = np.float32(1e-12)
 
 
@@ -33,18 +36,69 @@ class Lack:
     """The same after the layer before it in what was read; None for the first."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """Residual streams of one layer in half precision, each token's in a unit of its own."""
+
+    values: npt.NDArray[np.float16]
+    unit: Floats
+
+    @staticmethod
+    def of(residual: Floats) -> _Kept:
+        unit = np.maximum(np.abs(residual).max(axis=1, keepdims=True), _TINY)
+        return _Kept((residual / unit).astype(np.float16), unit)
+
+    def get(self) -> Floats:
+        return self.values.astype(np.float32) * self.unit
+
+
+class Text:
+    """Sequences to read, and what the whole model's streams were, where that is kept."""
+
+    def __init__(self, sequences: Sequence[Tokens]):
+        self.sequences = sequences
+        self.kept: list[dict[int, _Kept]] = []
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(map(len, self.sequences))
+
+
 class Streams:
     """Reads text with the whole model and with a shard of it, some sequences at a time."""
 
-    def __init__(self, whole: Model, n_tokens: int):
-        """`n_tokens`: of the longest sequence."""
+    def __init__(self, whole: Model, n_tokens: int, layers: Sequence[int]):
+        """`n_tokens`: of the longest sequence; `layers`: all that will be read."""
         self._whole = whole
         self._n_tokens = n_tokens
+        self._layers = list(layers)
         self._n_seq = max(1, min(64, TOKENS_AT_ONCE // n_tokens))
         self._teacher: StateReader = whole.state_reader(self._n_seq, n_tokens)
+        self._keeps = False
+
+    def _wanted(self, text: Text, at: int, layers: Sequence[int]) -> dict[int, Floats]:
+        """Return the whole model's residual streams of a batch of sequences, by layer."""
+        batch = text.sequences[at : at + self._n_seq]
+        number = at // self._n_seq
+        if number < len(text.kept):
+            return {layer: text.kept[number][layer].get() for layer in layers}
+        # Before anything is read, a first sequence says how much all would take.
+        if number == 0:
+            n_embd = self._teacher.read(batch[:1], layers[:1])[0].residual.shape[1]
+            self._keeps = 2 * text.n_tokens * n_embd * len(self._layers) <= KEPT_BYTES
+        read = {
+            state.layer: state.residual for state in self._teacher.read(batch, self._layers if self._keeps else layers)
+        }
+        if self._keeps:
+            text.kept.append({layer: _Kept.of(residual) for layer, residual in read.items()})
+            return self._wanted(text, at, layers)
+        return read
 
     def read(
-        self, shard: Model, sequences: Sequence[Tokens], layers: Sequence[int], scales: dict[int, Floats]
+        self, shard: Model, text: Text, layers: Sequence[int], scales: dict[int, Floats]
     ) -> Iterator[tuple[int, list[Lack]]]:
         """Yield, batch by batch, how many sequences it has, and what the shard's stream lacks after each of `layers`.
 
@@ -53,20 +107,19 @@ class Streams:
 
         Args:
             shard: with the same tokenizer.
-            sequences: token ids each.
+            text: to be read.
             layers: ascending.
             scales: by layer, what the file multiplies each expert's output by, float32 (E,).
         """
         student = shard.state_reader(self._n_seq, self._n_tokens)
-        for at in range(0, len(sequences), self._n_seq):
-            batch = sequences[at : at + self._n_seq]
-            wanted = self._teacher.read(batch, layers)
-            found = student.read(batch, layers)
+        for at in range(0, len(text), self._n_seq):
+            batch = text.sequences[at : at + self._n_seq]
+            wanted = self._wanted(text, at, layers)
             lacks: list[Lack] = []
             earlier: Floats | None = None
-            for own, right in zip(found, wanted, strict=True):
-                target = right.residual - own.residual
-                lacks.append(self._lack(own, right.residual, target, earlier, shard, scales[own.layer]))
+            for own in student.read(batch, layers):
+                target = wanted[own.layer] - own.residual
+                lacks.append(self._lack(own, wanted[own.layer], target, earlier, shard, scales[own.layer]))
                 earlier = target
             yield len(batch), lacks
 
