@@ -92,8 +92,8 @@ py::object rows(std::vector<float>&& values, py::ssize_t n_tokens, py::ssize_t n
     return take(std::move(values), {n_tokens, n_used, n / n_used});
 }
 
-// (seq, pos, [(layer, ids, weights, probs, norms, inputs, hidden, residual), ...]) as arrays that own the trace's
-// memory; None for those that nobody asked for.
+// (seq, pos, [(layer, ids, weights, probs, norms, inputs, hidden, residual, scaled), ...]) as arrays that own the
+// trace's memory; None for those that nobody asked for.
 py::tuple to_python(UbatchTrace& trace) {
     const auto n_tokens = static_cast<py::ssize_t>(trace.n_tokens());
     py::list layers;
@@ -106,7 +106,7 @@ py::tuple to_python(UbatchTrace& trace) {
         layers.append(py::make_tuple(
             layer.layer, take(std::move(layer.ids), {n_tokens, n_used}),
             take(std::move(layer.weights), {n_tokens, n_used}), probs, norms, rows(std::move(layer.inputs), n_tokens),
-            rows(std::move(layer.hidden), n_tokens, n_used), rows(std::move(layer.residual), n_tokens)));
+            rows(std::move(layer.hidden), n_tokens, n_used), rows(std::move(layer.residual), n_tokens), layer.scaled));
     }
     return py::make_tuple(take(std::move(trace.seq), {n_tokens}), take(std::move(trace.pos), {n_tokens}), layers);
 }

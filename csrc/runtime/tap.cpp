@@ -1,6 +1,8 @@
 #include "runtime/tap.hpp"
 
 #include <algorithm>
+#include <string_view>
+#include <tuple>
 
 #include "ggml-backend.h"
 #include "ggml.h"
@@ -56,6 +58,8 @@ bool Tap::read(const ggml_tensor& tensor, const Wanted& wanted) {
     (wanted.what == What::kInput    ? layer.inputs
      : wanted.what == What::kHidden ? layer.hidden
                                     : layer.residual) = std::move(values);
+    // A product that is scaled before anything else has no name of its own.
+    if (wanted.what == What::kHidden) layer.scaled = std::string_view(tensor.name).substr(0, 12) != "ffn_moe_down";
     return !(wanted.what == What::kResidual && wanted.layer == layers_.back());
 }
 
@@ -77,6 +81,7 @@ void Tap::hand_over(UbatchTrace& ubatch) {
         }
         layer.inputs = std::move(found.inputs);
         layer.hidden = std::move(found.hidden);
+        layer.scaled = found.scaled;
         layer.residual = std::move(found.residual);
         kept.push_back(std::move(layer));
     }

@@ -37,6 +37,8 @@ struct LayerTrace {
     std::vector<float> inputs;    // (n_tokens, n_embd): what the router sees
     std::vector<float> hidden;    // (n_tokens, n_used, n_ff): what each chosen expert's down projection is applied to
     std::vector<float> residual;  // (n_tokens, n_embd): the residual stream after the layer
+    // What comes of the down projections is multiplied by ffn_down_exps.scale: not all architectures look at that.
+    bool scaled = false;
 
     // The norm of what the i-th of all chosen experts adds to its token. Needs norms.
     float contribution(size_t i) const { return weighs_inputs ? norms[i] : weights[i] * norms[i]; }

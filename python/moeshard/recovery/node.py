@@ -98,7 +98,7 @@ class NodeFit:
         """
         partial = task.path + PARTIAL
         done = self._resumed(task, partial) if resume and os.path.exists(partial) else NodeRecovery()
-        blocks = blocks_of(self._identity.moe_layers, self._settings.passes)
+        blocks = blocks_of(self._whole.computed_layers, self._settings.passes)
         for index, block in enumerate(blocks):
             if block[0] in {report.layer for report in done.layers}:
                 continue
@@ -130,6 +130,11 @@ class NodeFit:
             for lack in lacks:
                 if lack.layer not in moments:
                     n_expert, n_embd, n_ff = own[lack.layer].values.shape
+                    if lack.target.shape[1] != n_embd or lack.features.shape[2] != n_ff:
+                        raise MoeshardError(
+                            f"{self._model.path}: layer {lack.layer}: what its experts give does not go into the "
+                            f"residual stream as it is on this architecture, so they cannot be fitted to it"
+                        )
                     moments[lack.layer] = Moments(n_expert, n_ff, n_embd)
                 moments[lack.layer].add(lack.ids, lack.features, lack.target, lack.earlier)
             read += number

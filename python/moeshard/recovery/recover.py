@@ -146,7 +146,7 @@ def recover(
             "sketches": {domain.name: sketch(domain) for domain in texts},
             "made": stamp(command),
         }
-        fit = NodeFit(loaded, source, identity, Streams(loaded, window, identity.moe_layers), settings)
+        fit = NodeFit(loaded, source, identity, Streams(loaded, window, loaded.computed_layers), settings)
         results = []
         for index, (node, path) in enumerate(zip(chosen, paths, strict=True)):
             mine = np.flatnonzero(owner == planned.nodes.index(node))

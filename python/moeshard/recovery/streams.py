@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from moeshard._core import MoeshardError
+from moeshard._core import GGUFMap, MoeshardError
 from moeshard.arrays import Floats, Ids, Tokens
 
 if TYPE_CHECKING:
@@ -52,6 +52,13 @@ class _Kept:
         return self.values.astype(np.float32) * self.unit
 
 
+def residual_scale(model: GGUFMap) -> np.float32:
+    """Return what a model multiplies the outputs of its experts by before they join the stream (Granite, MiniCPM)."""
+    arch = str(model.metadata.get("general.architecture"))
+    value = model.metadata.get(f"{arch}.residual_scale")
+    return np.float32(value if arch.startswith(("granite", "minicpm")) and isinstance(value, float) and value else 1)
+
+
 class Text:
     """Sequences to read, and what the whole model's streams were, where that is kept."""
 
@@ -72,6 +79,7 @@ class Streams:
 
     def __init__(self, whole: Model, n_tokens: int, layers: Sequence[int]):
         """`n_tokens`: of the longest sequence; `layers`: all that will be read."""
+        self._factor = residual_scale(GGUFMap(whole.path))
         self._whole = whole
         self._n_tokens = n_tokens
         self._layers = list(layers)
@@ -131,9 +139,9 @@ class Streams:
                 f"{self._whole.path}: layer {own.layer}: the residual stream is not finite (NaN or infinity), so "
                 f"nothing can be fitted to it; get or convert the model again"
             )
-        factor = scale[own.ids]
+        factor = scale[own.ids] if own.scaled else np.ones_like(own.weights)
         if not shard.routing.weighs_inputs:
             factor = factor * own.weights
         unit = (1 / np.sqrt(np.maximum(np.square(right).mean(axis=1), _TINY)))[:, None]
-        features = own.hidden * (factor * unit)[:, :, None]
+        features = own.hidden * (self._factor * factor * unit)[:, :, None]
         return Lack(own.layer, own.ids, features, target * unit, None if earlier is None else earlier * unit)

@@ -27,6 +27,8 @@ class LayerStates:
     """float32 (n, top_k, n_ff): what each chosen expert's down projection is applied to."""
     residual: Floats
     """float32 (n, n_embd): the residual stream after the layer."""
+    scaled: bool
+    """Whether the down projections' outputs are multiplied by ``ffn_down_exps.scale``, where there is one."""
 
 
 class StateReader:
@@ -75,9 +77,10 @@ def _join(parts: list[LayerChunk], order: np.ndarray[tuple[int], np.dtype[np.int
         rows("inputs"),
         rows("hidden"),
         rows("residual"),
+        parts[0].scaled,
     )
 
 
 def _states(chunk: LayerChunk) -> LayerStates:
     assert chunk.inputs is not None and chunk.hidden is not None and chunk.residual is not None
-    return LayerStates(chunk.layer, chunk.ids, chunk.weights, chunk.inputs, chunk.hidden, chunk.residual)
+    return LayerStates(chunk.layer, chunk.ids, chunk.weights, chunk.inputs, chunk.hidden, chunk.residual, chunk.scaled)

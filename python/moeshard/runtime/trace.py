@@ -30,6 +30,7 @@ class LayerChunk:
     inputs: Floats | None = None
     hidden: Floats | None = None
     residual: Floats | None = None
+    scaled: bool = False
     """See `moeshard.runtime.states.LayerStates`; None where not asked for."""
 
 
