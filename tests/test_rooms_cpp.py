@@ -18,6 +18,7 @@ CSRC = Path(__file__).parents[1] / "csrc"
 PUBLIC = {
     "error.hpp": "include",
     "gguf.hpp": "gguf",
+    "quantize.hpp": "gguf",
     "keep.hpp": "moe",
     "moe_layout.hpp": "moe",
     "segments.hpp": "files",

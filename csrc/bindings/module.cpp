@@ -8,6 +8,7 @@ PYBIND11_MODULE(_core, m) {
     register_layout(m);
     register_gguf(m);
     register_files(m);
+    register_quantize(m);
     register_shard(m);
     register_model(m);
     register_context(m);

@@ -26,6 +26,7 @@ from moeshard.cli.merge import merge
 from moeshard.cli.options import one_of
 from moeshard.cli.place import place
 from moeshard.cli.plan import plan
+from moeshard.cli.recover import recover
 from moeshard.cli.report import report
 from moeshard.cli.serve import serve
 from moeshard.cli.split import split
@@ -198,6 +199,7 @@ app.command(short_help="Chat in the terminal.")(chat)
 app.command(short_help="Measure which experts some text uses.")(analyze)
 app.command(short_help="Measure what is lost by how many experts are kept.")(curve)
 app.command(short_help="Choose the experts of each node by a profile.")(plan)
+app.command(short_help="Give nodes back what their missing experts did.")(recover)
 app.command(short_help="Measure what the nodes of a plan lose.")(evaluate)
 app.command(short_help="Say which node should have a session.")(place)
 app.command(short_help="Serve a model to OpenAI's clients.")(serve)

@@ -36,6 +36,10 @@ def evaluate(
     shards: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Run the shards in this folder instead of masks on the model.")
     ] = None,
+    recovery: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Correct the nodes' experts by what `moeshard recover` wrote to this folder."),
+    ] = None,
     probe: Annotated[
         str,
         typer.Option(
@@ -92,12 +96,12 @@ def evaluate(
     from moeshard.cli.loading import load_model
     from moeshard.cli.output import progress, warn_of_text
     from moeshard.cli.terminal import command, note, print_json
+    from moeshard.evaluation.evaluate import text_likeness
     from moeshard.evaluation.loops import N_TOKENS
     from moeshard.files.provenance import stamp
     from moeshard.planning.plan import read_plan
     from moeshard.runtime.answers import Sampling
     from moeshard.traffic.domains import embedded_traffic, read_texts
-    from moeshard.traffic.likeness import likeness
 
     if prompt >= window:
         raise typer.BadParameter(f"--prompt {prompt} leaves nothing to predict of --window {window}")
@@ -111,13 +115,14 @@ def evaluate(
     loaded = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers)
     given = read_texts(text or [], chat or [], model=loaded, template=chat_template or "")
     domains = given or embedded_traffic("heldout")
-    warn_of_text(likeness(domains, nodes.parameters.get("texts"), nodes.extra.get("sketches")))
+    warn_of_text(text_likeness(loaded, domains, nodes, recovery))
     with progress() as update:
         found = measure(
             loaded,
             nodes,
             domains,
             shards=shards,
+            recovery=recovery,
             probe=cast("Probe", probe),
             n_windows=windows,
             window=window,

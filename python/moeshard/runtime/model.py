@@ -22,6 +22,7 @@ from moeshard.runtime.generation import Generation, generation_options
 from moeshard.runtime.limits import DEFAULT_CTX, MAX_INT32
 from moeshard.runtime.origin import Origin, find_origin
 from moeshard.runtime.session import Session, as_tokens
+from moeshard.runtime.states import StateReader
 from moeshard.runtime.template import Message
 from moeshard.runtime.trace import ChunkSink, Trace, TraceBuilder
 
@@ -37,6 +38,7 @@ class Model(ModelFacts):
         path: str | os.PathLike[str] | Origin | None = None,
         *,
         keep: KeepSpec | None = None,
+        recovery: str | os.PathLike[str] | None = None,
         trunk: str | os.PathLike[str] | None = None,
         experts: str | os.PathLike[str] | None = None,
         n_expert_used: int | None = None,
@@ -55,6 +57,7 @@ class Model(ModelFacts):
             keep: load only these experts, as `moeshard.split` would write them but without a file: only their bytes are
                 read, and the memory used is that of the shard. The model then has that many experts, numbered anew in
                 their order: see `expert_ids`. Layers may keep different numbers of them.
+            recovery: with `keep`, a file of `moeshard.recover` for it: its corrected tensors are loaded.
             trunk, experts: instead of `path`, the two files of a shard whose trunk was written once.
             n_expert_used: experts per token, in every layer that routes, instead of what the model says.
             n_ctx: tokens that a sequence can hold; by default what the model was trained on, at most 4096. A longer
@@ -71,8 +74,14 @@ class Model(ModelFacts):
         """
         if n_expert_used is not None and n_expert_used < 1:
             raise MoeshardError(f"n_expert_used must be positive, got {n_expert_used}")
-        self._origin = find_origin(path, keep, trunk, experts, n_expert_used or 0)
-        self._source: dict[str, Any] = {"path": path, "keep": keep, "trunk": trunk, "experts": experts}
+        self._origin = find_origin(path, keep, trunk, experts, n_expert_used or 0, recovery)
+        self._source: dict[str, Any] = {
+            "path": path,
+            "keep": keep,
+            "trunk": trunk,
+            "experts": experts,
+            "recovery": recovery,
+        }
         self._loaded: _core.Model | None = self._origin.load(n_gpu_layers, mmap, n_expert_used or 0, progress)
         if n_ctx is not None and not 1 <= n_ctx <= MAX_INT32:
             raise MoeshardError(f"n_ctx must be from 1 to {MAX_INT32}, got {n_ctx}")
@@ -188,6 +197,11 @@ class Model(ModelFacts):
             yield self
         finally:
             self._masks.current = outer
+
+    def state_reader(self, n_seq: int, n_ctx: int) -> StateReader:
+        """Return what reads the inner states of `n_seq` sequences of at most `n_ctx` tokens at a time."""
+        context = _core.Context(self._native, n_ctx=n_ctx, n_seq_max=n_seq, states=True, **self._context_options)
+        return StateReader(context)
 
     def _mask(self, keep: KeepSpec | None) -> npt.NDArray[np.bool_] | None:
         if keep is None:
