@@ -13,3 +13,4 @@ void register_layout(pybind11::module_& m);
 void register_model(pybind11::module_& m);
 void register_sampler(pybind11::module_& m);
 void register_shard(pybind11::module_& m);
+void register_worker(pybind11::module_& m);
