@@ -170,7 +170,7 @@ def test_layers_that_do_not_fit(start: Start, tinymoe: Path) -> None:
     assert "4.0 MiB for layers" in worker.said
     with pytest.raises(MoeshardError, match=f"the workers have 4.0 MiB \\({worker.endpoint}\\); add a worker"):
         Model(tinymoe, rpc=[worker.endpoint])
-    others = [start("--memory", "8MiB") for _ in range(2)]
+    others = [start("--memory", "9MiB") for _ in range(2)]
     with Model(tinymoe, rpc=endpoints(others)) as model:
         assert model.logits(TOKENS).shape[0] == TOKENS.size
 
@@ -264,7 +264,7 @@ def test_commands(three: list[Worker], cli: Cli, tmp_path: Path) -> None:
     ours, theirs = (json.loads(cli(*asked, *more).out) for more in (where, ("--threads", "1")))
     assert ours["text"] == theirs["text"]
     text = tmp_path / "text.txt"
-    text.write_text("The river runs past the town. " * 400)
+    text.write_text("The river runs past the town. " * 60)
     found = cli("analyze", "tinymoe", "--text", text, "-o", tmp_path / "p.npz", *where)
     assert found.code == 0, found.err
     assert cli("analyze", "tinymoe", "--text", text, "-o", tmp_path / "q.npz", "--threads", "1").code == 0
