@@ -35,9 +35,10 @@ PUBLIC = {
     "sampler.hpp": "runtime",
     "statistics.hpp": "runtime",
     "step_queue.hpp": "runtime",
+    "worker.hpp": "runtime",
 }
 # What of llama.cpp every room may see. The rest is private to it, and for engine/ alone.
-LLAMA = {"ggml.h", "ggml-backend.h", "ggml-cpu.h", "gguf.h", "llama.h"}
+LLAMA = {"ggml.h", "ggml-backend.h", "ggml-cpu.h", "ggml-rpc.h", "gguf.h", "llama.h"}
 INCLUDE = re.compile(r'^\s*#\s*include "([^"]+)"', re.MULTILINE)
 
 

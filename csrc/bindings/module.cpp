@@ -15,4 +15,5 @@ PYBIND11_MODULE(_core, m) {
     register_sampler(m);
     register_generation(m);
     register_batcher(m);
+    register_worker(m);
 }

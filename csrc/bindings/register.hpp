@@ -14,3 +14,4 @@ void register_model(pybind11::module_& m);
 void register_quantize(pybind11::module_& m);
 void register_sampler(pybind11::module_& m);
 void register_shard(pybind11::module_& m);
+void register_worker(pybind11::module_& m);

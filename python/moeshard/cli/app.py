@@ -42,6 +42,7 @@ from moeshard.cli.terminal import (
     writing_stdout,
 )
 from moeshard.cli.verify import verify
+from moeshard.cli.worker import worker
 
 # What typer raises for wrong usage. It is click's, or typer's own copy of it.
 _UsageError: Any = typer.BadParameter.__base__
@@ -204,6 +205,7 @@ app.command(short_help="Measure what the nodes of a plan lose.")(evaluate)
 app.command(short_help="Say which node should have a session.")(place)
 app.command(short_help="Serve a model to OpenAI's clients.")(serve)
 app.command(short_help="Serve the nodes of a plan, each a server of its own.")(gateway)
+app.command(short_help="Hold layers for models of other machines.")(worker)
 app.command(short_help="Draw what was measured, on one page.")(report)
 app.command(short_help="Write shards: GGUF files with some of the experts.")(split)
 app.command(short_help="Compare a shard with the model it was taken from.")(verify)

@@ -17,9 +17,12 @@ from moeshard.cli.options import (
     HeldOutOption,
     JsonOption,
     ModelArgument,
+    RpcOption,
+    SplitOption,
     ThreadsOption,
     check_template,
     one_of,
+    pipeline,
 )
 
 if TYPE_CHECKING:
@@ -79,6 +82,8 @@ def evaluate(
     ] = None,
     threads: ThreadsOption = 0,
     gpu_layers: GpuLayersOption = -1,
+    rpc: RpcOption = None,
+    split: SplitOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -112,7 +117,7 @@ def evaluate(
     check_files(out, inputs=read, force=force, as_json=as_json)
     results = Results(force=force)
     nodes = read_plan(plan)
-    loaded = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers)
+    loaded = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers, workers=pipeline(rpc, split))
     given = read_texts(text or [], chat or [], model=loaded, template=chat_template or "")
     domains = given or embedded_traffic("heldout")
     warn_of_text(text_likeness(loaded, domains, nodes, recovery))

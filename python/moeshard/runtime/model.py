@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +17,11 @@ from moeshard._core import MoeshardError
 from moeshard.arrays import TokensLike
 from moeshard.runtime.chat import Chat
 from moeshard.runtime.contexts import ContextPool
+from moeshard.runtime.engine import Engine, LocalEngine
 from moeshard.runtime.facts import ModelFacts
 from moeshard.runtime.generation import Generation, generation_options
 from moeshard.runtime.limits import DEFAULT_CTX, MAX_INT32
-from moeshard.runtime.origin import Origin, find_origin
+from moeshard.runtime.origin import LoadOptions, Origin, find_origin
 from moeshard.runtime.session import Session, as_tokens
 from moeshard.runtime.states import StateReader
 from moeshard.runtime.template import Message
@@ -28,6 +29,15 @@ from moeshard.runtime.trace import ChunkSink, Trace, TraceBuilder
 
 if TYPE_CHECKING:
     from moeshard.keep.text import KeepSpec
+
+
+class Loaded(NamedTuple):
+    """A model in its engine."""
+
+    engine: Engine
+    native: _core.Model
+    n_ctx: int
+    contexts: ContextPool
 
 
 class Model(ModelFacts):
@@ -48,6 +58,8 @@ class Model(ModelFacts):
         n_threads: int = 0,
         n_gpu_layers: int = -1,
         mmap: bool = True,
+        rpc: Sequence[str] = (),
+        layer_split: Sequence[int] | None = None,
         progress: Callable[[float], object] | None = None,
     ):
         """Load a model.
@@ -67,10 +79,14 @@ class Model(ModelFacts):
             n_threads: 0 for as many as the processors this process may use.
             n_gpu_layers: layers on the GPU, where there is one; negative for all.
             mmap: map the file instead of reading it into memory.
+            rpc: workers (``host:port``, see ``moeshard worker``) that hold the layers instead of this machine, in this
+                order. The engine then runs in a process of its own; where a worker is lost, what was being computed
+                raises an error that names it, and the next call loads the model again.
+            layer_split: how many layers each worker holds; by default as fits their memory best.
             progress: called with the fraction loaded; returning False (nothing else) stops the load.
 
         Raises:
-            MoeshardError: the file is missing, damaged, or no model that llama.cpp can run.
+            MoeshardError: the file is missing, damaged, or no model that llama.cpp can run; a worker cannot be used.
         """
         if n_expert_used is not None and n_expert_used < 1:
             raise MoeshardError(f"n_expert_used must be positive, got {n_expert_used}")
@@ -82,14 +98,55 @@ class Model(ModelFacts):
             "experts": experts,
             "recovery": recovery,
         }
-        self._loaded: _core.Model | None = self._origin.load(n_gpu_layers, mmap, n_expert_used or 0, progress)
         if n_ctx is not None and not 1 <= n_ctx <= MAX_INT32:
             raise MoeshardError(f"n_ctx must be from 1 to {MAX_INT32}, got {n_ctx}")
-        self._n_ctx = n_ctx or min(self._native.n_ctx_train or DEFAULT_CTX, DEFAULT_CTX)
-        self._load_options: dict[str, Any] = {"n_gpu_layers": n_gpu_layers, "mmap": mmap}
+        self._load_options: dict[str, Any] = {
+            "n_gpu_layers": n_gpu_layers,
+            "mmap": mmap,
+            "rpc": list(rpc),
+            "layer_split": layer_split,
+        }
+        self._n_expert_used = n_expert_used or 0
         self._context_options = {"n_batch": n_batch, "n_ubatch": n_ubatch, "n_threads": n_threads}
-        self._contexts = ContextPool(self._native, self._n_ctx, **self._context_options)
+        self._loading = threading.Lock()
         self._masks = threading.local()
+        self._computing: Loaded | None = self._load(n_ctx, progress)
+        self._n_ctx = self._computing.n_ctx
+
+    def _load(self, n_ctx: int | None, progress: Callable[[float], object] | None = None) -> Loaded:
+        options = self._load_options
+        engine: Engine = LocalEngine()
+        if options["rpc"]:
+            from moeshard.runtime.remote import RemoteEngine
+
+            engine = RemoteEngine(options["rpc"], options["layer_split"])
+        own: LoadOptions = {
+            "n_gpu_layers": options["n_gpu_layers"],
+            "mmap": options["mmap"],
+            "n_expert_used": self._n_expert_used,
+            "rpc": [],
+            "layer_split": [],
+        }
+        native = engine.load(self._origin, own, progress)
+        n_ctx = n_ctx or min(native.n_ctx_train or DEFAULT_CTX, DEFAULT_CTX)
+        return Loaded(engine, native, n_ctx, ContextPool(engine, native, n_ctx, **self._context_options))
+
+    @property
+    def _loaded(self) -> Loaded:
+        """What computes, loaded again where it was lost."""
+        loaded = self._computing
+        if loaded is not None and loaded.engine.lost:
+            with self._loading:
+                if self._computing is loaded:
+                    self._computing = self._load(self._n_ctx)
+                loaded = self._computing
+        if loaded is None:
+            raise MoeshardError(f"{self._origin.path}: the model is closed; load it again")
+        return loaded
+
+    @property
+    def _native(self) -> _core.Model:
+        return self._loaded.native
 
     def sibling(self, path: str | os.PathLike[str] | None = None, *, n_expert_used: int | None = None) -> Model:
         """Load another file, or the same experts of the same file with others per token, to run as this model does.
@@ -100,9 +157,14 @@ class Model(ModelFacts):
         return Model(**source, n_expert_used=n_expert_used, **self.load_options)
 
     def close(self) -> None:
-        """Free the model, as soon as the sessions and answers that still use it are closed; then no call works."""
-        self._contexts.close()
-        self._loaded = None
+        """Free the model, as soon as the sessions and answers that still use it are closed; then no call works.
+
+        Over workers it is freed at once.
+        """
+        if self._computing is not None:
+            self._computing.contexts.close()
+            self._computing.engine.close()
+        self._computing = None
 
     def __enter__(self) -> Model:
         return self
@@ -283,10 +345,10 @@ class Model(ModelFacts):
             stop=stop,
         )
         tokens = self.tokenize(prompt, parse=True) if isinstance(prompt, str) else as_tokens(prompt)
-        lease = self._contexts.take(1, max(self._n_ctx, len(tokens) + max(max_tokens, 0)))
+        lease = self._loaded.contexts.take(1, max(self._n_ctx, len(tokens) + max(max_tokens, 0)))
         try:
             lease.context.set_keep(self._mask(keep))
-            native = _core.Generation(
+            native = self._loaded.engine.generation(
                 lease.context,
                 tokens,
                 max_tokens=options.pop("max_tokens"),
@@ -307,8 +369,9 @@ class Model(ModelFacts):
             n_ctx: tokens that each can hold; by default those of the model.
             n_prefill: tokens of prompts computed per step, which all others wait for.
         """
-        return _core.Batcher(
-            self._native, n_slots=n_slots, n_ctx=n_ctx or self._n_ctx, n_prefill=n_prefill, **self._context_options
+        loaded = self._loaded
+        return loaded.engine.batcher(
+            loaded.native, n_slots=n_slots, n_ctx=n_ctx or self._n_ctx, n_prefill=n_prefill, **self._context_options
         )
 
     def trace(
@@ -358,7 +421,7 @@ class Model(ModelFacts):
         """Return `n_seq` sequences of `n_ctx` tokens each, to be decoded in shared batches under a keep each."""
         if n_seq < 1:
             raise MoeshardError(f"n_seq must be positive, got {n_seq}")
-        lease = self._contexts.take(n_seq, n_ctx or self._n_ctx)
+        lease = self._loaded.contexts.take(n_seq, n_ctx or self._n_ctx)
         try:
             lease.context.set_keep(self._mask(None))
         except BaseException:

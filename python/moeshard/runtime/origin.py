@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
@@ -20,6 +20,17 @@ if TYPE_CHECKING:
 StrPath = str | os.PathLike[str]
 
 
+class Source(TypedDict):
+    """The arguments of `moeshard.Model` that say what is loaded."""
+
+    path: StrPath | None
+    keep: Any
+    trunk: StrPath | None
+    experts: StrPath | None
+    n_expert_used: int
+    recovery: StrPath | None
+
+
 @dataclass(frozen=True)
 class Origin:
     """Where a model comes from."""
@@ -30,24 +41,28 @@ class Origin:
     """What is read where the model is no file."""
     held: Keep | None
     """bool (n_layer, n_expert) of the whole model, where only some of its experts are loaded."""
+    source: Source | None = None
+    """The arguments that it was found by; None where it was made of segments."""
 
     def layout(self) -> MoeLayout:
         """Return what of the loaded model depends on its experts."""
         return (self.segments or GGUFMap(self.path)).moe_layout()
 
-    def load(
-        self, n_gpu_layers: int, mmap: bool, n_expert_used: int, progress: Callable[[float], object] | None
-    ) -> _core.Model:
-        """Load it into the engine."""
-        return _core.Model(
-            self.path,
-            self.segments,
-            n_gpu_layers=n_gpu_layers,
-            mmap=mmap,
-            # Segments carry it in their header.
-            n_expert_used=0 if self.segments else n_expert_used,
-            progress=progress,
-        )
+    def load(self, options: LoadOptions, progress: Callable[[float], object] | None) -> _core.Model:
+        """Load it into the engine of this process."""
+        if self.segments:  # they carry it in their header
+            options = {**options, "n_expert_used": 0}
+        return _core.Model(self.path, self.segments, progress=progress, **options)
+
+
+class LoadOptions(TypedDict):
+    """The arguments of `moeshard.Model` that say how it is loaded."""
+
+    n_gpu_layers: int
+    mmap: bool
+    n_expert_used: int
+    rpc: list[str]
+    layer_split: list[int]
 
 
 def find_origin(
@@ -63,6 +78,25 @@ def find_origin(
         raise MoeshardError("a recovery goes with the path of a whole model and the keep that it was made for")
     if isinstance(path, Origin):
         return path
+    source: Source = {
+        "path": path,
+        "keep": keep,
+        "trunk": trunk,
+        "experts": experts,
+        "n_expert_used": n_expert_used,
+        "recovery": recovery,
+    }
+    return replace(_find(**source), source=source)
+
+
+def _find(
+    path: StrPath | None,
+    keep: KeepSpec | None,
+    trunk: StrPath | None,
+    experts: StrPath | None,
+    n_expert_used: int,
+    recovery: StrPath | None,
+) -> Origin:
     if path is not None and trunk is None and experts is None:
         name = os.fspath(path)
         return _file(name) if keep is None else _part_of(name, keep, n_expert_used, recovery)
