@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +16,10 @@ import moeshard._core as _core
 from moeshard._core import MoeshardError
 from moeshard.arrays import TokensLike
 from moeshard.runtime.chat import Chat
-from moeshard.runtime.contexts import ContextPool
-from moeshard.runtime.engine import Engine, LocalEngine
 from moeshard.runtime.facts import ModelFacts
 from moeshard.runtime.generation import Generation, generation_options
-from moeshard.runtime.limits import DEFAULT_CTX, MAX_INT32
+from moeshard.runtime.limits import MAX_INT32
+from moeshard.runtime.loaded import Holder, Loaded
 from moeshard.runtime.origin import LoadOptions, Origin, find_origin
 from moeshard.runtime.session import Session, as_tokens
 from moeshard.runtime.states import StateReader
@@ -29,15 +28,6 @@ from moeshard.runtime.trace import ChunkSink, Trace, TraceBuilder
 
 if TYPE_CHECKING:
     from moeshard.keep.text import KeepSpec
-
-
-class Loaded(NamedTuple):
-    """A model in its engine."""
-
-    engine: Engine
-    native: _core.Model
-    n_ctx: int
-    contexts: ContextPool
 
 
 class Model(ModelFacts):
@@ -100,49 +90,21 @@ class Model(ModelFacts):
         }
         if n_ctx is not None and not 1 <= n_ctx <= MAX_INT32:
             raise MoeshardError(f"n_ctx must be from 1 to {MAX_INT32}, got {n_ctx}")
-        self._load_options: dict[str, Any] = {
+        self._load_options: LoadOptions = {
             "n_gpu_layers": n_gpu_layers,
             "mmap": mmap,
+            "n_expert_used": n_expert_used or 0,
             "rpc": list(rpc),
-            "layer_split": layer_split,
+            "layer_split": None if layer_split is None else list(layer_split),
         }
-        self._n_expert_used = n_expert_used or 0
         self._context_options = {"n_batch": n_batch, "n_ubatch": n_ubatch, "n_threads": n_threads}
-        self._loading = threading.Lock()
         self._masks = threading.local()
-        self._computing: Loaded | None = self._load(n_ctx, progress)
-        self._n_ctx = self._computing.n_ctx
-
-    def _load(self, n_ctx: int | None, progress: Callable[[float], object] | None = None) -> Loaded:
-        options = self._load_options
-        engine: Engine = LocalEngine()
-        if options["rpc"]:
-            from moeshard.runtime.remote import RemoteEngine
-
-            engine = RemoteEngine(options["rpc"], options["layer_split"])
-        own: LoadOptions = {
-            "n_gpu_layers": options["n_gpu_layers"],
-            "mmap": options["mmap"],
-            "n_expert_used": self._n_expert_used,
-            "rpc": [],
-            "layer_split": [],
-        }
-        native = engine.load(self._origin, own, progress)
-        n_ctx = n_ctx or min(native.n_ctx_train or DEFAULT_CTX, DEFAULT_CTX)
-        return Loaded(engine, native, n_ctx, ContextPool(engine, native, n_ctx, **self._context_options))
+        self._holder = Holder(self._origin, self._load_options, self._context_options, n_ctx, progress)
+        self._n_ctx = self._holder.n_ctx
 
     @property
     def _loaded(self) -> Loaded:
-        """What computes, loaded again where it was lost."""
-        loaded = self._computing
-        if loaded is not None and loaded.engine.lost:
-            with self._loading:
-                if self._computing is loaded:
-                    self._computing = self._load(self._n_ctx)
-                loaded = self._computing
-        if loaded is None:
-            raise MoeshardError(f"{self._origin.path}: the model is closed; load it again")
-        return loaded
+        return self._holder.get()
 
     @property
     def _native(self) -> _core.Model:
@@ -161,10 +123,7 @@ class Model(ModelFacts):
 
         Over workers it is freed at once.
         """
-        if self._computing is not None:
-            self._computing.contexts.close()
-            self._computing.engine.close()
-        self._computing = None
+        self._holder.close()
 
     def __enter__(self) -> Model:
         return self
@@ -175,7 +134,9 @@ class Model(ModelFacts):
     @property
     def load_options(self) -> dict[str, Any]:
         """How to load another model that is to run as this one does: further arguments of `Model`."""
-        return {"n_ctx": self._n_ctx, **self._load_options, **self._context_options}
+        options: dict[str, Any] = {**self._load_options, **self._context_options}
+        del options["n_expert_used"]  # of this model
+        return {"n_ctx": self._n_ctx, **options}
 
     # Text and tokens.
 
@@ -262,7 +223,10 @@ class Model(ModelFacts):
 
     def state_reader(self, n_seq: int, n_ctx: int) -> StateReader:
         """Return what reads the inner states of `n_seq` sequences of at most `n_ctx` tokens at a time."""
-        context = _core.Context(self._native, n_ctx=n_ctx, n_seq_max=n_seq, states=True, **self._context_options)
+        loaded = self._loaded
+        context = loaded.engine.context(
+            loaded.native, n_ctx=n_ctx, n_seq_max=n_seq, states=True, **self._context_options
+        )
         return StateReader(context)
 
     def _mask(self, keep: KeepSpec | None) -> npt.NDArray[np.bool_] | None:

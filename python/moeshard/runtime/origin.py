@@ -50,9 +50,17 @@ class Origin:
 
     def load(self, options: LoadOptions, progress: Callable[[float], object] | None) -> _core.Model:
         """Load it into the engine of this process."""
-        if self.segments:  # they carry it in their header
-            options = {**options, "n_expert_used": 0}
-        return _core.Model(self.path, self.segments, progress=progress, **options)
+        return _core.Model(
+            self.path,
+            self.segments,
+            n_gpu_layers=options["n_gpu_layers"],
+            mmap=options["mmap"],
+            # Segments carry it in their header.
+            n_expert_used=0 if self.segments else options["n_expert_used"],
+            rpc=options["rpc"],
+            layer_split=options["layer_split"] or (),
+            progress=progress,
+        )
 
 
 class LoadOptions(TypedDict):
@@ -62,7 +70,8 @@ class LoadOptions(TypedDict):
     mmap: bool
     n_expert_used: int
     rpc: list[str]
-    layer_split: list[int]
+    layer_split: list[int] | None
+    """None: as fits the workers' memory."""
 
 
 def find_origin(
