@@ -22,7 +22,7 @@ class Engine(Protocol):
     def load(self, origin: Origin, options: LoadOptions, progress: Callable[[float], object] | None) -> _core.Model:
         """Load a model."""
 
-    def context(self, model: _core.Model, **options: int) -> _core.Context:
+    def context(self, model: _core.Model, **options: Any) -> _core.Context:
         """Make a context of a model of this engine."""
 
     def generation(self, context: _core.Context, prompt: Any, **options: Any) -> _core.Generation:
@@ -43,7 +43,7 @@ class LocalEngine:
     def load(self, origin: Origin, options: LoadOptions, progress: Callable[[float], object] | None) -> _core.Model:
         return origin.load(options, progress)
 
-    def context(self, model: _core.Model, **options: int) -> _core.Context:
+    def context(self, model: _core.Model, **options: Any) -> _core.Context:
         return _core.Context(model, **options)
 
     def generation(self, context: _core.Context, prompt: Any, **options: Any) -> _core.Generation:

@@ -89,7 +89,7 @@ class RemoteEngine:
         made: _core.Model = self.call(None, "load", (origin.source, over, progress), {})
         return made
 
-    def context(self, model: _core.Model, **options: int) -> _core.Context:
+    def context(self, model: _core.Model, **options: Any) -> _core.Context:
         made: _core.Context = self.call(None, "context", (model,), options)
         return made
 
