@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -104,6 +105,20 @@ class Lane:
         return self.steps.run(self.batcher, n_steps, MAX_SECONDS)
 
 
+def _wake_fds() -> tuple[int, int]:
+    """Return descriptors to read from and to write to, which do not block.
+
+    An eventfd where there is one: Linux wakes the reader of a pipe on the processor of its writer, who is to go on.
+    """
+    if sys.platform == "linux":
+        fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        return fd, fd
+    ends = os.pipe()
+    for fd in ends:
+        os.set_blocking(fd, False)
+    return ends
+
+
 class Engine:
     """A thread and its lanes."""
 
@@ -117,15 +132,13 @@ class Engine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._wake_fds: tuple[int, int] | None = None
-        """The ends of a pipe: a byte in it says that steps have come."""
+        """What is read from and written to when steps have come."""
 
     def start(self) -> None:
         """Begin to compute for the running event loop; more than once is once."""
         if self._thread is None:
             self._loop = asyncio.get_running_loop()
-            self._wake_fds = os.pipe()
-            for fd in self._wake_fds:
-                os.set_blocking(fd, False)
+            self._wake_fds = _wake_fds()
             for lane in self.lanes:
                 lane.steps = _core.StepQueue(self._wake_fds[1])
             self._loop.add_reader(self._wake_fds[0], self._collect)
@@ -148,7 +161,7 @@ class Engine:
         if self._loop is not None and self._wake_fds is not None:
             self._collect()
             self._loop.remove_reader(self._wake_fds[0])
-            for fd in self._wake_fds:
+            for fd in set(self._wake_fds):
                 os.close(fd)
             self._wake_fds = None
 
