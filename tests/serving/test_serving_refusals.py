@@ -16,8 +16,9 @@ import pytest
 from conftest import Application
 from running import Running
 
-from moeshard import MoeshardError, _core
+from moeshard import MoeshardError
 from moeshard.serving.auth import Keys, read_keys
+from moeshard.serving.engine import Lane
 from moeshard.serving.settings import Settings
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]}

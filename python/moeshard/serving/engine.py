@@ -153,7 +153,7 @@ class Engine:
         self.fault = "the server is shutting down"
         with self._wake:
             self._closing = True
-            self._wake.notify()
+            self._call()
         while self._thread.is_alive():
             for lane in self.lanes:
                 lane.batcher.abort()
@@ -204,11 +204,15 @@ class Engine:
             ended = self._ended
             if not ended:
                 self._commands.append((new, job))
-                self._wake.notify()
-                for lane in self.lanes:
-                    lane.steps.interrupt()
+                self._call()
         if ended and new:
             job.add(unavailable(self.fault or "the engine has ended"))
+
+    def _call(self) -> None:
+        """Let the thread look at its commands after the step that it is in; called with the lock."""
+        self._wake.notify()
+        for lane in self.lanes:
+            lane.steps.interrupt()
 
     # In the engine's thread.
 
