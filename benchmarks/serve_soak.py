@@ -58,7 +58,7 @@ class Soak:
     def text(self) -> str:
         text = TEXTS[self.random.choice(list(TEXTS))]
         begin = self.random.randrange(len(text) - 600)
-        return text[begin : begin + self.random.randrange(20, 600)]
+        return text[begin : begin + self.random.randrange(20, 450)]
 
     def headers(self) -> dict[str, str]:
         found = {"Authorization": f"Bearer {self.random.choice(KEYS)}"}
