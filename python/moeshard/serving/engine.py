@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -107,6 +108,20 @@ class Lane:
         return self.steps.run(self.batcher, n_steps, MAX_SECONDS)
 
 
+def _wake_fds() -> tuple[int, int]:
+    """Return descriptors to read from and to write to, which do not block.
+
+    An eventfd where there is one: Linux wakes the reader of a pipe on the processor of its writer, who is to go on.
+    """
+    if sys.platform == "linux":
+        fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        return fd, fd
+    ends = os.pipe()
+    for fd in ends:
+        os.set_blocking(fd, False)
+    return ends
+
+
 class Engine:
     """A thread and its lanes."""
 
@@ -120,15 +135,13 @@ class Engine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._wake_fds: tuple[int, int] | None = None
-        """The ends of a pipe: a byte in it says that steps have come."""
+        """What is read from and written to when steps have come."""
 
     def start(self) -> None:
         """Begin to compute for the running event loop; more than once is once."""
         if self._thread is None:
             self._loop = asyncio.get_running_loop()
-            self._wake_fds = os.pipe()
-            for fd in self._wake_fds:
-                os.set_blocking(fd, False)
+            self._wake_fds = _wake_fds()
             for lane in self.lanes:
                 lane.steps = _core.StepQueue(self._wake_fds[1])
             self._loop.add_reader(self._wake_fds[0], self._collect)
@@ -143,7 +156,7 @@ class Engine:
         self.fault = "the server is shutting down"
         with self._wake:
             self._closing = True
-            self._wake.notify()
+            self._call()
         while self._thread.is_alive():
             for lane in self.lanes:
                 lane.batcher.abort()
@@ -151,7 +164,7 @@ class Engine:
         if self._loop is not None and self._wake_fds is not None:
             self._collect()
             self._loop.remove_reader(self._wake_fds[0])
-            for fd in self._wake_fds:
+            for fd in set(self._wake_fds):
                 os.close(fd)
             self._wake_fds = None
 
@@ -206,11 +219,15 @@ class Engine:
             ended = self._ended
             if not ended:
                 self._commands.append((new, job))
-                self._wake.notify()
-                for lane in self.lanes:
-                    lane.steps.interrupt()
+                self._call()
         if ended and new:
             job.add(unavailable(self.fault or "the engine has ended"))
+
+    def _call(self) -> None:
+        """Let the thread look at its commands after the step that it is in; called with the lock."""
+        self._wake.notify()
+        for lane in self.lanes:
+            lane.steps.interrupt()
 
     # In the engine's thread.
 
