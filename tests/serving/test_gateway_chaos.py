@@ -21,9 +21,8 @@ from moeshard import Plan
 
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
 # No answer here takes long by itself; what takes longer than this hangs.
-PATIENCE = 30.0
+PATIENCE = 60.0
 LONG: dict[str, Any] = {"max_tokens": 1500, "ignore_eos": True, "stream": True, "seed": 1}
-POLL = 0.3
 # One for all: each new one would read the certificates of the system first.
 CLIENT = httpx.Client(timeout=PATIENCE, limits=httpx.Limits(max_keepalive_connections=0))
 
@@ -46,8 +45,8 @@ class House:
         self.de, self.en = (Process("serve", shards[name], *options) for name in ("de", "en"))
         nodes = [f"--node=de={self.de.url}", f"--node=en={self.en.url}", f"--node=py={self.full.url}"]
         self.gateway = Process(
-            "gateway", "--plan", plan_file, *nodes, "--full", self.full.url, "--poll", str(POLL),
-            "--first-timeout", "20", "--chunk-timeout", "5", "--connect-timeout", "1",
+            "gateway", "--plan", plan_file, *nodes, "--full", self.full.url, "--poll", "0.3",
+            "--health-timeout", "1.5", "--first-timeout", "20", "--chunk-timeout", "10",
         )  # fmt: skip
         self._n_turns = 0
 
