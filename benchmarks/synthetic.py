@@ -2,9 +2,11 @@
 
     python benchmarks/synthetic.py OUT.gguf --layers 2
     python benchmarks/synthetic.py OUT.gguf --layers 48 --narrow 4    # as deep as the real one, a quarter as wide
+    python benchmarks/synthetic.py OUT.gguf --vocab 151936            # with as many tokens
 
 Architecture qwen3moe with the shapes of Qwen3-30B-A3B, of any layer count, in Q8_0, with the tokenizer (and so the
-vocabulary) of the embedded model. Its text is noise; its speed and its layout are those of the real one.
+vocabulary) of the embedded model, to which tokens can be added that no text has. Its text is noise; its speed and its
+layout are those of the real one.
 """
 
 from __future__ import annotations
@@ -55,18 +57,27 @@ def q8_0(rng: np.random.Generator, *shape: int) -> npt.NDArray[np.uint8]:
     return blocks.reshape(*outer, n // BLOCK * (2 + BLOCK))
 
 
-def copy_tokenizer(writer: gguf.GGUFWriter, source: gguf.GGUFReader) -> int:
-    """Carry the tokenizer's metadata over; return the size of the vocabulary."""
+def copy_tokenizer(writer: gguf.GGUFWriter, source: gguf.GGUFReader, n_vocab: int) -> int:
+    """Carry the tokenizer's metadata over, with more tokens where it has fewer; return how many there are."""
+    n_own = len(source.fields["tokenizer.ggml.tokens"].data)
+    more = range(n_own, n_vocab)
+    added = {
+        "tokenizer.ggml.tokens": [f"token{number}" for number in more],
+        "tokenizer.ggml.token_type": [int(gguf.TokenType.NORMAL) for _ in more],
+    }
     for field in source.fields.values():
         if not field.name.startswith("tokenizer."):
             continue
         sub_type = field.types[1] if len(field.types) > 1 else None
-        writer.add_key_value(field.name, field.contents(), field.types[0], sub_type)
-    return len(source.fields["tokenizer.ggml.tokens"].data)
+        value = field.contents()
+        if field.name in added:
+            value = [*value, *added[field.name]]
+        writer.add_key_value(field.name, value, field.types[0], sub_type)
+    return max(n_own, n_vocab)
 
 
-def write(path: Path, n_layer: int, shape: Shape | None = None, seed: int = 0) -> None:
-    """Write the model; peak memory is one tensor."""
+def write(path: Path, n_layer: int, shape: Shape | None = None, seed: int = 0, n_vocab: int = 0) -> None:
+    """Write the model, with at least `n_vocab` tokens; peak memory is one tensor."""
     shape = shape or Shape()
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "qwen3moe", use_temp_file=True)
@@ -84,7 +95,7 @@ def write(path: Path, n_layer: int, shape: Shape | None = None, seed: int = 0) -
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_expert_count(shape.n_expert)
     writer.add_expert_used_count(shape.n_expert_used)
-    n_vocab = copy_tokenizer(writer, gguf.GGUFReader(moeshard.embedded_model()))
+    n_vocab = copy_tokenizer(writer, gguf.GGUFReader(moeshard.embedded_model()), n_vocab)
 
     def quantised(name: str, *dims: int) -> None:
         writer.add_tensor(name, q8_0(rng, *dims), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
@@ -122,9 +133,10 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--narrow", type=int, choices=(1, 2, 4, 8), default=1, help="divide the width by this")
+    parser.add_argument("--vocab", type=int, default=0, help="at least so many tokens")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    write(args.out, args.layers, Shape().narrowed(args.narrow), seed=args.seed)
+    write(args.out, args.layers, Shape().narrowed(args.narrow), seed=args.seed, n_vocab=args.vocab)
     print(f"{args.out}: {args.layers} layers, {args.out.stat().st_size / 2**30:.2f} GiB")
 
 

@@ -33,6 +33,7 @@ PUBLIC = {
     "process.hpp": "runtime",
     "sampler.hpp": "runtime",
     "statistics.hpp": "runtime",
+    "step_queue.hpp": "runtime",
 }
 # What of llama.cpp every room may see. The rest is private to it, and for engine/ alone.
 LLAMA = {"ggml.h", "ggml-backend.h", "ggml-cpu.h", "gguf.h", "llama.h"}

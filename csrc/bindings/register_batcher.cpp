@@ -6,11 +6,13 @@
 #include "bindings/register.hpp"
 #include "bindings/stop_reason.hpp"
 #include "moeshard/batcher.hpp"
+#include "moeshard/step_queue.hpp"
 
 using moeshard::Batcher;
 using moeshard::BatcherParams;
 using moeshard::Progress;
 using moeshard::Request;
+using moeshard::StepQueue;
 using moeshard::TokenLogprob;
 
 namespace {
@@ -81,4 +83,10 @@ void register_batcher(py::module_& m) {
         .def("step", &Batcher::step, py::call_guard<py::gil_scoped_release>())
         .def("abort", &Batcher::abort)
         .def("forget", &Batcher::forget);
+    py::class_<StepQueue>(m, "StepQueue", "Steps of batchers for a reader in another thread.")
+        .def(py::init<int>(), py::arg("wake_fd") = -1)
+        .def("run", &StepQueue::run, py::arg("batcher"), py::arg("n_steps") = 0, py::arg("seconds") = 1.0,
+             py::call_guard<py::gil_scoped_release>())
+        .def("interrupt", &StepQueue::interrupt)
+        .def("take", &StepQueue::take);
 }

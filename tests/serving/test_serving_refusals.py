@@ -16,8 +16,9 @@ import pytest
 from conftest import Application
 from running import Running
 
-from moeshard import MoeshardError, _core
+from moeshard import MoeshardError
 from moeshard.serving.auth import Keys, read_keys
+from moeshard.serving.engine import Lane
 from moeshard.serving.settings import Settings
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]}
@@ -194,26 +195,21 @@ def test_a_full_queue_and_a_deadline(application: Application) -> None:
         running.stop()
 
 
-class Breaking:
-    """A batcher whose engine fails after some steps."""
+def break_after(lane: Lane, n_steps: int) -> None:
+    """Make a lane's engine fail after some steps."""
+    left = [n_steps]
 
-    def __init__(self, batcher: _core.Batcher, n_steps: int):
-        self._batcher, self._left = batcher, n_steps
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._batcher, name)
-
-    def step(self) -> Any:
-        self._left -= 1
-        if self._left < 0:
+    def run(n: int) -> list[int]:
+        if not left:
             raise MoeshardError("the device is gone")
-        return self._batcher.step()
+        return lane.steps.run(lane.batcher, left.pop(), 60)
+
+    lane.run = run  # type: ignore[method-assign]
 
 
 def test_a_broken_engine_is_said_and_seen(application: Application) -> None:
     app, local = application(False)
-    lane = local.engine.lanes[0]
-    lane.batcher = Breaking(lane.batcher, 5)  # type: ignore[assignment]
+    break_after(local.engine.lanes[0], 5)
     running = Running(lambda: app)
     try:
         url = f"{running.url}/v1/completions"

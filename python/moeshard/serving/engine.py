@@ -1,17 +1,20 @@
 """The thread that computes: it takes requests from the event loop, steps them, and gives back what came of each step.
 
 Requests lie in lanes, a `Batcher` each. Lanes with something to do are stepped in turn, so that none waits for another
-longer than for one step of it.
+longer than for one step of it. The thread needs Python only where requests begin or end: what comes of steps lies in a
+queue until the event loop has time for it, and neither waits for the other.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import moeshard._core as _core
@@ -20,6 +23,9 @@ from moeshard.serving.errors import ApiError, busy, failed, invalid, timed_out, 
 from moeshard.serving.fair import FairQueue, gives_way
 
 _log = logging.getLogger("moeshard.serving")
+
+MAX_SECONDS = 0.5
+"""The thread looks at its clock at least so often."""
 
 
 class Job:
@@ -88,10 +94,17 @@ class Lane:
         self.jobs: set[Job] = set()
         """All that are not over; of the event loop."""
         self.n_held = 0
-        """Tokens that the slots remember, after the last step."""
+        """Tokens that the slots remember, a moment ago."""
+        self.steps = _core.StepQueue()
+        self.computed: dict[int, Job] = {}
+        """Whose steps may be in the queue, by number."""
         # Of the engine's thread:
         self.waiting: FairQueue[Job] = FairQueue()
         self.running: dict[int, Job] = {}
+
+    def run(self, n_steps: int) -> list[int]:
+        """Make so many steps (0: any number), fewer where a request is over; return whose are."""
+        return self.steps.run(self.batcher, n_steps, MAX_SECONDS)
 
 
 class Engine:
@@ -106,11 +119,19 @@ class Engine:
         self._closing = self._ended = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._wake_fds: tuple[int, int] | None = None
+        """The ends of a pipe: a byte in it says that steps have come."""
 
     def start(self) -> None:
         """Begin to compute for the running event loop; more than once is once."""
         if self._thread is None:
             self._loop = asyncio.get_running_loop()
+            self._wake_fds = os.pipe()
+            for fd in self._wake_fds:
+                os.set_blocking(fd, False)
+            for lane in self.lanes:
+                lane.steps = _core.StepQueue(self._wake_fds[1])
+            self._loop.add_reader(self._wake_fds[0], self._collect)
             self._thread = threading.Thread(target=self._run, name="moeshard-engine", daemon=True)
             self.fault = None
             self._thread.start()
@@ -127,6 +148,26 @@ class Engine:
             for lane in self.lanes:
                 lane.batcher.abort()
             await asyncio.to_thread(self._thread.join, 0.05)
+        if self._loop is not None and self._wake_fds is not None:
+            self._collect()
+            self._loop.remove_reader(self._wake_fds[0])
+            for fd in self._wake_fds:
+                os.close(fd)
+            self._wake_fds = None
+
+    def _collect(self) -> None:
+        """Hand out what came of steps; called in the event loop."""
+        if self._wake_fds is None:
+            return
+        with suppress(BlockingIOError):
+            os.read(self._wake_fds[0], 4096)
+        for lane in self.lanes:
+            for step in lane.steps.take():
+                job = lane.computed.get(step.id)
+                if step.over:
+                    lane.computed.pop(step.id, None)
+                if job is not None and not job.ended:
+                    job.add(step)
 
     def submit(self, lane: Lane, seconds: float, **options: Any) -> Job:
         """Hand a request to a lane; called in the event loop.
@@ -166,6 +207,8 @@ class Engine:
             if not ended:
                 self._commands.append((new, job))
                 self._wake.notify()
+                for lane in self.lanes:
+                    lane.steps.interrupt()
         if ended and new:
             job.add(unavailable(self.fault or "the engine has ended"))
 
@@ -180,7 +223,7 @@ class Engine:
                     self._expire(lane)
                     self._admit(lane)
                     if lane.running:
-                        self._step(lane)
+                        self._step(lane, alone=not any(other.running for other in self.lanes if other is not lane))
         except Exception as error:
             _log.exception("the engine failed; restart the server")
             self.fault = reason = f"the engine failed: {error}"
@@ -207,6 +250,7 @@ class Engine:
         if job.id >= 0:
             job.lane.batcher.cancel(job.id)
             job.lane.running.pop(job.id, None)
+            job.lane.computed.pop(job.id, None)
         else:
             job.lane.waiting.remove(job.scope, job)
 
@@ -218,7 +262,7 @@ class Engine:
         self._deliver([(job, timed_out(job.seconds)) for job in late])
 
     def _admit(self, lane: Lane) -> None:
-        refused: list[tuple[Job, _core.Progress | ApiError]] = []
+        refused: list[tuple[Job, ApiError]] = []
         while lane.waiting and lane.batcher.n_free:
             job = lane.waiting.pop()
             try:
@@ -229,32 +273,27 @@ class Engine:
                 _log.exception("a request could not be begun")
                 refused.append((job, failed(f"The request could not be begun: {error}")))
             else:
-                lane.running[job.id] = job
+                lane.running[job.id] = lane.computed[job.id] = job
         self._deliver(refused)
 
-    def _step(self, lane: Lane) -> None:
-        steps = lane.batcher.step()
+    def _step(self, lane: Lane, alone: bool) -> None:
+        """Make a step, or, where no other lane has anything to do, as many as there are until a request is over."""
+        for number in lane.run(0 if alone else 1):
+            lane.running.pop(number, None)
         lane.n_held = lane.batcher.n_held
-        found: list[tuple[Job, _core.Progress | ApiError]] = []
-        for step in steps:
-            job = lane.running[step.id]
-            if step.over:
-                del lane.running[step.id]
-            found.append((job, step))
-        self._deliver(found)
 
-    def _deliver(self, found: Sequence[tuple[Job, _core.Progress | ApiError]]) -> None:
+    def _deliver(self, found: Sequence[tuple[Job, ApiError]]) -> None:
         """Let the event loop know, once for all."""
         if not found:
             return
         assert self._loop is not None
         try:
-            self._loop.call_soon_threadsafe(_hand_out, found)
+            self._loop.call_soon_threadsafe(self._hand_out, found)
         except RuntimeError:
             _log.debug("the event loop ended before the engine did")
 
-
-def _hand_out(found: Sequence[tuple[Job, _core.Progress | ApiError]]) -> None:
-    for job, update in found:
-        if not job.ended:
-            job.add(update)
+    def _hand_out(self, found: Sequence[tuple[Job, ApiError]]) -> None:
+        self._collect()  # what came before
+        for job, error in found:
+            if not job.ended:
+                job.add(error)

@@ -37,6 +37,7 @@ class Metrics:
         self._failovers = self._counter("failovers", "Requests that moved from who failed", "node", "reason")
         self._first = self._histogram("time_to_first_token_seconds", "From request to first token", _SECONDS)
         self._between = self._histogram("inter_token_latency_seconds", "Between tokens", _SECONDS)
+        self._next_token = self._between.labels(model)  # looked up once: it is asked for each token
         self._whole = self._histogram("e2e_request_latency_seconds", "From request to end", _SECONDS)
         self._probe = self._histogram("probe_seconds", "To find out where a session belongs", _SECONDS)
         self._fit = self._histogram("placement_fit", "Of the node that a session was placed on", _SHARES)
@@ -71,7 +72,7 @@ class Metrics:
     def next_tokens(self, n: int, seconds: float) -> None:
         """Count tokens that came together, so long after those before them."""
         for _ in range(n):
-            self._between.labels(self._model).observe(seconds / n)
+            self._next_token.observe(seconds / n)
 
     def ended(self, seconds: float, n_prompt: int, n_cached: int, n_generated: int, reason: str) -> None:
         """Count an answer; `reason` is ``abort`` where nobody waited for its end, ``error`` where it failed."""

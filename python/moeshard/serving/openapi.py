@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from moeshard.serving.fields import MAX_INT
 from moeshard.serving.protocol import MAX_PROMPTS, MAX_STOPS, MAX_TOP_LOGPROBS, MIN_PENALTY, ROLES
+from moeshard.serving.schema_union import TYPES
 
 _TEXT = {"type": "string"}
 _BOOL = {"type": ["boolean", "null"]}
@@ -177,7 +178,15 @@ def _model() -> dict[str, Any]:
 
 
 def _options(models: Sequence[str]) -> dict[str, Any]:
-    form = {"type": ["object", "null"], "required": ["type"], "properties": {"type": {"enum": ["text", "json_object"]}}}
+    schema = _object({"type": {"enum": list(TYPES)}})  # of all that JSON schema has
+    named = _object({"name": _TEXT, "schema": schema, "strict": _BOOL}, "schema")
+    form = {
+        "anyOf": [
+            _object({"type": {"enum": ["text", "json_object"]}}, "type"),
+            _object({"type": {"const": "json_schema"}, "json_schema": named}, "type", "json_schema"),
+            {"type": "null"},
+        ]
+    }
     stop = {
         "anyOf": [_TEXT, _array(_TEXT, maxItems=MAX_STOPS), {"type": "null"}],
         "description": "Texts that end the answer.",

@@ -288,17 +288,24 @@ def _grammar(fields: Fields) -> str:
         return grammar
     if grammar:
         raise invalid("grammar and response_format contradict each other; give one of them.", "grammar")
-    if kind == "json_object":
-        return schema_grammar({"type": "object"})
-    if kind != "json_schema":
+    if kind not in ("json_object", "json_schema"):
         raise invalid(
             "response_format.type must be text, json_object or json_schema.", "response_format.type", "invalid_value"
         )
-    described = form.inner("json_schema")
-    schema = described.raw("schema") if described is not None else None
+    schema: Any = {"type": "object"}
+    if kind == "json_object":
+        schema = form.raw("schema") or schema  # llama-server's way
+    else:
+        described = form.inner("json_schema")
+        schema = described.raw("schema") if described is not None else None
+        if described is not None:
+            described.text("name")
+            described.flag("strict")  # answers always follow the schema
     if not isinstance(schema, dict):
         raise invalid("response_format.json_schema.schema must be a JSON schema, an object.", "response_format")
     try:
         return schema_grammar(schema)
     except MoeshardError as error:
-        raise invalid(f"response_format.json_schema: {error}.", "response_format", "unsupported_schema") from error
+        raise invalid(
+            f"response_format: the schema cannot be heeded: {error}.", "response_format", "unsupported_schema"
+        ) from error

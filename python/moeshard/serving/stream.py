@@ -61,28 +61,65 @@ class Patient(Generic[_T]):
     def __init__(self, source: AsyncGenerator[_T, None]):
         self._source = source
         self._next: asyncio.Future[_T | _End] | None = None
+        self._woken: asyncio.Future[None] | None = None
+        self._deadline = 0.0
+        self._timer: asyncio.TimerHandle | None = None
 
     async def get(self, seconds: float) -> _T | _Waiting | _End:
         """Return the next item, `WAITING` where none comes within some seconds, or `END`."""
+        loop = asyncio.get_running_loop()
         if self._next is None:
-            self._next = asyncio.ensure_future(anext(self._source, self.END))
-        await asyncio.wait({self._next}, timeout=seconds)
+            self._next = loop.create_task(_next(self._source, self.END))
+            self._next.add_done_callback(self._wake)
+        if not self._next.done():
+            # One timer for all items, which looks at the latest deadline: `asyncio.wait` makes one for each.
+            self._deadline = loop.time() + seconds
+            if self._timer is None or self._deadline < self._timer.when():
+                self._set_timer(loop)
+            self._woken = loop.create_future()
+            await self._woken
         if not self._next.done():
             return self.WAITING
         found, self._next = self._next, None
         return found.result()
 
+    def _set_timer(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = loop.call_at(self._deadline, self._late, loop)
+
+    def _late(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        if loop.time() >= self._deadline:
+            self._wake()
+        else:
+            self._set_timer(loop)
+
+    def _wake(self, _: object = None) -> None:
+        if self._woken is not None and not self._woken.done():
+            self._woken.set_result(None)
+
     async def aclose(self) -> None:
         """End the generator, whatever it does just now."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if self._next is not None:
             self._next.cancel()
             await asyncio.gather(self._next, return_exceptions=True)
         await self._source.aclose()
 
 
+async def _next(source: AsyncGenerator[_T, None], end: _End) -> _T | _End:
+    return await anext(source, end)
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def encode(value: Any) -> bytes:
     """Return JSON as it is sent."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    return _encode(value).encode("utf-8")
 
 
 class EventStream:
