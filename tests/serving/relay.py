@@ -29,6 +29,7 @@ class Relay:
         self._thread.start()
 
     def stop(self) -> None:
+        """Break all off; nobody is led anywhere any more."""
         asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
