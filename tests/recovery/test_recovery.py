@@ -13,7 +13,7 @@ from command_line import Cli
 
 import moeshard
 from moeshard import MoeshardError, Plan
-from moeshard.gguf.corrections import open_corrections
+from moeshard.gguf.corrections import open_corrections, write_corrections
 from moeshard.recovery.layer import RIDGES, foreign_corrections, harmless
 from moeshard.recovery.moments import Moments, Sample
 from moeshard.recovery.node import PARTIAL
@@ -173,6 +173,19 @@ def test_a_layer_that_a_correction_does_not_help_is_left_alone(
     assert all(layer.before == layer.after and layer.ridge is None for layer in left)
     names = open_corrections(one.path).names if len(left) < 5 else []
     assert not {f"blk.{layer.layer}.ffn_down_exps.weight" for layer in left} & set(names)
+
+
+def test_a_recovery_that_corrects_nothing(model: moeshard.Model, plan: Plan, tinymoe: Path, tmp_path: Path) -> None:
+    """No layer was better off: the shard is the model's own, and says nothing of corrections."""
+    keep, path = plan.nodes[0].keep, tmp_path / "none.gguf"
+    write_corrections(path, plan.model, keep, [], {})
+    tokens = np.arange(30)
+    loaded = moeshard.Model(tinymoe, keep=keep, recovery=path, n_threads=1)
+    as_it_is = moeshard.Model(tinymoe, keep=keep, n_threads=1)
+    np.testing.assert_array_equal(loaded.logits(tokens), as_it_is.logits(tokens))
+    moeshard.split(tinymoe, keep, tmp_path / "shard.gguf", recovery=path)
+    moeshard.split(tinymoe, keep, tmp_path / "plain.gguf")
+    assert (tmp_path / "shard.gguf").read_bytes() == (tmp_path / "plain.gguf").read_bytes()
 
 
 def test_passes_take_layers_together(

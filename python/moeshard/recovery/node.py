@@ -249,7 +249,7 @@ class NodeFit:
     def _resumed(self, task: NodeTask, partial: str) -> NodeRecovery:
         found = open_corrections(partial)
         found.check(self._identity, task.keep, task.n_expert_used)
-        same = ("node", "parts", "ridges", "passes", "type", "window", "windows", "texts")
+        same = ("node", "parts", "ridges", "passes", "type", "window", "windows", "prompt", "texts")
         for key in same:
             if found.document.get(key) != task.facts.get(key):
                 raise MoeshardError(

@@ -142,6 +142,7 @@ def recover(
             "type": settings.kind,
             "window": window,
             "windows": n_windows,
+            "prompt": n_prompt,
             "texts": {domain.name: domain.digest for domain in texts},
             "sketches": {domain.name: sketch(domain) for domain in texts},
             "made": stamp(command),
