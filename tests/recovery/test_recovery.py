@@ -13,7 +13,9 @@ from command_line import Cli
 
 import moeshard
 from moeshard import MoeshardError, Plan
-from moeshard.gguf.corrections import open_corrections
+from moeshard.gguf.corrections import open_corrections, write_corrections
+from moeshard.recovery.layer import RIDGES, foreign_corrections, harmless
+from moeshard.recovery.moments import Moments, Sample
 from moeshard.recovery.node import PARTIAL
 from moeshard.recovery.recover import Recovered, recover
 from moeshard.traffic.domains import Domain, embedded_traffic
@@ -173,6 +175,19 @@ def test_a_layer_that_a_correction_does_not_help_is_left_alone(
     assert not {f"blk.{layer.layer}.ffn_down_exps.weight" for layer in left} & set(names)
 
 
+def test_a_recovery_that_corrects_nothing(model: moeshard.Model, plan: Plan, tinymoe: Path, tmp_path: Path) -> None:
+    """No layer was better off: the shard is the model's own, and says nothing of corrections."""
+    keep, path = plan.nodes[0].keep, tmp_path / "none.gguf"
+    write_corrections(path, plan.model, keep, [], {})
+    tokens = np.arange(30)
+    loaded = moeshard.Model(tinymoe, keep=keep, recovery=path, n_threads=1)
+    as_it_is = moeshard.Model(tinymoe, keep=keep, n_threads=1)
+    np.testing.assert_array_equal(loaded.logits(tokens), as_it_is.logits(tokens))
+    moeshard.split(tinymoe, keep, tmp_path / "shard.gguf", recovery=path)
+    moeshard.split(tinymoe, keep, tmp_path / "plain.gguf")
+    assert (tmp_path / "shard.gguf").read_bytes() == (tmp_path / "plain.gguf").read_bytes()
+
+
 def test_passes_take_layers_together(
     model: moeshard.Model, plan: Plan, texts: list[Domain], made: Recovered, tmp_path: Path
 ) -> None:
@@ -262,3 +277,43 @@ def test_command_line(tinymoe: Path, plan: Plan, texts: list[Domain], tmp_path: 
     split = ["split", "tinymoe", "--plan", tmp_path / "plan.json", "--recovery", out, "-o", tmp_path / "shards"]
     assert cli(*split).code == 0
     assert cli("split", "tinymoe", "--keep", "0-63", "--recovery", out, "-o", tmp_path / "one.gguf").code == 2
+
+
+@pytest.mark.slow
+def test_text_of_a_kind_that_nothing_was_fitted_to_is_not_worse_off(
+    model: moeshard.Model, tinymoe: Path, tmp_path: Path
+) -> None:
+    """Code is left out of the fit, and predicted."""
+    keep = np.zeros((5, 128), dtype=bool)
+    keep[:, ::4] = True
+    plan = plan_of(tinymoe, keep)
+    code = {"cpp", "py", "sh"}
+    fitted = [domain for domain in embedded_traffic("calibration") if domain.name not in code]
+    foreign = [domain for domain in embedded_traffic("heldout") if domain.name in code]
+    recover(model, plan, tmp_path, fitted, n_windows=10, window=128)
+    options: dict[str, Any] = {"n_windows": 4, "window": 128, "n_prompt": 16, "n_answers": 0}
+    before = moeshard.evaluate(model, plan, foreign, **options)
+    after = moeshard.evaluate(model, plan, foreign, recovery=tmp_path, **options)
+    assert after.placed.excess < before.placed.excess
+    now, then = after.placed.agreement, before.placed.agreement
+    assert now is not None and then is not None
+    assert now.kl < then.kl
+
+
+def test_a_ridge_that_harms_other_kinds_of_text_is_not_taken() -> None:
+    """Two kinds of text want opposite things of the one expert that both use."""
+    rng = np.random.default_rng(1)
+    ids = np.zeros((200, 1), dtype=np.int32)
+    features = rng.standard_normal((200, 1, 4)).astype(np.float32)
+    wanted = rng.standard_normal((4, 3)).astype(np.float32)
+    moments = Moments(1, 4, 3)
+    moments.add(ids, features, features[:, 0] @ wanted)
+    corrections = foreign_corrections(moments, RIDGES)
+    alike, unlike, orthogonal = Sample(200), Sample(200), Sample(200)
+    alike.add(ids, features, features[:, 0] @ wanted)
+    unlike.add(ids, features, -features[:, 0] @ wanted)
+    # Some of what it wants is there too: a mild correction helps, all of it is too much.
+    orthogonal.add(ids, features, features[:, 0] @ (0.4 * wanted))
+    assert harmless(corrections, alike) == sorted(RIDGES, reverse=True)
+    assert harmless(corrections, unlike) == []
+    assert harmless(corrections, orthogonal) == [ridge for ridge in sorted(RIDGES, reverse=True) if ridge >= 0.3]

@@ -113,7 +113,8 @@ def evaluate(
     if not generate and (tokens is not None or temperature is not None):
         raise typer.BadParameter("--tokens and --temperature are of answers, of which --generate 0 writes none")
     # All that can be wrong is looked at before the work, not after it.
-    read = files_read(model, plan, *(chat or []), chat_template, texts=text, folder=shards)
+    recoveries = [] if recovery is None else files_read(folder=recovery)
+    read = files_read(model, plan, *(chat or []), *recoveries, chat_template, texts=text, folder=shards)
     check_files(out, inputs=read, force=force, as_json=as_json)
     results = Results(force=force)
     nodes = read_plan(plan)

@@ -212,6 +212,8 @@ def _probe(value: object, where: str) -> ProbeScores:
 def _settings_to_json(settings: Settings) -> dict[str, Any]:
     found = asdict(settings)
     told = found.pop("likeness")
+    if settings.recovery is None:
+        del found["recovery"]
     return {**found, **told}
 
 

@@ -34,26 +34,28 @@ class Calibration:
     domain: Ints
     """int (S,): index of each window's domain."""
 
-    def divide(self, mine: Ints) -> tuple[list[Tokens], list[Tokens]]:
-        """Divide some of the windows, by their indices, into those to fit to and those to judge by.
+    def divide(self, mine: Ints) -> list[tuple[list[Tokens], list[Tokens]]]:
+        """Divide some of the windows, by their indices, into those to fit to and those to judge by, twice.
 
-        Those of each domain are divided alike, so that both have all kinds of text.
+        Those of each domain are divided alike, so that both have all kinds of text. The two parts that are returned
+        have different domains, so that what is fitted to one can be judged by the other; of one domain the second part
+        is empty.
 
         Raises:
             MoeshardError: they are too few.
         """
-        fit: list[Tokens] = []
-        judge: list[Tokens] = []
-        for index in np.unique(self.domain[mine]):
-            own = mine[self.domain[mine] == index]
-            for number, window in enumerate(own):
+        parts: list[tuple[list[Tokens], list[Tokens]]] = [([], []), ([], [])]
+        found, counts = np.unique(self.domain[mine], return_counts=True)
+        for place, index in enumerate(found[np.argsort(-counts, kind="stable")]):
+            fit, judge = parts[place % 2]
+            for number, window in enumerate(mine[self.domain[mine] == index]):
                 (judge if number % EACH == EACH // 2 else fit).append(self.windows[window])
-        if len(fit) + len(judge) < FEWEST or not judge:
+        if len(mine) < FEWEST or not parts[0][1]:
             raise MoeshardError(
                 f"the text is too short to fit experts to: {len(mine)} windows, at least {FEWEST} are needed, and "
                 f"{EACH // 2 + 1} of some kind of text; give more text (--text, -n)"
             )
-        return fit, judge
+        return parts
 
 
 def calibrate(model: Model, domains: Sequence[Domain], window: int, n_windows: int | None) -> Calibration:

@@ -13,7 +13,7 @@ from moeshard.arrays import Floats
 from moeshard.recovery.moments import Matrix, Moments, Sample, gains
 from moeshard.recovery.solve import ridge_solution
 
-RIDGES = (0.3, 0.1, 0.03, 0.01, 0.003)
+RIDGES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
 """Tried, in units of the mean square of a feature."""
 GAIN_RIDGE = 0.02
 DOWN, GAIN = "down", "gain"
@@ -69,6 +69,23 @@ def read_projections(model: GGUFMap, layer: int, kept: Sequence[int]) -> Project
     if scales is not None:
         scale = np.asarray(scales, dtype=np.float32).reshape(-1)[list(kept)]
     return Projections(name, info.type, np.stack(values), scale)
+
+
+def foreign_corrections(moments: Moments, ridges: Sequence[float]) -> dict[float, Matrix]:
+    """Return the correction by each ridge that some of the text alone gives, to be judged on text of other kinds."""
+    moments.mirror()
+    found: dict[float, Matrix] = {}
+    previous: Matrix | None = None
+    for ridge in sorted(ridges, reverse=True):
+        previous = ridge_solution(moments, ridge, start=previous)
+        found[ridge] = previous.astype(np.float32)
+    return found
+
+
+def harmless(corrections: dict[float, Matrix], foreign: Sample) -> list[float]:
+    """Return the ridges whose corrections leave text of other kinds no worse off than it was."""
+    before = foreign.error()
+    return [ridge for ridge, correction in corrections.items() if foreign.error(correction) <= before]
 
 
 def fit_layer(

@@ -65,9 +65,13 @@ class Moments:
 
     def close(self, removed: float = 0.0) -> None:
         """Make the sums whole, once all tokens are added; `removed` is the part of `earlier` that lacks no more."""
+        self.mirror()
         if self._earlier is not None:
             self.cross -= removed * self._earlier
             self._earlier = None
+
+    def mirror(self) -> None:
+        """Fill the lower half in: what was added so far can then be solved for, and more be added."""
         if self.gram.shape[0] <= _EXACT:
             lower = np.tril_indices(self.gram.shape[0], -1)
             self.gram[lower] = self.gram.T[lower]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,18 @@ from moeshard._core import GGUFMap, MoeshardError
 from moeshard.gguf.corrections import open_corrections, write_corrections
 from moeshard.gguf.identity import ModelIdentity
 from moeshard.keep.text import Keep
-from moeshard.recovery.layer import DOWN, GAIN, RIDGES, Fitted, Projections, fit_layer, read_projections
-from moeshard.recovery.moments import Moments, Sample
+from moeshard.recovery.layer import (
+    DOWN,
+    GAIN,
+    RIDGES,
+    Fitted,
+    Projections,
+    fit_layer,
+    foreign_corrections,
+    harmless,
+    read_projections,
+)
+from moeshard.recovery.moments import Matrix, Moments, Sample
 from moeshard.recovery.streams import Lack, Streams, Text
 
 if TYPE_CHECKING:
@@ -74,8 +84,9 @@ class NodeTask:
     name: str
     keep: Keep
     n_expert_used: int | None
-    fit: Text
-    judge: Text
+    fit: tuple[Text, Text]
+    """Two parts of different domains; the second may be empty."""
+    judge: tuple[Text, Text]
     path: str
     facts: dict[str, Any]
     """What the file says of how it was made; a partial one is gone on with only where all of it is the same."""
@@ -121,46 +132,51 @@ class NodeFit:
             layer: read_projections(self._model, layer, np.flatnonzero(task.keep[layer]).tolist()) for layer in block
         }
         scales = {layer: projections.scale for layer, projections in own.items()}
-        total = len(task.fit) + 2 * len(task.judge)
+        total = sum(map(len, task.fit)) + 2 * sum(map(len, task.judge))
         read = 0
-        moments: dict[int, Moments] = {}
-        samples = {layer: Sample(SAMPLE_TOKENS) for layer in block}
-        shard = self._shard(task, done, partial)
-        for number, lacks in self._streams.read(shard, task.fit, block, scales):
-            for lack in lacks:
-                if lack.layer not in moments:
-                    n_expert, n_embd, n_ff = own[lack.layer].values.shape
-                    if lack.target.shape[1] != n_embd or lack.features.shape[2] != n_ff:
-                        raise MoeshardError(
-                            f"{self._model.path}: layer {lack.layer}: what its experts give does not go into the "
-                            f"residual stream as it is on this architecture, so they cannot be fitted to it"
-                        )
-                    moments[lack.layer] = Moments(n_expert, n_ff, n_embd)
-                moments[lack.layer].add(lack.ids, lack.features, lack.target, lack.earlier)
-            read += number
-            step(read / total)
-        before = dict.fromkeys(block, 0.0)
-        for number, lacks in self._streams.read(shard, task.judge, block, scales):
-            for lack in lacks:
-                samples[lack.layer].add(lack.ids, lack.features, lack.target, lack.earlier)
-                before[lack.layer] += squares(lack)
-            read += number
-            step(read / total)
-        shard.close()
 
-        ridges = self._fit_block(block, own, moments, samples, done)
+        def lacks_of(shard: Model, text: Text) -> Iterator[Lack]:
+            nonlocal read
+            for number, lacks in self._streams.read(shard, text, block, scales):
+                yield from lacks
+                read += number
+                step(read / total)
+
+        moments = {layer: self._moments(own[layer]) for layer in block}
+        alone: dict[int, dict[float, Matrix]] = {layer: {} for layer in block}
+        samples = {layer: Sample(SAMPLE_TOKENS) for layer in block}
+        foreign = {layer: Sample(SAMPLE_TOKENS) for layer in block}
+        before = dict.fromkeys(block, 0.0)
+        shard = self._shard(task, done, partial)
+        for place, text in enumerate(task.fit):
+            for lack in lacks_of(shard, text):
+                self._check(lack, own[lack.layer])
+                moments[lack.layer].add(lack.ids, lack.features, lack.target, lack.earlier)
+            if place == 0 and len(task.judge[1]) and DOWN in self._settings.parts and len(self._settings.ridges) > 1:
+                alone = {layer: foreign_corrections(moments[layer], self._settings.ridges) for layer in block}
+        for place, text in enumerate(task.judge):
+            for lack in lacks_of(shard, text):
+                samples[lack.layer].add(lack.ids, lack.features, lack.target, lack.earlier)
+                if place == 1:
+                    foreign[lack.layer].add(lack.ids, lack.features, lack.target)
+                before[lack.layer] += squares(lack)
+        shard.close()
+        allowed = {
+            layer: harmless(alone[layer], foreign[layer]) if alone[layer] else list(self._settings.ridges)
+            for layer in block
+        }
+
+        ridges = self._fit_block(block, own, moments, samples, allowed, done)
         after = dict(before)
         if ridges:
             self._write(task, done, partial, force=True)
             corrected = self._shard(task, done, partial)
             after = dict.fromkeys(block, 0.0)
-            for number, lacks in self._streams.read(corrected, task.judge, block, scales):
-                for lack in lacks:
+            for text in task.judge:
+                for lack in lacks_of(corrected, text):
                     after[lack.layer] += squares(lack)
-                read += number
-                step(read / total)
             corrected.close()
-        unit = task.judge.n_tokens
+        unit = sum(text.n_tokens for text in task.judge)
         for layer in block:
             helps = layer in ridges and after[layer] < before[layer]
             if layer in ridges and not helps:
@@ -177,6 +193,7 @@ class NodeFit:
         own: dict[int, Projections],
         moments: dict[int, Moments],
         samples: dict[int, Sample],
+        allowed: dict[int, list[float]],
         done: NodeRecovery,
     ) -> dict[int, float | None]:
         """Fit the layers of a block, and return the ridges of those that are corrected."""
@@ -192,7 +209,7 @@ class NodeFit:
                 samples[layer],
                 parts=self._settings.parts,
                 kind=kind,
-                ridges=self._settings.ridges,
+                ridges=allowed[layer],
             )
             if fitted is None:
                 removed = 0.0
@@ -201,6 +218,17 @@ class NodeFit:
             ridges[layer] = fitted.ridge
             done.take(fitted)
         return ridges
+
+    def _moments(self, own: Projections) -> Moments:
+        n_expert, n_embd, n_ff = own.values.shape
+        return Moments(n_expert, n_ff, n_embd)
+
+    def _check(self, lack: Lack, own: Projections) -> None:
+        if own.values.shape[1:] != (lack.target.shape[1], lack.features.shape[2]):
+            raise MoeshardError(
+                f"{self._model.path}: layer {lack.layer}: what its experts give does not go into the residual stream "
+                f"as it is on this architecture, so they cannot be fitted to it"
+            )
 
     def _shard(self, task: NodeTask, done: NodeRecovery, partial: str) -> Model:
         from moeshard.runtime.model import Model
@@ -221,7 +249,7 @@ class NodeFit:
     def _resumed(self, task: NodeTask, partial: str) -> NodeRecovery:
         found = open_corrections(partial)
         found.check(self._identity, task.keep, task.n_expert_used)
-        same = ("node", "parts", "ridges", "passes", "type", "window", "windows", "texts")
+        same = ("node", "parts", "ridges", "passes", "type", "window", "windows", "prompt", "texts")
         for key in same:
             if found.document.get(key) != task.facts.get(key):
                 raise MoeshardError(

@@ -142,6 +142,7 @@ def recover(
             "type": settings.kind,
             "window": window,
             "windows": n_windows,
+            "prompt": n_prompt,
             "texts": {domain.name: domain.digest for domain in texts},
             "sketches": {domain.name: sketch(domain) for domain in texts},
             "made": stamp(command),
@@ -150,9 +151,10 @@ def recover(
         results = []
         for index, (node, path) in enumerate(zip(chosen, paths, strict=True)):
             mine = np.flatnonzero(owner == planned.nodes.index(node))
-            kept, judged = calibration.divide(mine)
+            first, second = calibration.divide(mine)
+            read, judged = (Text(first[0]), Text(second[0])), (Text(first[1]), Text(second[1]))
             facts = {"node": node.name, "n_expert_used": node.n_expert_used, **about}
-            task = NodeTask(node.name, node.keep, node.n_expert_used, Text(kept), Text(judged), path, facts)
+            task = NodeTask(node.name, node.keep, node.n_expert_used, read, judged, path, facts)
 
             def part(stage: str, done: float, index: int = index) -> None:
                 step(stage, _PLACING + (1 - _PLACING) * (index + done) / len(chosen))

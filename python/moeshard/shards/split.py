@@ -167,7 +167,8 @@ def lay_out(
             corrections = open_corrections(own)
             corrections.check(plan.model, node.keep, node.n_expert_used)
             corrected = {"corrected": corrections.file, "corrected_names": corrections.names}
-            notes.append(corrections.note())
+            if corrections.names:  # else no layer was better off corrected
+                notes.append(corrections.note())
         files = _core.shard_segments(
             source,
             node.keep,
