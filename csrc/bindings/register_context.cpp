@@ -148,6 +148,17 @@ py::tuple measure(Context& context, const std::vector<std::pair<int32_t, TokenAr
                           cosaliency);
 }
 
+py::array_t<float> array_of(const std::vector<float>& values) {
+    return py::array_t<float>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+py::array_t<float> missed_by_layer(const Context& context, int32_t seq) {
+    const std::vector<float>& values = context.missed_by_layer(seq);
+    const auto n_layers = static_cast<py::ssize_t>(context.model().routing().moe_layers().size());
+    const auto n_tokens = n_layers == 0 ? 0 : static_cast<py::ssize_t>(values.size()) / n_layers;
+    return py::array_t<float>(std::vector<py::ssize_t>{n_tokens, n_layers}, values.data());
+}
+
 }  // namespace
 
 void register_context(py::module_& m) {
@@ -174,6 +185,11 @@ void register_context(py::module_& m) {
                 context.set_keep(keep ? &*keep : nullptr, seq);
             },
             py::arg("keep").none(true), py::arg("seq") = -1)
+        .def("set_meter", &Context::set_meter, py::arg("on"))
+        .def(
+            "missed", [](const Context& context, int32_t seq) { return array_of(context.missed(seq)); },
+            py::arg("seq") = 0)
+        .def("missed_by_layer", &missed_by_layer, py::arg("seq") = 0)
         .def("decode", &decode, py::arg("inputs"), py::arg("outputs") = "last")
         .def("trace", &trace, py::arg("inputs"), py::arg("sink"), py::arg("probs") = false, py::arg("norms") = false,
              py::arg("states") = std::vector<int32_t>())

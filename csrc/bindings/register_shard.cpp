@@ -35,13 +35,15 @@ ShardKind to_kind(const std::string& name) {
 }
 
 std::vector<SegmentList> shard(const GGUFMap& model, const std::optional<KeepArray>& array, const std::string& kind,
-                               uint32_t n_expert_used, bool clamp, bool per_layer, uint64_t max_file_size, Notes notes,
-                               std::shared_ptr<GGUFMap> corrected, std::vector<std::string> names) {
+                               uint32_t n_expert_used, bool clamp, bool per_layer, uint64_t max_file_size,
+                               bool with_router, Notes notes, std::shared_ptr<GGUFMap> corrected,
+                               std::vector<std::string> names) {
     ShardParams params{to_kind(kind),
                        n_expert_used,
                        clamp,
                        per_layer,
                        max_file_size,
+                       with_router,
                        std::move(notes),
                        {std::move(corrected), std::move(names)}};
     if (!array && params.kind != ShardKind::kTrunk) throw Error("a shard needs a keep");
@@ -93,12 +95,13 @@ void register_shard(py::module_& m) {
         .def_readonly("n_expert", &ShardFacts::n_expert, "of the whole model")
         .def_readonly("layers", &ShardFacts::layers, "layers with experts, ascending")
         .def_property_readonly("keep", &keep_of, "bool (n_layer, n_expert) of the whole model")
+        .def_readonly("has_router", &ShardFacts::has_router, "the whole routers are written down")
         .def_readonly("notes", &ShardFacts::notes, "list of (name, text)");
 
     m.def("shard_segments", &shard, py::arg("model"), py::arg("keep"), py::kw_only(), py::arg("kind") = "shard",
           py::arg("n_expert_used") = 0, py::arg("clamp") = false, py::arg("per_layer") = false,
-          py::arg("max_file_size") = 0, py::arg("notes") = Notes(), py::arg("corrected") = nullptr,
-          py::arg("corrected_names") = std::vector<std::string>());
+          py::arg("max_file_size") = 0, py::arg("with_router") = false, py::arg("notes") = Notes(),
+          py::arg("corrected") = nullptr, py::arg("corrected_names") = std::vector<std::string>());
     m.def("tensor_file", &tensors, py::arg("entries"), py::arg("tensors"), py::arg("name"));
     m.def("split_entries", &moeshard::split_entries, py::arg("model"));
     m.def("shard_facts", &moeshard::shard_facts, py::arg("file"));

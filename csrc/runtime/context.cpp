@@ -13,6 +13,7 @@
 #include "ggml-cpu.h"
 #include "llama.h"
 #include "runtime/guard.hpp"
+#include "runtime/missed.hpp"
 #include "runtime/owner.hpp"
 #include "runtime/tap.hpp"
 
@@ -75,6 +76,7 @@ struct Context::Impl {
     ggml_threadpool* pool = nullptr;
     int32_t limit = 0;
     std::vector<int32_t> past;
+    std::vector<Missed> missed;  // by sequence
     Owner owner{"context"};
     std::atomic<bool> aborted{false};
     std::function<bool()> interrupt;
@@ -126,6 +128,7 @@ Context::Impl::Impl(std::shared_ptr<const Model> of, const ContextParams& wanted
     if (pool) llama_attach_threadpool(ctx, pool, pool);
     hook::enable_masks(ctx);
     past.assign(static_cast<size_t>(params.n_seq_max), 0);
+    missed.resize(past.size());
     limit = std::min(params.n_ctx, capacity());
 }
 
@@ -167,6 +170,7 @@ void Context::Impl::decode(const std::vector<Input>& inputs, const LogitsSink& s
     check(inputs);
     const std::vector<int32_t> before = past;
     aborted = false;
+    for (Missed& own : missed) own.clear();
     try {
         compute(inputs, sink);
     } catch (const EngineAbort&) {
@@ -355,6 +359,21 @@ void Context::set_keep(const Keep* keep, int32_t seq) {
     const Owner::Use use(impl_->owner);
     if (seq >= 0) n_past(seq);  // exists
     hook::set_mask(impl_->ctx, seq, keep);
+}
+
+void Context::set_meter(bool on) {
+    const Owner::Use use(impl_->owner);
+    meter(impl_->ctx, *impl_->model, on ? &impl_->missed : nullptr);
+}
+
+const std::vector<float>& Context::missed(int32_t seq) const {
+    impl_->n_past(seq);  // exists
+    return impl_->missed[static_cast<size_t>(seq)].mean;
+}
+
+const std::vector<float>& Context::missed_by_layer(int32_t seq) const {
+    impl_->n_past(seq);  // exists
+    return impl_->missed[static_cast<size_t>(seq)].by_layer;
 }
 
 void Context::decode(const std::vector<Input>& inputs, const LogitsSink& sink) {

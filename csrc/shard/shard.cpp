@@ -102,6 +102,14 @@ std::vector<Piece> original_table(const GGUFMap& model, const gguf::Tensor& tens
     return entry;
 }
 
+// A tensor of a router as the model has it, whatever of it the shard holds.
+std::vector<Piece> whole_router(const GGUFMap& model, const gguf::Tensor& tensor) {
+    std::vector<Piece> entry;
+    entry.emplace_back(array_entry_head(std::string(kRouter) + tensor.name, gguf::ValueType::kUint8, tensor.nbytes));
+    entry.emplace_back(FileRange{model.owner(tensor), {tensor.offset, tensor.nbytes}});
+    return entry;
+}
+
 NewFile empty_like(const GGUFMap& model) {
     NewFile file;
     file.version = model.metadata().version;
@@ -151,6 +159,8 @@ NewFile shard_file(const GGUFMap& model, const MoeLayout& layout, const Counts& 
         const uint8_t* row = facts.keep.data() + static_cast<size_t>(expert->layer) * layout.n_expert;
         file.tensors.push_back(gather_tensor(holders, tensor.name, row, counts.n_expert_used[expert->layer]));
         if (expert->role == Role::kExpertIds) file.entries.push_back(original_table(model, tensor));
+        const bool routes = expert->role == Role::kRouter || expert->role == Role::kRouterValue;
+        if (facts.has_router && routes) file.entries.push_back(whole_router(model, tensor));
     }
     return file;
 }
@@ -170,6 +180,13 @@ std::vector<SegmentList> shard_segments(const GGUFMap& model, const Keep& keep, 
     facts.n_expert = layout.n_expert;
     facts.layers = expert_layers(layout);
     facts.notes = params.notes;
+    facts.has_router = params.with_router && params.kind != ShardKind::kTrunk;
+    if (facts.has_router && (layout.n_expert_groups > 1 || !layout.hash_layers.empty())) {
+        throw Error(
+            model.path() +
+            ": what tokens miss cannot be measured in a shard of a model that chooses by groups or looks experts "
+            "up; write it without its routers");
+    }
     const auto laid_out = [&](NewFile file) {
         std::vector<const GGUFMap*> sources{&model};
         if (params.corrected.file) sources.push_back(params.corrected.file.get());

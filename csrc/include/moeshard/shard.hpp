@@ -38,6 +38,8 @@ struct ShardParams {
     // Layers may keep different numbers of experts. Only moeshard loads such a shard, stock llama.cpp refuses it.
     bool per_layer = false;
     uint64_t max_file_size = 0;  // bytes; a larger shard becomes several parts. 0: always one file
+    // Write the whole routers down in the metadata, so that what tokens miss can be measured: see Context::missed.
+    bool with_router = false;
     // Further texts to write down in the metadata, each under "moeshard." and its name.
     std::vector<std::pair<std::string, std::string>> notes;
     Corrected corrected;  // not for a trunk
@@ -79,6 +81,7 @@ struct ShardFacts {
     uint32_t n_expert = 0;         // of the whole model
     std::vector<uint32_t> layers;  // those with experts
     std::vector<uint8_t> keep;     // (n_layer, n_expert); all of it 1 in layers without experts, 0 for a trunk
+    bool has_router = false;       // the whole routers are written down
     std::vector<std::pair<std::string, std::string>> notes;
 };
 

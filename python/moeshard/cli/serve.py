@@ -20,12 +20,21 @@ from moeshard.cli.serving_options import (
 )
 
 if TYPE_CHECKING:
+    from moeshard.placement.meter import Limits
     from moeshard.planning.plan import Plan
     from moeshard.runtime.model import Model
     from moeshard.serving.local import Local, LocalOptions
 
 PlanOption = Annotated[
     Path | None, typer.Option(help="Nodes to place sessions on: what `moeshard plan` wrote. Without it: the model.")
+]
+
+EvaluationOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="What `moeshard evaluate -o` wrote of the plan: sessions whose node misses too much by it are placed "
+        "again while they are answered. Without it they stay where they are placed."
+    ),
 ]
 
 ContextOption = Annotated[
@@ -56,6 +65,7 @@ def read_template(given: str) -> str:
 def serve(
     model: ModelArgument,
     plan: PlanOption = None,
+    evaluation: EvaluationOption = None,
     host: HostOption = "127.0.0.1",
     port: PortOption = 8080,
     name: Annotated[
@@ -109,9 +119,15 @@ def serve(
     )
     local, nodes = load_local(model, plan, options, threads, gpu_layers, workers=pipeline(rpc, split))
     known = name or Path(model).stem
+    limits = read_limits(evaluation, nodes) if evaluation is not None else {}
     app = build(
         known,
-        Placer([node.name for node in nodes.nodes] if nodes else [], local.prober, min_quality=min_quality),
+        Placer(
+            [node.name for node in nodes.nodes] if nodes else [],
+            local.prober,
+            min_quality=min_quality,
+            limits=limits,
+        ),
         local.backends,
         Settings(keys=keys, hosts=hosts, metrics=metrics),  # type: ignore[arg-type]
         local.model,
@@ -125,6 +141,9 @@ def serve(
     def ready() -> None:
         typer.echo(f"{address_of(sock)} serves {known}: {_describe(local, parallel)}")
         typer.echo(f"OpenAI's clients: base_url {address_of(sock)}/v1; a page to try it: {address_of(sock)}/")
+        if nodes is not None:
+            moving = f"away from {', '.join(limits)}" if limits else "nowhere (see --evaluation)"
+            typer.echo(f"Sessions whose node misses too much of what they need are moved {moving}.")
 
     run(app, sock, ready)
 
@@ -147,6 +166,31 @@ def load_local(
     loaded: Model = load_model(model, n_ctx=options.n_ctx, n_threads=threads, n_gpu_layers=gpu_layers, workers=workers)
     mask = None if keep is None else loaded.keep(keep)
     return serve_locally(loaded, nodes, options, mask), nodes
+
+
+def read_limits(path: Path, plan: Plan | None) -> dict[str, Limits]:
+    """Return what an evaluation learned of a plan's nodes.
+
+    Raises:
+        MoeshardError: it is of another plan or model, or learned nothing.
+    """
+    from moeshard import MoeshardError
+    from moeshard.evaluation.record import read_evaluation
+    from moeshard.gguf.fingerprint import same_fingerprint
+
+    if plan is None:
+        raise typer.BadParameter("it is of a plan's nodes; give --plan too", param_hint="--evaluation")
+    found = read_evaluation(path)
+    names = [node.name for node in plan.nodes]
+    same = same_fingerprint(found.model.fingerprint, plan.model.fingerprint)
+    if [group.name for group in found.groups] != names or not same or found.parameters != plan.parameters:
+        raise MoeshardError(f"{path}: is of another plan; evaluate this one with moeshard evaluate --plan")
+    limits = found.alarms.limits() if found.alarms is not None else {}
+    if not limits:
+        raise MoeshardError(
+            f"{path}: says nothing of what nodes miss; evaluate the plan again, without --shards and with more windows"
+        )
+    return limits
 
 
 def _describe(local: Local, parallel: int) -> str:

@@ -79,6 +79,13 @@ def split(
             metavar="DIR", help="With --plan: shards with the experts that `moeshard recover` corrected in this folder."
         ),
     ] = None,
+    with_router: Annotated[
+        bool,
+        typer.Option(
+            "--with-router",
+            help="Write the whole routers into the shards' metadata: who runs one can then measure what it misses.",
+        ),
+    ] = False,
     max_file_size: MaxFileSizeOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
     jobs: JobsOption = 0,
@@ -135,6 +142,7 @@ def split(
             per_layer=per_layer,
             trunk_once=trunk_once,
             recovery=recovery,
+            with_router=with_router,
             max_file_size=max_file_size,
             only=only,
             write_plan=wanted is not None,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moeshard._core import MoeshardError
+from moeshard.evaluation.alarms import learn_alarms
 from moeshard.evaluation.loops import N_ANSWERS, N_TOKENS, Loops, Prompt, measure_loops
 from moeshard.evaluation.losses import PROMPT, Losses, measure_losses
 from moeshard.evaluation.record import Evaluation, GroupScores, ProbeScores, Settings
@@ -163,6 +164,7 @@ def evaluate(
         oracle=scorer.placed(losses.placement("oracle")),
         probes={name: _judge(losses, scorer, name) for name in PROBES},
         loops=loops,
+        alarms=learn_alarms(losses, [node.name for node in planned.nodes]),
     )
 
 

@@ -94,6 +94,7 @@ class ContextPool:
         """Take a context that nobody computes in any more."""
         try:
             context.reset()
+            context.set_meter(False)
             for seq in range(-1, context.n_seq_max):
                 context.set_keep(None, seq)
         except MoeshardError:

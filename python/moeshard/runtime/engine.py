@@ -28,7 +28,7 @@ class Engine(Protocol):
     def generation(self, context: _core.Context, prompt: Any, **options: Any) -> _core.Generation:
         """Begin an answer in a context of this engine."""
 
-    def batcher(self, model: _core.Model, **options: int) -> _core.Batcher:
+    def batcher(self, model: _core.Model, **options: Any) -> _core.Batcher:
         """Make what computes many requests together."""
 
 
@@ -49,5 +49,5 @@ class LocalEngine:
     def generation(self, context: _core.Context, prompt: Any, **options: Any) -> _core.Generation:
         return _core.Generation(context, prompt, **options)
 
-    def batcher(self, model: _core.Model, **options: int) -> _core.Batcher:
+    def batcher(self, model: _core.Model, **options: Any) -> _core.Batcher:
         return _core.Batcher(model, **options)

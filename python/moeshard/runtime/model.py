@@ -69,10 +69,9 @@ class Model(ModelFacts):
             n_threads: 0 for as many as the processors this process may use.
             n_gpu_layers: layers on the GPU, where there is one; negative for all.
             mmap: map the file instead of reading it into memory.
-            rpc: workers (``host:port``, see ``moeshard worker``) that hold the layers instead of this machine, in this
-                order. The engine then runs in a process of its own; where a worker is lost, what was being computed
-                raises an error that names it, and the next call loads the model again.
-            layer_split: how many layers each worker holds; by default as fits their memory best.
+            rpc: workers (``host:port``, see ``moeshard worker``) that hold the layers, in this order. Where one is
+                lost, what was being computed raises an error, and the next call loads the model again.
+            layer_split: how many layers each worker holds; by default as fits their memory.
             progress: called with the fraction loaded; returning False (nothing else) stops the load.
 
         Raises:
@@ -325,18 +324,20 @@ class Model(ModelFacts):
             raise
         return Generation(native, lease)
 
-    def batcher(self, n_slots: int = 4, n_ctx: int | None = None, *, n_prefill: int = 512) -> _core.Batcher:
+    def batcher(
+        self, n_slots: int = 4, n_ctx: int | None = None, *, n_prefill: int = 512, meter: bool = False
+    ) -> _core.Batcher:
         """Return what computes many requests together, a token of each per step; see csrc/include/moeshard/batcher.hpp.
 
         Args:
             n_slots: requests computed at once.
             n_ctx: tokens that each can hold; by default those of the model.
             n_prefill: tokens of prompts computed per step, which all others wait for.
+            meter: measure what requests under a keep miss; see `Session.missed`.
         """
-        loaded = self._loaded
-        return loaded.engine.batcher(
-            loaded.native, n_slots=n_slots, n_ctx=n_ctx or self._n_ctx, n_prefill=n_prefill, **self._context_options
-        )
+        engine, native, *_ = self._loaded
+        options = {"n_slots": n_slots, "n_ctx": n_ctx or self._n_ctx, "n_prefill": n_prefill, **self._context_options}
+        return engine.batcher(native, meter=meter, **options)
 
     def trace(
         self, tokens: TokensLike, keep: KeepSpec | None = None, *, probs: bool = False, norms: bool = False

@@ -97,7 +97,7 @@ class RemoteEngine:
         made: _core.Generation = self.call(None, "generation", (context, prompt), options)
         return made
 
-    def batcher(self, model: _core.Model, **options: int) -> _core.Batcher:
+    def batcher(self, model: _core.Model, **options: Any) -> _core.Batcher:
         made: _core.Batcher = self.call(None, "batcher", (model,), options)
         return made
 
@@ -273,6 +273,11 @@ class Proxy:
 
     def __init__(self, engine: RemoteEngine, number: int, kind: str):
         self._engine, self.number, self.kind = engine, number, kind
+
+    @property
+    def lost(self) -> bool:
+        """Whether the engine is gone, and this with it."""
+        return self._engine.lost
 
     def __getattr__(self, name: str) -> Any:
         # Of the class that it stands for; an AttributeError where there is no such thing.

@@ -7,8 +7,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from moeshard.serving.backends import FULL, Ask, Backend, Event
+from moeshard.serving.decision import Decision
 from moeshard.serving.errors import ApiError
-from moeshard.serving.placer import Decision
 from moeshard.serving.resume import Told, can_resume, continued, resumed
 
 

@@ -14,15 +14,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import exp
-from typing import Literal, Protocol
+from typing import Protocol
 
 from moeshard.arrays import Doubles
 from moeshard.placement.decision import MIN_QUALITY, MIN_TOKENS, Placed, place_by_loss
+from moeshard.placement.meter import Limits
 from moeshard.serving.backends import FULL
+from moeshard.serving.decision import Decision, Reason
 from moeshard.serving.errors import ApiError, unavailable
 from moeshard.serving.protocol import Message, Prompt, Request
-
-Reason = Literal["placed", "unclear", "refused", "short", "hashed", "forced", "only", "down", "unable"]
 
 HASHED = "nobody here measures where a session belongs, so its key names a node"
 
@@ -68,19 +68,6 @@ class State:
     up: bool
     load: float
     """Requests for each slot."""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Who answers, and why."""
-
-    backend: str
-    reason: Reason
-    detail: str
-    """For people, a sentence."""
-    fit: float | None
-    """Perplexity of the whole model over the backend's own, on the first turn, at most 1; None where it was not
-    measured."""
 
 
 def choose(placed: Placed, key: str, states: Mapping[str, State]) -> Decision:
@@ -166,12 +153,21 @@ class _Session:
 class Placer:
     """Places sessions, and remembers where."""
 
-    def __init__(self, names: Sequence[str], prober: Prober | None, *, min_quality: float = MIN_QUALITY):
+    def __init__(
+        self,
+        names: Sequence[str],
+        prober: Prober | None,
+        *,
+        min_quality: float = MIN_QUALITY,
+        limits: Mapping[str, Limits] | None = None,
+    ):
         """Place on the nodes of these names, by what the prober measures; without one everything goes to `FULL`.
 
         Sessions whose prompt the best node predicts with a quality below `min_quality` are refused; see `Placement`.
+        Where a node has `limits`, answers that pass them are placed again (`moeshard.serving.moving`).
         """
-        self.names, self._prober, self._min_quality = list(names), prober, min_quality
+        self.names, self.prober, self.min_quality = list(names), prober, min_quality
+        self.limits = dict(limits or {})
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
         self._probing: dict[str, asyncio.Future[Placed]] = {}
 
@@ -193,7 +189,7 @@ class Placer:
         Returns:
             The decision, and whether it was made now.
         """
-        if self._prober is None:
+        if self.prober is None:
             state = states().get(FULL)
             if state is None or not state.up:
                 raise unavailable("The model cannot answer now.")
@@ -208,8 +204,12 @@ class Placer:
                 return known.decision, False
             placed = known.placed
         else:
-            placed = await self._probe_once(key, first_turn(prompt), self._prober, probed)
+            placed = await self._probe_once(key, first_turn(prompt), self.prober, probed)
         return self._remember(key, placed, choose(placed, key, states())), True
+
+    def moved(self, key: str, placed: Placed, decision: Decision) -> None:
+        """Take note that a session goes on elsewhere, by what its latest text told."""
+        self._remember(key, placed, decision)
 
     def instead(self, key: str, failed: Collection[str], states: Mapping[str, State]) -> Decision | None:
         """Say who has a session now that some have failed it, though they may seem to be up; None: nobody."""
@@ -249,10 +249,10 @@ class Placer:
         if losses.n_tokens < MIN_TOKENS:
             return _too_short(names, losses)
         if losses.full is not None:
-            return place_by_loss(names, losses.nodes, losses.full, min_quality=self._min_quality, n_cut=losses.n_cut)
+            return place_by_loss(names, losses.nodes, losses.full, min_quality=self.min_quality, n_cut=losses.n_cut)
         # Where nobody measured the whole model nothing is refused, and how good the best is is not known.
         least = losses.nodes[losses.nodes.mean(axis=1).argmin()]
-        placed = place_by_loss(names, losses.nodes, least, min_quality=self._min_quality, n_cut=losses.n_cut)
+        placed = place_by_loss(names, losses.nodes, least, min_quality=self.min_quality, n_cut=losses.n_cut)
         close = f"; too close to call: {', '.join(placed.candidates[1:])}" if len(placed.candidates) > 1 else ""
         reason = f"of the nodes {placed.best} predicts the prompt best, nobody told how the whole model does{close}"
         return replace(placed, excess=None, reason=reason)

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 
 from moeshard._core import MoeshardError
 from moeshard.runtime.model import Model
+from moeshard.serving.decision import Decision
 from moeshard.serving.errors import ApiError, invalid, unavailable, unknown_model, unsupported
 from moeshard.serving.failover import Course
 from moeshard.serving.fields import MAX_INT, Fields, parse_object
@@ -26,7 +27,6 @@ from moeshard.serving.inner import Inner
 from moeshard.serving.losses import losses_to_json
 from moeshard.serving.metrics import MEDIA_TYPE
 from moeshard.serving.openapi import describe
-from moeshard.serving.placer import Decision
 from moeshard.serving.protocol import Request, chat_request, completion_request, turn_request
 from moeshard.serving.rendering import rendered
 from moeshard.serving.replies import Replies

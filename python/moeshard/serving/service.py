@@ -9,10 +9,12 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from moeshard.serving.backends import FULL, Ask, Backend, Event
+from moeshard.serving.decision import Decision
 from moeshard.serving.errors import ApiError, unavailable, unknown_model
 from moeshard.serving.failover import Course, carried, is_wanted
 from moeshard.serving.metrics import Metrics, Reading
-from moeshard.serving.placer import Decision, Placer, State, session_key
+from moeshard.serving.moving import LatestProber, Watch, Ways
+from moeshard.serving.placer import Placer, State, session_key
 from moeshard.serving.protocol import Request
 from moeshard.serving.stream import merged
 
@@ -90,17 +92,33 @@ class Service:
     ) -> AsyncGenerator[tuple[int, Event], None]:
         """Yield what comes of each prompt of a request, with the prompt's number."""
         resume = is_wanted(client.headers.get("x-moeshard-resume", ""), self._resume)
-        asks = [Ask(prompt, request.options, client.scope, request.begun) for prompt in request.prompts]
+        watch = self._watch(request, course)
+        asks = [Ask(prompt, request.options, client.scope, watch, request.begun) for prompt in request.prompts]
         streams = [
             self._counted(
                 carried(ask, course, self.backends, self._instead, whole=not request.stream, resume=resume),
                 client.begin,
+                course,
             )
             for ask in asks
         ]
         async with aclosing(merged(streams, self.backends[course.decision.backend].load.slots)) as events:
             async for event in events:
                 yield event
+
+    def _watch(self, request: Request, course: Course) -> Watch | None:
+        """What may move the answer; None where its node has no limits, or it is one of several."""
+        limits, prober = self._placer.limits, self._placer.prober
+        movable = course.key is not None and course.decision.backend in limits and len(request.prompts) == 1
+        if not movable or not isinstance(prober, LatestProber):
+            return None
+
+        def moved(source: str, decision: Decision) -> None:
+            course.decision = decision
+            self.metrics.moved(source, decision.backend)
+
+        assert course.key is not None
+        return Watch(Ways(self._placer, prober, limits, self._states, moved), course.key, course.decision)
 
     def _instead(self, course: Course, name: str, error: ApiError) -> Decision | None:
         course.failed.add(name)
@@ -110,7 +128,9 @@ class Service:
             self.metrics.failed_over(name, getattr(error, "cause", error.code or "error"))
         return decision
 
-    async def _counted(self, events: AsyncGenerator[Event, None], begin: float) -> AsyncGenerator[Event, None]:
+    async def _counted(
+        self, events: AsyncGenerator[Event, None], begin: float, course: Course
+    ) -> AsyncGenerator[Event, None]:
         before, last, reason = begin, Event(), "abort"
         try:
             async with aclosing(events):
@@ -127,6 +147,8 @@ class Service:
             reason = "error"
             raise
         finally:
+            if last.missed is not None:
+                self.metrics.missed(course.decision.backend, last.missed)
             self.metrics.ended(before - begin, last.n_prompt, last.n_cached, last.n_generated, reason)
 
     def _states(self) -> dict[str, State]:

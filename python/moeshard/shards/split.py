@@ -67,6 +67,7 @@ def split(
     per_layer: bool = False,
     trunk_once: bool = False,
     recovery: str | os.PathLike[str] | None = None,
+    with_router: bool = False,
     max_file_size: int | None = None,
     only: int | None = None,
     write_plan: bool = False,
@@ -95,6 +96,8 @@ def split(
             ``moeshard.Model(trunk=…, experts=…)``.
         recovery: what `moeshard.recover` wrote: the folder of a plan's recoveries, or the file of a single keep. Shards
             hold the corrected tensors instead of the model's.
+        with_router: write the whole routers into the shards' metadata, so that who runs a shard can measure what it
+            makes tokens miss (`Session.missed`). Other programs pass them over.
         max_file_size: bytes; a larger shard becomes several numbered parts.
         only: write this shard alone (from 0).
         write_plan: into the folder also write ``plan.json``, which says what each shard holds.
@@ -122,7 +125,9 @@ def split(
     plan = _as_plan(keeps, identity, names, n_expert_used, single)
     plan.check(identity)
     nodes = _chosen(plan.nodes, only)
-    laid_out = lay_out(source, plan, nodes, out, single, clamp, per_layer, trunk_once, max_file_size or 0, recovery)
+    laid_out = lay_out(
+        source, plan, nodes, out, single, clamp, per_layer, trunk_once, max_file_size or 0, recovery, with_router
+    )
     if not dry_run:
         files: list[SegmentList | bytes] = [segments for shard in laid_out for segments in shard.files]
         paths = [path for shard in laid_out for path in shard.facts.paths]
@@ -146,6 +151,7 @@ def lay_out(
     trunk_once: bool,
     max_file_size: int,
     recovery: str | os.PathLike[str] | None = None,
+    with_router: bool = False,
 ) -> list[Shards]:
     """Lay the shards of `nodes` out; arguments as of `split`. Reads headers and writes nothing."""
     folder = os.fspath(out)
@@ -177,6 +183,7 @@ def lay_out(
             clamp=clamp,
             per_layer=per_layer or plan.is_per_layer,
             max_file_size=max_file_size,
+            with_router=with_router,
             notes=notes,
             **corrected,
         )

@@ -109,6 +109,7 @@ def lay_out_again(
         clamp=clamp,
         per_layer=True,
         max_file_size=largest if max_file_size is None else max_file_size,
+        with_router=facts.has_router,
         notes=facts.notes,
         # What was corrected is the shard's own; `verify` compares it with its digests.
         corrected=file,
