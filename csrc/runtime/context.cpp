@@ -12,6 +12,7 @@
 #include "files/threads.hpp"
 #include "ggml-cpu.h"
 #include "llama.h"
+#include "runtime/batch.hpp"
 #include "runtime/guard.hpp"
 #include "runtime/missed.hpp"
 #include "runtime/owner.hpp"
@@ -27,24 +28,6 @@ constexpr size_t kMaxLogitsBytes = size_t{256} << 20;
 
 constexpr const char* kBrokenMessage =
     "this context failed inside the engine and cannot be used any more; make a new one";
-
-struct Batch {
-    explicit Batch(int32_t capacity) : native(llama_batch_init(capacity, 0, 1)) {}
-    ~Batch() { llama_batch_free(native); }
-    Batch(const Batch&) = delete;
-    Batch& operator=(const Batch&) = delete;
-
-    void add(int32_t token, int32_t pos, int32_t seq, bool output) {
-        const int32_t i = native.n_tokens++;
-        native.token[i] = token;
-        native.pos[i] = pos;
-        native.n_seq_id[i] = 1;
-        native.seq_id[i][0] = seq;
-        native.logits[i] = output;
-    }
-
-    llama_batch native;
-};
 
 std::string named(int32_t seq) { return "sequence " + std::to_string(seq); }
 
