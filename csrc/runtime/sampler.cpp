@@ -1,5 +1,6 @@
 #include "moeshard/sampler.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <unordered_map>
 
@@ -9,6 +10,10 @@
 namespace moeshard {
 
 namespace {
+
+// Up to so many, a heap of them is quicker than what llama.cpp does.
+constexpr int32_t kMostBest = 256;
+constexpr const char* kNan = "the model computed NaN logits; the file or the masks are broken";
 
 void check(const SamplingParams& params, int32_t n_vocab) {
     if (!std::isfinite(params.temperature)) throw Error("temperature must be a finite number");
@@ -43,8 +48,11 @@ struct Sampler::Impl {
     bool allows(int32_t token) const;
     int32_t draw(const Guard& guard);
     void fill(const float* logits);
+    void fill_with_best(const float* logits, size_t n);
 
     int32_t n_vocab = 0;
+    // How many of the likeliest tokens are all that the chain looks at; 0: it changes scores before it chooses.
+    size_t n_best = 0;
     llama_sampler* chain = nullptr;
     llama_sampler* of_prompt = nullptr;  // of the chain; the only one that the prompt's tokens count for
     llama_sampler* grammar = nullptr;
@@ -53,6 +61,7 @@ struct Sampler::Impl {
     float presence_penalty = 0.0f;
     std::unordered_map<int32_t, int32_t> generated;  // how often each token was
     std::vector<llama_token_data> candidates;        // kept between tokens
+    bool sorted = false;                             // the likeliest first
 };
 
 Sampler::Sampler(const Model& model, const SamplingParams& params) : impl_(std::make_unique<Impl>()) {
@@ -77,6 +86,11 @@ Sampler::Sampler(const Model& model, const SamplingParams& params) : impl_(std::
     }
     impl_->frequency_penalty = params.frequency_penalty;
     impl_->presence_penalty = params.presence_penalty;
+    if (params.logit_bias.empty() && !impl_->of_prompt && params.frequency_penalty == 0.0f &&
+        params.presence_penalty == 0.0f) {
+        const int32_t n_best = params.temperature <= 0.0f ? 1 : params.top_k;
+        impl_->n_best = n_best > 0 && n_best <= kMostBest ? static_cast<size_t>(std::min(n_best, n_vocab)) : 0;
+    }
     if (params.temperature <= 0.0f) {
         impl_->add(llama_sampler_init_greedy());
         return;
@@ -91,9 +105,10 @@ Sampler::Sampler(const Model& model, const SamplingParams& params) : impl_(std::
 Sampler::~Sampler() = default;
 
 void Sampler::Impl::fill(const float* logits) {
+    sorted = false;
     candidates.resize(static_cast<size_t>(n_vocab));
     for (int32_t id = 0; id < n_vocab; ++id) {
-        if (std::isnan(logits[id])) throw Error("the model computed NaN logits; the file or the masks are broken");
+        if (std::isnan(logits[id])) throw Error(kNan);
         candidates[static_cast<size_t>(id)] = {id, logits[id], 0.0f};
     }
     for (const auto& [id, count] : generated) {
@@ -101,8 +116,32 @@ void Sampler::Impl::fill(const float* logits) {
     }
 }
 
+// What a chain that begins with these would keep, the earlier one where two are alike: in a large vocabulary candidates
+// for all of it are more work than all that follows.
+void Sampler::Impl::fill_with_best(const float* logits, size_t n) {
+    const auto better = [](const llama_token_data& a, const llama_token_data& b) {
+        return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
+    };
+    sorted = true;
+    candidates.clear();
+    float least = -INFINITY;  // of a full heap, whose front it is
+    for (int32_t id = 0; id < n_vocab; ++id) {
+        const float logit = logits[id];
+        if (candidates.size() == n && logit <= least) continue;
+        if (std::isnan(logit)) throw Error(kNan);
+        if (candidates.size() == n) {
+            std::pop_heap(candidates.begin(), candidates.end(), better);
+            candidates.pop_back();
+        }
+        candidates.push_back({id, logit, 0.0f});
+        std::push_heap(candidates.begin(), candidates.end(), better);
+        least = candidates.front().logit;
+    }
+    std::sort_heap(candidates.begin(), candidates.end(), better);
+}
+
 int32_t Sampler::Impl::draw(const Guard& guard) {
-    llama_token_data_array array = {candidates.data(), candidates.size(), -1, false};
+    llama_token_data_array array = {candidates.data(), candidates.size(), -1, sorted};
     llama_sampler_apply(chain, &array);
     if (array.selected < 0) throw guard.error("the sampler chose no token");
     return array.data[array.selected].id;
@@ -119,7 +158,11 @@ int32_t Sampler::n_vocab() const { return impl_->n_vocab; }
 
 int32_t Sampler::sample(const float* logits) {
     const Guard guard;
-    impl_->fill(logits);
+    if (impl_->n_best > 0) {
+        impl_->fill_with_best(logits, impl_->n_best);
+    } else {
+        impl_->fill(logits);
+    }
     int32_t token = impl_->draw(guard);
     // Trying one token is quick, trying the whole vocabulary is not: that is done where the one drawn does not fit.
     if (impl_->grammar && !impl_->allows(token)) {

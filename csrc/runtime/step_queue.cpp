@@ -16,9 +16,9 @@ void StepQueue::put(std::vector<Progress> steps) {
         steps_.insert(steps_.end(), std::make_move_iterator(steps.begin()), std::make_move_iterator(steps.end()));
     }
     if (!was_empty || wake_fd_ < 0) return;
-    const char byte = 0;
-    // Where no byte fits any more, the reader is going to be woken by those that are there.
-    [[maybe_unused]] const ssize_t n = ::write(wake_fd_, &byte, 1);
+    const uint64_t one = 1;  // as an eventfd wants it
+    // Where nothing fits any more, the reader is going to be woken by what is there.
+    [[maybe_unused]] const ssize_t n = ::write(wake_fd_, &one, sizeof(one));
 }
 
 std::vector<Progress> StepQueue::take() {

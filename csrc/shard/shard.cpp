@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "shard/corrected.hpp"
 #include "shard/counts.hpp"
 #include "shard/facts.hpp"
 #include "shard/holder.hpp"
@@ -187,13 +188,17 @@ std::vector<SegmentList> shard_segments(const GGUFMap& model, const Keep& keep, 
             "up; write it without its routers");
     }
     const auto laid_out = [&](NewFile file) {
-        return assemble(std::move(file), params.max_file_size, model.path(), {&model});
+        std::vector<const GGUFMap*> sources{&model};
+        if (params.corrected.file) sources.push_back(params.corrected.file.get());
+        return assemble(std::move(file), params.max_file_size, model.path(), sources);
     };
     if (params.kind == ShardKind::kTrunk) return laid_out(trunk_file(model, layout, std::move(facts)));
     const Counts counts = count_experts(layout, keep, params, model.path());
     const uint8_t* rows = keep.row(0);
     facts.keep.assign(rows, rows + static_cast<size_t>(layout.n_layer) * layout.n_expert);
-    return laid_out(shard_file(model, layout, counts, std::move(facts)));
+    NewFile file = shard_file(model, layout, counts, std::move(facts));
+    replace_tensors(file, params.corrected);
+    return laid_out(std::move(file));
 }
 
 std::string part_path(const std::string& path, size_t index, size_t count) {

@@ -20,7 +20,7 @@ from moeshard.serving.placer import Placer
 from moeshard.serving.remote import Deadlines
 from moeshard.serving.settings import Settings
 
-QUICK = Deadlines(connect=1.0, first=20.0, between=5.0, total=60.0, poll=0.2)
+QUICK = Deadlines(connect=5.0, first=60.0, between=30.0, total=100.0, poll=0.2, health=10.0)
 
 
 def serve(

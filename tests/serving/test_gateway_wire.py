@@ -23,7 +23,7 @@ from moeshard.serving.health import FAILURES, Health
 from moeshard.serving.node_errors import NodeError, told
 from moeshard.serving.remote import Deadlines, RemoteBackend
 
-SOON = Deadlines(connect=1.0, first=1.0, between=1.0, total=20.0, poll=0.2)
+SOON = Deadlines(connect=5.0, first=3.0, between=2.0, total=60.0, poll=0.2, health=10.0)
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,9 @@ struct ContextParams {
     int32_t n_ubatch = 512;  // tokens computed at once
     int32_t n_seq_max = 1;   // sequences 0 .. n_seq_max-1
     int32_t n_threads = 0;   // 0: as many as the processors this process may use
+    // Traces may hold what layers compute on the way (TraceOptions::states). Every graph is then computed piece by
+    // piece.
+    bool states = false;
 };
 
 // For which tokens of an input the logits are computed.

@@ -13,7 +13,8 @@ namespace moeshard {
 
 class StepQueue {
 public:
-    // A byte is written to `wake_fd` (which must not block) when something comes into the empty queue; -1: nowhere.
+    // Eight bytes are written to `wake_fd`, a pipe or an eventfd that does not block, when something comes into the
+    // empty queue; -1: nowhere.
     explicit StepQueue(int wake_fd = -1) : wake_fd_(wake_fd) {}
     StepQueue(const StepQueue&) = delete;
     StepQueue& operator=(const StepQueue&) = delete;

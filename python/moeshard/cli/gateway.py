@@ -53,8 +53,9 @@ def gateway(
     ] = 300.0,
     chunk_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that an answer may stand still.")] = 60.0,
     timeout: TimeoutOption = 3600.0,
-    poll: Annotated[
-        float, typer.Option(min=0.05, help="Seconds between two looks at a node's health, and that each may take.")
+    poll: Annotated[float, typer.Option(min=0.05, help="Seconds between two looks at a node's health.")] = 2.0,
+    health_timeout: Annotated[
+        float, typer.Option(min=0.05, help="Seconds that a look may take; two without an answer: the node is down.")
     ] = 2.0,
     api_key_file: ApiKeyFileOption = None,
     node_key_file: Annotated[
@@ -98,7 +99,7 @@ def gateway(
         full,
         keys=_node_keys(node_key_file, nodes),
         n_waiting=queue,
-        deadlines=Deadlines(connect_timeout, first_timeout, chunk_timeout, timeout, poll),
+        deadlines=Deadlines(connect_timeout, first_timeout, chunk_timeout, timeout, poll, health_timeout),
         share_cache=len(keys) < 2,
     )
     asyncio.run(found.survey())

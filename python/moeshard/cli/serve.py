@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeshard.cli.options import GpuLayersOption, ModelArgument, ThreadsOption
+from moeshard.cli.options import GpuLayersOption, ModelArgument, RpcOption, SplitOption, ThreadsOption, pipeline
 from moeshard.cli.serving_options import (
     AllowHostOption,
     ApiKeyFileOption,
@@ -85,6 +85,8 @@ def serve(
     metrics: MetricsOption = "key",
     threads: ThreadsOption = 0,
     gpu_layers: GpuLayersOption = -1,
+    rpc: RpcOption = None,
+    split: SplitOption = None,
 ) -> None:
     """Serve a model to OpenAI's clients, every session by the node of the plan that serves it best.
 
@@ -115,7 +117,7 @@ def serve(
         seconds=timeout,
         template=read_template(template),
     )
-    local, nodes = load_local(model, plan, options, threads, gpu_layers)
+    local, nodes = load_local(model, plan, options, threads, gpu_layers, workers=pipeline(rpc, split))
     known = name or Path(model).stem
     limits = read_limits(evaluation, nodes) if evaluation is not None else {}
     app = build(
@@ -147,7 +149,13 @@ def serve(
 
 
 def load_local(
-    model: str, plan: Path | None, options: LocalOptions, threads: int, gpu_layers: int, keep: str | None = None
+    model: str,
+    plan: Path | None,
+    options: LocalOptions,
+    threads: int,
+    gpu_layers: int,
+    keep: str | None = None,
+    workers: dict[str, Any] | None = None,
 ) -> tuple[Local, Plan | None]:
     """Load a model and, where there is one, its plan, and make the engine that answers by them."""
     from moeshard.cli.loading import load_model
@@ -155,7 +163,7 @@ def load_local(
     from moeshard.serving.local import serve_locally
 
     nodes = None if plan is None else read_plan(plan)
-    loaded: Model = load_model(model, n_ctx=options.n_ctx, n_threads=threads, n_gpu_layers=gpu_layers)
+    loaded: Model = load_model(model, n_ctx=options.n_ctx, n_threads=threads, n_gpu_layers=gpu_layers, workers=workers)
     mask = None if keep is None else loaded.keep(keep)
     return serve_locally(loaded, nodes, options, mask), nodes
 

@@ -73,6 +73,12 @@ def split(
             "--trunk-once", help="Write what all shards share once, as trunk.gguf, and files of experts beside it."
         ),
     ] = False,
+    recovery: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="With --plan: shards with the experts that `moeshard recover` corrected in this folder."
+        ),
+    ] = None,
     with_router: Annotated[
         bool,
         typer.Option(
@@ -100,6 +106,8 @@ def split(
         raise typer.BadParameter("--balance goes with --keep: groups and plans are balanced already")
     if per_layer and (balance or groups is not None):
         raise typer.BadParameter("--per-layer goes with --keep without --balance, or with --plan")
+    if recovery is not None and plan is None:
+        raise typer.BadParameter("--recovery goes with --plan, which says whose experts were corrected")
     if plan is not None and experts_used is not None:
         raise typer.BadParameter("--experts-used goes with --groups or --keep: a plan says it for each node")
 
@@ -133,6 +141,7 @@ def split(
             clamp=clamp,
             per_layer=per_layer,
             trunk_once=trunk_once,
+            recovery=recovery,
             with_router=with_router,
             max_file_size=max_file_size,
             only=only,

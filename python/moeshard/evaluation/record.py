@@ -39,6 +39,8 @@ class Settings:
     """The first one of the answers."""
     shards: str | None
     """The folder of the shards that were run; None: masks on the model."""
+    recovery: str | None
+    """The folder of the recoveries that corrected the nodes' experts; None: nothing did, or the shards hold it."""
     n_expert_used: dict[str, Any]
     """Experts per token: ``full``, an integer, and ``nodes``, one each."""
 
@@ -215,6 +217,8 @@ def _probe(value: object, where: str) -> ProbeScores:
 def _settings_to_json(settings: Settings) -> dict[str, Any]:
     found = asdict(settings)
     told = found.pop("likeness")
+    if settings.recovery is None:
+        del found["recovery"]
     return {**found, **told}
 
 
@@ -231,6 +235,7 @@ def _settings(value: dict[str, Any]) -> Settings:
         confidence=take(value, "confidence", float, where),
         seed=take(value, "seed", int, where),
         shards=None if value.get("shards") is None else take(value, "shards", str, where),
+        recovery=None if value.get("recovery") is None else take(value, "recovery", str, where),
         n_expert_used={
             "full": take(used, "full", int, f"{where}.n_expert_used"),
             "nodes": _list(used, "nodes", int, f"{where}.n_expert_used"),

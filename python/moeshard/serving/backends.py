@@ -123,7 +123,7 @@ class Backend(Protocol):
 
     @property
     def n_ctx(self) -> int:
-        """Tokens that a prompt and its answer can have together."""
+        """Tokens that a prompt and its answer can have together; 0 where that is not known yet."""
 
     @property
     def memory_used(self) -> float | None:

@@ -9,132 +9,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import moeshard._core as _core
 from moeshard._core import MoeshardError
 from moeshard.keep.text import Keep
 from moeshard.serving.ahead import Ahead
 from moeshard.serving.errors import ApiError, busy, failed, invalid, timed_out, unavailable
-from moeshard.serving.fair import FairQueue, gives_way
+from moeshard.serving.fair import gives_way
+from moeshard.serving.jobs import Job, Lane, Move, Moved
+from moeshard.serving.steps import Wake, step_queue
 
 _log = logging.getLogger("moeshard.serving")
 
 _T = TypeVar("_T")
 
-MAX_SECONDS = 0.5
-"""The thread looks at its clock at least so often."""
-
-
-class Job:
-    """A request in the engine, seen from the event loop."""
-
-    def __init__(self, lane: Lane, options: dict[str, Any], seconds: float, cancel: Callable[[Job], None]):
-        self.lane, self.options, self.seconds = lane, options, seconds
-        self.deadline = time.monotonic() + seconds
-        self.id = -1
-        """Its number in the batcher, while it is computed."""
-        self.ended = False
-        """No more will come; set in the event loop."""
-        self.counted_in = lane.jobs
-        """Those among whom it is; of the event loop."""
-        self.scope: str = options.get("scope", "")
-        """Who asks: those who wait are served by turns."""
-        self._updates: deque[_core.Progress | ApiError] = deque()
-        self._news = asyncio.Event()
-        self._tell_engine = cancel
-
-    def add(self, update: _core.Progress | ApiError) -> None:
-        """Take what came of a step; called in the event loop."""
-        self._updates.append(update)
-        if isinstance(update, ApiError) or update.over:
-            self.ended = True
-            self.counted_in.discard(self)
-        self._news.set()
-
-    async def steps(self) -> AsyncGenerator[list[_core.Progress], None]:
-        """Yield what came since the last time, until the request is over; closing this cancels it.
-
-        Raises:
-            ApiError: it failed.
-        """
-        try:
-            while True:
-                await self._news.wait()
-                self._news.clear()
-                found: list[_core.Progress] = []
-                while self._updates:
-                    update = self._updates.popleft()
-                    if isinstance(update, ApiError):
-                        raise update
-                    if update.error:
-                        raise failed(update.error)
-                    found.append(update)
-                yield found
-                if found[-1].over:
-                    return
-        finally:
-            self.cancel()
-
-    def cancel(self) -> None:
-        """End the request, if it is not over: within a step nothing of it is computed any more."""
-        if not self.ended:
-            self.ended = True
-            self.counted_in.discard(self)
-            self._tell_engine(self)
-
-
-@dataclass(frozen=True)
-class Moved:
-    """A request that goes on elsewhere."""
-
-    job: Job
-    source: Lane
-    old: int
-    """Its number there."""
-    lane: Lane
-    number: int
-    ahead: Ahead
-
-
-@dataclass(frozen=True)
-class Move:
-    """A request that is wanted elsewhere."""
-
-    job: Job
-    lane: Lane
-    keep: Keep | None
-    done: asyncio.Future[bool]
-
-
-class Lane:
-    """Requests that are computed in one batch."""
-
-    def __init__(self, batcher: _core.Batcher, n_waiting: int):
-        """`n_waiting` requests may wait for one of the batcher's slots."""
-        self.batcher, self.n_waiting = batcher, n_waiting
-        self.n_slots, self.n_ctx = batcher.n_slots, batcher.n_ctx
-        self.jobs: set[Job] = set()
-        """All that are not over; of the event loop."""
-        self.n_held = 0
-        """Tokens that the slots remember, a moment ago."""
-        self.steps = _core.StepQueue()
-        self.computed: dict[int, Job | Ahead] = {}
-        """Whose steps may be in the queue, by number."""
-        # Of the engine's thread:
-        self.waiting: FairQueue[Job] = FairQueue()
-        self.running: dict[int, Job] = {}
-
-    def run(self, n_steps: int) -> list[int]:
-        """Make so many steps (0: any number), fewer where a request is over; return whose are."""
-        return self.steps.run(self.batcher, n_steps, MAX_SECONDS)
+RETRY_SECONDS = 5.0
+"""Where a process was lost, how long until another is begun."""
 
 
 class Engine:
@@ -150,19 +44,17 @@ class Engine:
         self._closing = self._ended = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._wake_fds: tuple[int, int] | None = None
-        """The ends of a pipe: a byte in it says that steps have come."""
+        self._news: Wake | None = None
+        """Called when steps have come."""
 
     def start(self) -> None:
         """Begin to compute for the running event loop; more than once is once."""
         if self._thread is None:
             self._loop = asyncio.get_running_loop()
-            self._wake_fds = os.pipe()
-            for fd in self._wake_fds:
-                os.set_blocking(fd, False)
+            self._news = Wake()
             for lane in self.lanes:
-                lane.steps = _core.StepQueue(self._wake_fds[1])
-            self._loop.add_reader(self._wake_fds[0], self._collect)
+                lane.steps = step_queue(lane.batcher, self._news.write_fd)
+            self._loop.add_reader(self._news.read_fd, self._collect)
             self._thread = threading.Thread(target=self._run, name="moeshard-engine", daemon=True)
             self.fault = None
             self._thread.start()
@@ -174,24 +66,22 @@ class Engine:
         self.fault = "the server is shutting down"
         with self._wake:
             self._closing = True
-            self._wake.notify()
+            self._call()
         while self._thread.is_alive():
             for lane in self.lanes:
                 lane.batcher.abort()
             await asyncio.to_thread(self._thread.join, 0.05)
-        if self._loop is not None and self._wake_fds is not None:
+        if self._loop is not None and self._news is not None:
             self._collect()
-            self._loop.remove_reader(self._wake_fds[0])
-            for fd in self._wake_fds:
-                os.close(fd)
-            self._wake_fds = None
+            self._loop.remove_reader(self._news.read_fd)
+            self._news.close()
+            self._news = None
 
     def _collect(self) -> None:
         """Hand out what came of steps; called in the event loop."""
-        if self._wake_fds is None:
+        if self._news is None:
             return
-        with suppress(BlockingIOError):
-            os.read(self._wake_fds[0], 4096)
+        self._news.clear()
         for lane in self.lanes:
             for step in lane.steps.take():
                 job = lane.computed.get(step.id)
@@ -271,16 +161,30 @@ class Engine:
             ended = self._ended
             if not ended:
                 self._commands.append((new, job))
-                self._wake.notify()
-                for lane in self.lanes:
-                    lane.steps.interrupt()
+                self._call()
         if ended and new:
             job.add(unavailable(self.fault or "the engine has ended"))
+
+    def _call(self) -> None:
+        """Let the thread look at its commands after the step that it is in; called with the lock."""
+        self._wake.notify()
+        for lane in self.lanes:
+            lane.steps.interrupt()
 
     # In the engine's thread.
 
     def _run(self) -> None:
-        reason = "the server is shutting down"
+        while not self._closing:
+            reason = self._compute()
+            self._end_all(reason)
+            if reason and not self._renew():
+                break
+        with self._wake:
+            self._ended = True
+        self._end_all(self.fault or "")
+
+    def _compute(self) -> str:
+        """Compute until the engine is to end; or fails, and return why."""
         try:
             while not self._closing:
                 self._take_commands()
@@ -290,18 +194,41 @@ class Engine:
                     if lane.running:
                         self._step(lane, alone=not any(other.running for other in self.lanes if other is not lane))
         except Exception as error:
-            _log.exception("the engine failed; restart the server")
-            self.fault = reason = f"the engine failed: {error}"
+            _log.exception("the engine failed")
+            self.fault = f"the engine failed: {error}"
+            return self.fault
+        return ""
+
+    def _end_all(self, reason: str) -> None:
+        """Let everybody know that nothing more comes."""
         with self._wake:
-            self._ended = True
             commands, self._commands = self._commands, []
             moves, self._moves = self._moves, []
         for move in moves:
             self._tell(self._settle, (move, None))
         over = {job for new, job in commands if new}
         for lane in self.lanes:
-            over |= {*lane.waiting, *lane.running.values()}
-        self._deliver([(job, failed(reason) if not self._closing else unavailable(reason)) for job in over])
+            over.update(lane.clear())
+        error = unavailable("the server is shutting down") if self._closing else failed(reason)
+        self._deliver([(job, error) for job in over])
+
+    def _renew(self) -> bool:
+        """Where a process was lost, try to begin another until that is done; False: there is none, or the end came."""
+        assert self._news is not None
+        while any(lane.is_lost for lane in self.lanes):
+            with self._wake:
+                if self._closing or self._wake.wait_for(lambda: self._closing, RETRY_SECONDS):
+                    return False
+            try:
+                for lane in self.lanes:
+                    lane.renew(self._news.write_fd)
+            except MoeshardError as error:
+                self.fault = f"the engine failed: {error}"
+                continue
+            _log.warning("the engine computes again")
+            self.fault = None
+            return True
+        return False
 
     def _take_commands(self) -> None:
         with self._wake:

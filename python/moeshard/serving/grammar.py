@@ -10,6 +10,7 @@ from moeshard._core import MoeshardError
 MAX_REPEATS = 100_000
 MAX_WEIGHT = 30_000
 _BLOCK = 100
+
 EMPTY = '""'
 """The expression of the empty text."""
 
@@ -52,6 +53,8 @@ class Grammar:
 
         llama.cpp makes a rule of each repetition that may be left out, and takes 2,000: longer ones are made of blocks.
         """
+        if max(low, high or 0) > MAX_REPEATS:
+            raise MoeshardError(f"it asks for more than {MAX_REPEATS} characters or items")
         if high == 0:
             return EMPTY
         parts = []

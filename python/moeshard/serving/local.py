@@ -6,7 +6,7 @@ import codecs
 import re
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,10 @@ from moeshard.planning.plan import Plan
 from moeshard.runtime.model import Model
 from moeshard.serving.about import about
 from moeshard.serving.backends import FULL, Ask, Event, Finish, Load, Scored
-from moeshard.serving.engine import Engine, Job, Lane
+from moeshard.serving.engine import Engine
 from moeshard.serving.errors import invalid, too_long
 from moeshard.serving.inner import Inner
+from moeshard.serving.jobs import Job, Lane
 from moeshard.serving.moving import Tally
 from moeshard.serving.probing import LocalProber
 from moeshard.serving.protocol import Options
@@ -271,7 +272,7 @@ def serve_locally(model: Model, plan: Plan | None, options: LocalOptions, keep: 
     backends: dict[int, LocalBackend] = {}
     engine = Engine([])
     for shared, own in by_model(model, nodes):
-        lane = Lane(shared.batcher(options.n_slots, options.n_ctx, meter=True), options.n_waiting)
+        lane = Lane(partial(shared.batcher, options.n_slots, options.n_ctx, meter=True), options.n_waiting)
         serving.append(lane)
         for index, mask in own:
             own_keep = mask if nodes else keep
@@ -280,7 +281,7 @@ def serve_locally(model: Model, plan: Plan | None, options: LocalOptions, keep: 
             )
         if nodes:
             # A step of a probe is what all others wait for: a part of the prompt of one node.
-            probe = Lane(shared.batcher(len(own), options.n_probe, n_prefill=options.n_probe), 0)
+            probe = Lane(partial(shared.batcher, len(own), options.n_probe, n_prefill=options.n_probe), 0)
             probing.append((probe, own))
     engine.lanes = [*serving, *(lane for lane, _ in probing)]
     for backend in backends.values():

@@ -11,8 +11,9 @@ import numpy as np
 from moeshard.arrays import Doubles, Tokens
 from moeshard.keep.text import Keep
 from moeshard.placement.decision import MIN_TOKENS
-from moeshard.serving.engine import Engine, Job, Lane
+from moeshard.serving.engine import Engine
 from moeshard.serving.errors import busy
+from moeshard.serving.jobs import Job, Lane
 from moeshard.serving.placer import Losses
 from moeshard.serving.protocol import Prompt
 from moeshard.serving.rendering import Renderer, rendered

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import ssl
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
-
 from moeshard._core import MoeshardError
-from moeshard.serving.auth import SCOPE_HEADER
 from moeshard.serving.backends import FULL, Ask, Event, Load
 from moeshard.serving.errors import timed_out
 from moeshard.serving.gate import Gate
 from moeshard.serving.health import Health
+from moeshard.serving.line import Line, Said
 from moeshard.serving.node_errors import NodeError, told
 from moeshard.serving.protocol import Message, Prompt, prompt_json
-from moeshard.serving.sse import chunks
 from moeshard.serving.stream import Patient, _End, _Waiting
 from moeshard.serving.wire import LlamaReading, MoeshardReading, Reading, llama_request, moeshard_request
 
@@ -48,7 +43,9 @@ class Deadlines:
     """Between pieces."""
     total: float = 3600.0
     poll: float = 2.0
-    """How often a node is asked how it is, and how long it has for the answer."""
+    """Between two times that a node is asked how it is."""
+    health: float = 2.0
+    """For the answer to that."""
 
 
 Check = Callable[[Mapping[str, Any]], "str | None"]
@@ -88,13 +85,12 @@ class RemoteBackend:
         self.renderer: RemoteBackend | None = None
         """Who makes tokens of chats for a llama-server, where somebody can."""
         self.n_ctx = 0
-        self._check, self._share_cache = check, share_cache
+        self._check, self._key, self._share_cache = check, key, share_cache
         self._deadlines = deadlines or Deadlines()
-        self._headers = {"authorization": f"Bearer {key}"} if key else {}
         self._model = ""
         self._gate = Gate(n_waiting)
         self._health = Health(name)
-        self._client: httpx.AsyncClient | None = None
+        self._line: Line | None = None
         self._polls: asyncio.Task[None] | None = None
         self._poll_now = asyncio.Event()
 
@@ -112,17 +108,17 @@ class RemoteBackend:
 
     async def start(self) -> None:
         if self._polls is None:
-            self._client = self._open()
-            await self._poll(self._client)
-            self._polls = asyncio.ensure_future(self._keep_polling(self._client))
+            self._line = self._open()
+            await self._poll(self._line)
+            self._polls = asyncio.ensure_future(self._keep_polling(self._line))
 
     async def stop(self) -> None:
         if self._polls is not None:
             self._polls.cancel()
             with suppress(asyncio.CancelledError):
                 await self._polls
-        if self._client is not None:
-            await self._client.aclose()
+        if self._line is not None:
+            await self._line.close()
 
     async def survey(self) -> None:
         """Look at it once, before anything is served.
@@ -130,8 +126,11 @@ class RemoteBackend:
         Raises:
             MoeshardError: it is there, and not what it should be.
         """
-        async with self._open() as client:
-            await self._poll(client, strict=True)
+        line = self._open()
+        try:
+            await self._poll(line, strict=True)
+        finally:
+            await line.close()
 
     # Answers.
 
@@ -146,14 +145,14 @@ class RemoteBackend:
                     async for event in events:
                         yield event
             except NodeError as error:
-                self._health.failed(error)
-                self._poll_now.set()
+                self._failed(error)
                 raise
             self._health.served()
 
     async def _answer(self, ask: Ask, end: float) -> AsyncGenerator[Event, None]:
+        assert self._line is not None
         path, body, reading = await self._request(ask)
-        found = Patient(self._chunks(path, body, ask.scope))
+        found = Patient(self._line.chunks(path, body, ask.scope))
         limit = self._deadlines.first
         try:
             while reading.last is None:
@@ -224,8 +223,20 @@ class RemoteBackend:
         Raises:
             ApiError: it fails, or does not come in time.
         """
-        assert self._client is not None
-        request = asyncio.ensure_future(self._client.post(path, json=body, headers=self._headers))
+        try:
+            return await self._ask(path, body, seconds)
+        except NodeError as error:
+            self._failed(error)
+            raise
+
+    def _failed(self, error: NodeError) -> None:
+        """Take note of a failure, and look at once what is the matter."""
+        self._health.failed(error)
+        self._poll_now.set()
+
+    async def _ask(self, path: str, body: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+        assert self._line is not None
+        request = asyncio.ensure_future(self._line.post(path, body))
         end = time.monotonic() + seconds
         try:
             while not request.done():
@@ -235,49 +246,16 @@ class RemoteBackend:
                 if self._health.is_lost:
                     raise NodeError("health", f"{self.name} was lost meanwhile: {self.fault}")
                 await asyncio.wait({request}, timeout=min(_LOOK_SECONDS, left))
-            answer = request.result()
-        except httpx.HTTPError as error:
-            raise self._unreachable(error) from error
+            return request.result()
         finally:
             request.cancel()
-        found = _json(answer.content)
-        if answer.status_code != 200:
-            raise told(self.name, answer.status_code, found, answer.headers)
-        return found
-
-    async def _chunks(self, path: str, body: Mapping[str, Any], scope: str) -> AsyncGenerator[dict[str, Any], None]:
-        assert self._client is not None
-        headers = {**self._headers, **({SCOPE_HEADER: scope} if scope else {})}
-        began = False
-        try:
-            async with self._client.stream("POST", path, json=body, headers=headers) as answer:
-                began = True
-                if answer.status_code != 200:
-                    raise told(self.name, answer.status_code, _json(await answer.aread()), answer.headers)
-                async for chunk in chunks(answer.aiter_bytes()):
-                    yield chunk
-        except httpx.HTTPError as error:
-            if began or not isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
-                raise NodeError("cut", f"{self.name} broke off: {error or type(error).__name__}", 502) from error
-            raise self._unreachable(error) from error
-
-    def _unreachable(self, error: Exception) -> NodeError:
-        return NodeError("connect", f"{self.name} cannot be reached: {error or type(error).__name__}")
 
     # Health.
 
-    def _open(self) -> httpx.AsyncClient:
-        # Each request has a connection of its own: one that the other end is just closing would look like a failure.
-        # Nodes are not reached through the proxy that the environment may name.
-        return httpx.AsyncClient(
-            base_url=self.url,
-            timeout=httpx.Timeout(None, connect=self._deadlines.connect),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
-            verify=ssl.create_default_context() if self.url.startswith("https:") else False,
-            trust_env=False,
-        )
+    def _open(self) -> Line:
+        return Line(self.name, self.url, self._key, self._deadlines.connect)
 
-    async def _keep_polling(self, client: httpx.AsyncClient) -> None:
+    async def _keep_polling(self, line: Line) -> None:
         while True:
             if not self._health.is_silent:  # else at once
                 with suppress(asyncio.TimeoutError):
@@ -285,7 +263,7 @@ class RemoteBackend:
             self._poll_now.clear()
             before = self.fault
             try:
-                await self._poll(client)
+                await self._poll(line)
             except Exception:
                 _log.exception("%s cannot be looked at", self.name)
                 self._health.ill("it cannot be looked at")
@@ -295,36 +273,33 @@ class RemoteBackend:
                 _log.warning("%s (%s) is %s", self.name, self.url, f"down: {self.fault}" if self.fault else "up")
             await asyncio.sleep(min(0.2, self._deadlines.poll))  # however often it is asked for
 
-    async def _poll(self, client: httpx.AsyncClient, strict: bool = False) -> None:
-        bound = max(_SURVEY_SECONDS, self._deadlines.poll) if strict else self._deadlines.poll
+    async def _poll(self, line: Line, strict: bool = False) -> None:
+        bound = max(_SURVEY_SECONDS, self._deadlines.health) if strict else self._deadlines.health
         try:
-            health, props = await asyncio.wait_for(self._look(client), bound)
+            health, props = await asyncio.wait_for(_look(line), bound)
         except asyncio.TimeoutError:
             self._health.silent(f"{self.url} does not answer within {bound:g} s")
             return
-        except (httpx.HTTPError, OSError) as error:
-            self._health.ill(f"{self.url} cannot be reached: {error or type(error).__name__}")
+        except NodeError as error:
+            self._health.ill(f"{error.message} ({self.url})")
             return
         why = self._unlike(props)
         if why is not None and strict:
             raise MoeshardError(f"--{'full' if self.name == FULL else 'node ' + self.name}: {self.url}: {why}")
-        if why is None and health.status_code != 200:
-            why = told(self.name, health.status_code, _json(health.content), health.headers).message
+        if why is None and health.status != 200:
+            why = str(health.error(self.name))
         if why is None:
             self._health.well()
         else:
             self._health.ill(why)
 
-    async def _look(self, client: httpx.AsyncClient) -> tuple[httpx.Response, httpx.Response]:
-        return await client.get("/health"), await client.get("/props", headers=self._headers)
-
-    def _unlike(self, props: httpx.Response) -> str | None:
+    def _unlike(self, props: Said) -> str | None:
         """Take note of what a server says of itself; say in what it is not the one that is meant."""
-        if props.status_code == 503:
+        if props.status == 503:
             return None  # it is loading; its health says so
-        if props.status_code in (401, 403):
-            return told(self.name, props.status_code, _json(props.content), props.headers).message
-        found = _json(props.content)
+        if props.status in (401, 403):
+            return str(props.error(self.name))
+        found = props.body
         if isinstance(found.get("moeshard"), dict):
             self.kind, self.about = MOESHARD, found["moeshard"]
             why = self._check(self.about)
@@ -343,9 +318,5 @@ class RemoteBackend:
         return None
 
 
-def _json(content: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(content)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+async def _look(line: Line) -> tuple[Said, Said]:
+    return await line.get("/health"), await line.get("/props")

@@ -45,7 +45,7 @@ class RemoteProber:
                 _log.warning("the whole model could not tell where a session belongs: %s", error.message)
         if all(node.kind == MOESHARD for node in self._nodes):
             return await self._of_each(prompt, full)
-        if full is not None and full.kind in ("", MOESHARD) and full.fault is not None:
+        if full is not None and full.fault is not None and (not full.kind or _knows(full, wanted)):
             raise unavailable(
                 f"Nobody can say now where this session belongs: {full.name} is down: {full.fault}.", "node_down"
             )

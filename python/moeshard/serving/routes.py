@@ -195,7 +195,7 @@ class Api:
             {
                 "model_alias": self._service.model,
                 "total_slots": max(backend.load.slots for backend in backends),
-                "default_generation_settings": {"n_ctx": min(backend.n_ctx for backend in backends)},
+                "default_generation_settings": {"n_ctx": min((one.n_ctx for one in backends if one.n_ctx), default=0)},
                 **({"moeshard": self._inner.about} if self._inner is not None else {}),
             }
         )

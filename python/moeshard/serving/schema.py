@@ -78,6 +78,8 @@ class _Writer:
         self._union = Union(document)
         self._names: dict[str, str] = {}
         self._depth = 0
+        self._why = ""
+        """What made a value impossible last."""
 
     def value(self, schema: Schema, path: str) -> str:
         """Return the rule of the values of a schema.
@@ -92,12 +94,13 @@ class _Writer:
             raise MoeshardError(f"{path} is nested more than {MAX_DEPTH} deep")
         name = self._names[key] = self.grammar.reserve()  # it may be part of itself
         self._depth += 1
+        self._why = ""
         found = [kind for simple in self._union.alternatives(schema, path) for kind in self._kinds(simple)]
         self._depth -= 1
         if not found:
             del self._names[key]
             self.grammar.define(name, NOTHING)
-            raise Impossible(f"{path} allows no value")
+            raise Impossible(f"{path} allows no value{self._why}")
         self.grammar.define(name, either(found))
         return name
 
@@ -112,8 +115,10 @@ class _Writer:
             types = tuple(kind for kind in types if kind != "integer")
         found = []
         for kind in types:
-            with suppress(Impossible):
+            try:
                 found.append(self._of_type(kind, simple))
+            except Impossible as error:
+                self._why = f": {error}"
         return found
 
     def _constants(self, simple: Simple) -> list[str]:
