@@ -59,10 +59,10 @@ class Job:
                 found: list[_core.Progress] = []
                 while self._updates:
                     update = self._updates.popleft()
-                    if isinstance(update, ApiError):
-                        raise update
-                    if update.error:
-                        raise failed(update.error)
+                    if isinstance(update, ApiError) or update.error:
+                        if found:  # what came before is told
+                            yield found
+                        raise update if isinstance(update, ApiError) else failed(update.error)
                     found.append(update)
                 yield found
                 if found[-1].over:
