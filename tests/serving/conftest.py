@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from running import Running
+from served import DOMAINS, Application
 from starlette.applications import Starlette
 
 import moeshard
@@ -23,8 +24,6 @@ from moeshard.serving.placer import Placer
 from moeshard.serving.settings import Settings
 from moeshard.traffic.domains import Domain
 from moeshard.traffic.embedded import embedded_text
-
-DOMAINS = ("de", "en", "py")
 
 
 @pytest.fixture(scope="session")
@@ -55,9 +54,6 @@ def shards(plan: Plan, tinymoe: Path, tmp_path_factory: pytest.TempPathFactory) 
     return {node.name: folder / f"tinymoe.{node.name}.gguf" for node in plan.nodes}
 
 
-Application = Callable[..., tuple[Starlette, Local]]
-
-
 @pytest.fixture(scope="session")
 def application(model: moeshard.Model, plan: Plan) -> Application:
     """Return what makes an application for the model and its plan (or none), and shows its engine."""
@@ -81,8 +77,3 @@ def server(application: Application) -> Iterator[Running]:
     running = Running(lambda: application()[0])
     yield running
     running.stop()
-
-
-def held_out(domain: str, n_chars: int = 400, at: int = 0) -> str:
-    """Return some text of a domain that the plan was not made from."""
-    return embedded_text(domain)[at : at + n_chars]

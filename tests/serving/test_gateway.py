@@ -14,9 +14,9 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from conftest import DOMAINS, held_out
 from gateways import gateway, post, serve
 from running import Running
+from served import DOMAINS, held_out
 
 import moeshard
 from moeshard import MoeshardError, Plan, PlanNode

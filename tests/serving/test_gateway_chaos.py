@@ -14,8 +14,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import held_out
 from processes import Process
+from served import held_out
 
 from moeshard import Plan
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import DOMAINS, held_out
 from gateways import gateway, post, serve
 from processes import free_port
 from relay import Relay
 from running import Running
+from served import DOMAINS, held_out
 
 import moeshard
 from moeshard import Plan

@@ -13,10 +13,10 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import held_out
 from gateways import gateway, serve
 from relay import Fault, Relay
 from running import Running
+from served import held_out
 
 import moeshard
 from moeshard import Plan

@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from conftest import held_out
 from running import Running
+from served import held_out
 
 import moeshard
 from moeshard import Plan

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 from command_line import Cli
-from conftest import held_out
+from served import held_out
 
 import moeshard
 from moeshard import Plan

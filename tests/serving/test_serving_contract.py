@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import schemathesis
-from conftest import Application
 from hypothesis import HealthCheck, Phase, given, settings
 from running import Running
 from schemathesis import GenerationMode
+from served import Application
 
 OPERATIONS = {
     "/v1/chat/completions": "POST",

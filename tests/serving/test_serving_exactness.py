@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from conftest import Application, held_out
 from running import Running
+from served import Application, held_out
 
 import moeshard
 from moeshard import Plan

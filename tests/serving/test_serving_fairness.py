@@ -7,10 +7,10 @@ from collections import deque
 from itertools import pairwise
 
 import httpx
-from conftest import Application
 from hypothesis import given
 from hypothesis import strategies as st
 from running import Running
+from served import Application
 
 from moeshard.serving.auth import Keys
 from moeshard.serving.fair import FairQueue, gives_way

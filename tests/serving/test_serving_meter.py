@@ -13,8 +13,8 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from conftest import DOMAINS, Application, held_out
 from running import Running
+from served import DOMAINS, Application, held_out
 
 import moeshard
 from moeshard import Plan

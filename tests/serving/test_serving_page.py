@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from browser import PROGRAM, Browser
-from conftest import Application, held_out
 from gateways import gateway, serve
 from running import Running
+from served import Application, held_out
 
 import moeshard
 from moeshard import Plan

@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from conftest import DOMAINS, Application, held_out
 from running import Running
+from served import DOMAINS, Application, held_out
 
 from moeshard import Plan
 from moeshard.placement.decision import Placed, place_by_loss

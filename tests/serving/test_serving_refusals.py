@@ -13,8 +13,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Application
 from running import Running
+from served import Application
 
 from moeshard import MoeshardError
 from moeshard.serving.auth import Keys, read_keys
