@@ -39,7 +39,7 @@ def test_the_steps_are_those_of_the_batcher(native: _core.Model, batcher: _core.
     queue = _core.StepQueue()
     number = submit(batcher, 20)
     assert queue.run(batcher, seconds=60) == [number]
-    steps = [step for _, step in queue.take()]
+    steps = queue.take()
     assert [(step.token, step.text, step.n_generated) for step in steps] == wanted
     assert steps[-1].over and not queue.take()
 
@@ -50,18 +50,9 @@ def test_it_ends_where_one_request_is_over_and_goes_on(batcher: _core.Batcher) -
     assert queue.run(batcher, seconds=60) == [short]
     assert queue.run(batcher, seconds=60) == [long]
     assert queue.run(batcher, seconds=60) == []
-    told = [(step.id, step.over) for _, step in queue.take()]
+    told = [(step.id, step.over) for step in queue.take()]
     assert len([1 for number, _ in told if number == short]) == 3
     assert told[-1] == (long, True)
-
-
-def test_batchers_are_told_apart_and_their_steps_stay_in_order(native: _core.Model, batcher: _core.Batcher) -> None:
-    other = _core.Batcher(native, n_slots=1, n_ctx=512, n_threads=1)
-    queue = _core.StepQueue()
-    submit(batcher, 9), submit(other, 9)
-    for tag in (1, 2, 2, 1):
-        queue.run(batcher if tag == 1 else other, 1, 60, tag=tag)
-    assert [(tag, step.n_generated) for tag, step in queue.take()] == [(1, 1), (2, 1), (2, 2), (1, 2)]
 
 
 def test_so_many_steps_or_seconds(batcher: _core.Batcher) -> None:

@@ -86,7 +86,7 @@ void register_batcher(py::module_& m) {
     py::class_<StepQueue>(m, "StepQueue", "Steps of batchers for a reader in another thread.")
         .def(py::init<int>(), py::arg("wake_fd") = -1)
         .def("run", &StepQueue::run, py::arg("batcher"), py::arg("n_steps") = 0, py::arg("seconds") = 1.0,
-             py::arg("tag") = 0, py::call_guard<py::gil_scoped_release>())
+             py::call_guard<py::gil_scoped_release>())
         .def("interrupt", &StepQueue::interrupt)
         .def("take", &StepQueue::take);
 }

@@ -3,16 +3,17 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <iterator>
 #include <utility>
 
 namespace moeshard {
 
-void StepQueue::put(int32_t tag, std::vector<Progress> steps) {
+void StepQueue::put(std::vector<Progress> steps) {
     bool was_empty;
     {
         const std::lock_guard<std::mutex> lock(mutex_);
         was_empty = steps_.empty();
-        for (Progress& progress : steps) steps_.emplace_back(tag, std::move(progress));
+        steps_.insert(steps_.end(), std::make_move_iterator(steps.begin()), std::make_move_iterator(steps.end()));
     }
     if (!was_empty || wake_fd_ < 0) return;
     const uint64_t one = 1;  // as an eventfd wants it
@@ -20,12 +21,12 @@ void StepQueue::put(int32_t tag, std::vector<Progress> steps) {
     [[maybe_unused]] const ssize_t n = ::write(wake_fd_, &one, sizeof(one));
 }
 
-std::vector<std::pair<int32_t, Progress>> StepQueue::take() {
+std::vector<Progress> StepQueue::take() {
     const std::lock_guard<std::mutex> lock(mutex_);
     return std::exchange(steps_, {});
 }
 
-std::vector<int64_t> StepQueue::run(Batcher& batcher, int64_t n_steps, double seconds, int32_t tag) {
+std::vector<int64_t> StepQueue::run(Batcher& batcher, int64_t n_steps, double seconds) {
     using Clock = std::chrono::steady_clock;
     const auto end = Clock::now() + std::chrono::duration<double>(seconds);
     std::vector<int64_t> over;
@@ -36,7 +37,7 @@ std::vector<int64_t> StepQueue::run(Batcher& batcher, int64_t n_steps, double se
         for (const Progress& progress : steps) {
             if (progress.over()) over.push_back(progress.id);
         }
-        if (!is_done) put(tag, std::move(steps));
+        if (!is_done) put(std::move(steps));
         if (interrupted_.exchange(false) || is_done || !over.empty() || Clock::now() >= end) break;
     }
     return over;

@@ -16,7 +16,7 @@ import pytest
 from conftest import Application
 from running import Running
 
-from moeshard import MoeshardError, _core
+from moeshard import MoeshardError
 from moeshard.serving.auth import Keys, read_keys
 from moeshard.serving.engine import Lane
 from moeshard.serving.settings import Settings
@@ -199,10 +199,10 @@ def break_after(lane: Lane, n_steps: int) -> None:
     """Make a lane's engine fail after some steps."""
     left = [n_steps]
 
-    def run(steps: _core.StepQueue, n: int, tag: int) -> list[int]:
+    def run(n: int) -> list[int]:
         if not left:
             raise MoeshardError("the device is gone")
-        return steps.run(lane.batcher, left.pop(), 60, tag)
+        return lane.steps.run(lane.batcher, left.pop(), 60)
 
     lane.run = run  # type: ignore[method-assign]
 

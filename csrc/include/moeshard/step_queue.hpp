@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
-#include <utility>
 #include <vector>
 
 #include "moeshard/batcher.hpp"
@@ -22,20 +21,20 @@ public:
 
     // Steps a batcher again and again, until a request is over, none is left, `n_steps` were made (0: any number),
     // `seconds` have passed, or another thread interrupts; returns the numbers of requests that are over.
-    // `tag` tells batchers apart. Throws what Batcher::step throws.
-    std::vector<int64_t> run(Batcher& batcher, int64_t n_steps, double seconds, int32_t tag = 0);
+    // Throws what Batcher::step throws.
+    std::vector<int64_t> run(Batcher& batcher, int64_t n_steps, double seconds);
     // Ends run() after the step that it is in; one that has not begun, after its first.
     void interrupt() { interrupted_ = true; }
-    // All that came since the last time, in the order of the steps, with the tags of their batchers.
-    std::vector<std::pair<int32_t, Progress>> take();
+    // All that came since the last time, in the order of the steps.
+    std::vector<Progress> take();
 
 private:
-    void put(int32_t tag, std::vector<Progress> steps);
+    void put(std::vector<Progress> steps);
 
     const int wake_fd_;
     std::atomic<bool> interrupted_{false};
     std::mutex mutex_;
-    std::vector<std::pair<int32_t, Progress>> steps_;
+    std::vector<Progress> steps_;
 };
 
 }  // namespace moeshard

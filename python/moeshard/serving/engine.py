@@ -93,13 +93,16 @@ class Lane:
         """All that are not over; of the event loop."""
         self.n_held = 0
         """Tokens that the slots remember, a moment ago."""
+        self.steps = _core.StepQueue()
+        self.computed: dict[int, Job] = {}
+        """Whose steps may be in the queue, by number."""
         # Of the engine's thread:
         self.waiting: deque[Job] = deque()
         self.running: dict[int, Job] = {}
 
-    def run(self, steps: _core.StepQueue, n_steps: int, tag: int) -> list[int]:
+    def run(self, n_steps: int) -> list[int]:
         """Make so many steps (0: any number), fewer where a request is over; return whose are."""
-        return steps.run(self.batcher, n_steps, MAX_SECONDS, tag)
+        return self.steps.run(self.batcher, n_steps, MAX_SECONDS)
 
 
 def _wake_fds() -> tuple[int, int]:
@@ -128,10 +131,6 @@ class Engine:
         self._closing = self._ended = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._steps = _core.StepQueue()
-        """What came of steps, in their order, with the numbers of their lanes."""
-        self._computed: dict[tuple[int, int], Job] = {}
-        """Whose steps may be in it, by the numbers of lane and request."""
         self._wake_fds: tuple[int, int] | None = None
         """What is read from and written to when steps have come."""
 
@@ -140,7 +139,8 @@ class Engine:
         if self._thread is None:
             self._loop = asyncio.get_running_loop()
             self._wake_fds = _wake_fds()
-            self._steps = _core.StepQueue(self._wake_fds[1])
+            for lane in self.lanes:
+                lane.steps = _core.StepQueue(self._wake_fds[1])
             self._loop.add_reader(self._wake_fds[0], self._collect)
             self._thread = threading.Thread(target=self._run, name="moeshard-engine", daemon=True)
             self.fault = None
@@ -171,12 +171,13 @@ class Engine:
             return
         with suppress(BlockingIOError):
             os.read(self._wake_fds[0], 4096)
-        for tag, step in self._steps.take():
-            job = self._computed.get((tag, step.id))
-            if step.over:
-                self._computed.pop((tag, step.id), None)
-            if job is not None and not job.ended:
-                job.add(step)
+        for lane in self.lanes:
+            for step in lane.steps.take():
+                job = lane.computed.get(step.id)
+                if step.over:
+                    lane.computed.pop(step.id, None)
+                if job is not None and not job.ended:
+                    job.add(step)
 
     def submit(self, lane: Lane, seconds: float, **options: Any) -> Job:
         """Hand a request to a lane; called in the event loop.
@@ -210,7 +211,8 @@ class Engine:
     def _call(self) -> None:
         """Let the thread look at its commands after the step that it is in; called with the lock."""
         self._wake.notify()
-        self._steps.interrupt()
+        for lane in self.lanes:
+            lane.steps.interrupt()
 
     # In the engine's thread.
 
@@ -219,11 +221,11 @@ class Engine:
         try:
             while not self._closing:
                 self._take_commands()
-                for tag, lane in enumerate(self.lanes):
+                for lane in self.lanes:
                     self._expire(lane)
                     self._admit(lane)
                     if lane.running:
-                        self._step(lane, tag)
+                        self._step(lane, alone=not any(other.running for other in self.lanes if other is not lane))
         except Exception as error:
             _log.exception("the engine failed; restart the server")
             self.fault = reason = f"the engine failed: {error}"
@@ -250,7 +252,7 @@ class Engine:
         if job.id >= 0:
             job.lane.batcher.cancel(job.id)
             job.lane.running.pop(job.id, None)
-            self._computed.pop((self.lanes.index(job.lane), job.id), None)
+            job.lane.computed.pop(job.id, None)
         elif job in job.lane.waiting:
             job.lane.waiting.remove(job)
 
@@ -273,13 +275,12 @@ class Engine:
                 _log.exception("a request could not be begun")
                 refused.append((job, failed(f"The request could not be begun: {error}")))
             else:
-                lane.running[job.id] = self._computed[self.lanes.index(lane), job.id] = job
+                lane.running[job.id] = lane.computed[job.id] = job
         self._deliver(refused)
 
-    def _step(self, lane: Lane, tag: int) -> None:
+    def _step(self, lane: Lane, alone: bool) -> None:
         """Make a step, or, where no other lane has anything to do, as many as there are until a request is over."""
-        alone = not any(other.running for other in self.lanes if other is not lane)
-        for number in lane.run(self._steps, 0 if alone else 1, tag):
+        for number in lane.run(0 if alone else 1):
             lane.running.pop(number, None)
         lane.n_held = lane.batcher.n_held
 
