@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,13 +29,14 @@ from moeshard.evaluation.loops import Prompt, measure_loops
 from moeshard.evaluation.losses import PROMPT, WINDOW, Losses, measure_losses
 from moeshard.evaluation.scores import Interval, Scorer, Scores
 from moeshard.keep.text import Keep
-from moeshard.placement.nodes import NodeModel, masked_nodes
+from moeshard.placement.nodes import NodeModel, masked_nodes, plan_nodes
 from moeshard.placement.probes import PROBES
 from moeshard.planning.budget import Use, shard_memory
-from moeshard.planning.planner import ISLANDS, STRATEGY_NAMES, choose_experts
+from moeshard.planning.planner import ISLANDS, STRATEGY_NAMES, choose_experts, make_plan
 from moeshard.profile.measure import analyze
 from moeshard.profile.record import Profile
 from moeshard.profile.statistics import concentration, summed_concentration, tops, verdict
+from moeshard.recovery.recover import recover
 from moeshard.traffic.domains import Domain, embedded_traffic, read_texts
 from moeshard.traffic.embedded import resolve_model
 from moeshard.traffic.windows import cut_windows
@@ -48,6 +50,7 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=8, help="per domain and node, to look for loops in; 0: none")
     parser.add_argument("--calibration", action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--heldout", action="append", default=[], metavar="NAME=FILE")
+    parser.add_argument("--no-recovery", action="store_true", help="leave the row of recovered islands out")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("-o", "--out", type=Path, help="where the Markdown goes; standard output by default")
     options = parser.parse_args()
@@ -66,7 +69,7 @@ def main() -> None:
         *_concentration(profile),
     ]
     for n_nodes, part in ((2, 2), (4, 4), (8, 4)):
-        parts += _nodes(model, profile, heldout, n_nodes, model.n_expert // part, options)
+        parts += _nodes(model, profile, calibration, heldout, n_nodes, model.n_expert // part, options)
     text = "\n".join(parts)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -81,6 +84,8 @@ def _command(options: argparse.Namespace) -> Iterator[str]:
         yield f"-n {options.tokens}"
     if options.windows != 16:
         yield f"--windows {options.windows}"
+    if options.no_recovery:
+        yield "--no-recovery"
     if options.answers != 8:
         yield f"--answers {options.answers}"
     for name in ("calibration", "heldout"):
@@ -154,8 +159,33 @@ def _measure(
     ]
 
 
+def _recover(
+    model: moeshard.Model,
+    profile: Profile,
+    calibration: list[Domain],
+    heldout: list[Domain],
+    n_nodes: int,
+    size: int,
+    windows: int,
+) -> Served:
+    """Islands whose experts were fitted to the calibration texts; each is loaded as its shard."""
+    plan = make_plan(model.path, profile, n_keep=[size] * n_nodes)
+    with tempfile.TemporaryDirectory() as folder:
+        recover(model, plan, folder, calibration)
+        nodes = plan_nodes(model, plan, recovery=folder)
+    keeps = [node.keep for node in plan.nodes]
+    losses = measure_losses(model, keeps, heldout, nodes=nodes, n_windows=windows, progress=_say("recovered"))
+    return Served("islands, recovered", losses, dict(zip((node.name for node in plan.nodes), nodes, strict=True)))
+
+
 def _nodes(
-    model: moeshard.Model, profile: Profile, heldout: list[Domain], n_nodes: int, size: int, options: argparse.Namespace
+    model: moeshard.Model,
+    profile: Profile,
+    calibration: list[Domain],
+    heldout: list[Domain],
+    n_nodes: int,
+    size: int,
+    options: argparse.Namespace,
 ) -> Iterator[str]:
     if size < model.n_expert_used:
         return
@@ -168,6 +198,8 @@ def _nodes(
     )
     found = _measure(model, profile, heldout, n_nodes, size, options.windows)
     best = next(served for served in found if served.label == ISLANDS)
+    if not options.no_recovery:
+        found.append(_recover(model, profile, calibration, heldout, n_nodes, size, options.windows))
     columns = "hashed | placed | by loss | by saliency | oracle | right | over the oracle | over islands | top-1 | KL"
     yield f"| strategy | {columns} |"
     yield f"|{'---|' * 11}"
@@ -193,7 +225,8 @@ def _nodes(
         f"{placed / others['shared-core']:.0%} of shared-core's.\n"
     )
     if options.answers:
-        yield from _loops(model, best, heldout, options)
+        for served in [best, *(other for other in found if other.label == "islands, recovered")]:
+            yield from _loops(model, served, heldout, options)
 
 
 def _loops(model: moeshard.Model, served: Served, heldout: list[Domain], options: argparse.Namespace) -> Iterator[str]:
@@ -215,7 +248,7 @@ def _loops(model: moeshard.Model, served: Served, heldout: list[Domain], options
     )
     yield "| answers of | loops |"
     yield "|---|---|"
-    for name, rate in {"full model": found.full, **found.groups, "islands, placed": found.placed}.items():
+    for name, rate in {"full model": found.full, **found.groups, f"{served.label}, placed": found.placed}.items():
         yield f"| {name} | {rate.rate:.1%} [{rate.ci[0]:.1%}, {rate.ci[1]:.1%}] |"
     yield ""
 

@@ -27,6 +27,8 @@ endif()
 set(BUILD_SHARED_LIBS OFF)
 set(CMAKE_POSITION_INDEPENDENT_CODE ON)
 set(GGML_RPC ON CACHE BOOL "layers on other machines, through llama.cpp's RPC backend")
+# Found by itself where it is built, it would be missed where the wheel is installed.
+set(GGML_RPC_RDMA OFF CACHE BOOL "")
 # llama.cpp's own thread pool: no libgomp to find at run time or to share with other libraries of the process.
 set(GGML_OPENMP OFF CACHE BOOL "")
 if(APPLE)
@@ -43,7 +45,9 @@ set(LLAMA_BUILD_COMMIT pinned)
 add_subdirectory(${MOESHARD_LLAMA_TREE} ${CMAKE_BINARY_DIR}/llama.cpp EXCLUDE_FROM_ALL SYSTEM)
 
 # The patches call into csrc/engine.
-target_include_directories(llama PRIVATE ${CMAKE_CURRENT_LIST_DIR}/../csrc/engine)
+foreach(target llama ggml-rpc)
+    target_include_directories(${target} PRIVATE ${CMAKE_CURRENT_LIST_DIR}/../csrc/engine)
+endforeach()
 # GGML_ABORT is turned into an exception on the calling thread; the C frames in between must be unwindable.
 foreach(target ggml-base ggml-cpu)
     target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:C>:-fexceptions>)

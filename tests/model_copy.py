@@ -1,18 +1,20 @@
-"""Copies of the embedded model with other metadata: templates, names, control tokens, another tokenizer."""
+"""Copies of the embedded model with other metadata (templates, names, control tokens, another tokenizer) or weights."""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 
 from moeshard import GGUFMap
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 ALIGNMENT = 32
+Values = np.ndarray[Any, Any]
 
 
 def copy_with(source: Path, target: Path, changes: Mapping[str, Any]) -> Path:
@@ -90,3 +92,16 @@ def with_sentencepiece(source: Path, target: Path, control: Sequence[str], chang
         "tokenizer.ggml.add_space_prefix": True,
     }
     return copy_with(source, target, {**own, **changes})
+
+
+def rewritten(source: Path, target: Path, change: Callable[[str, Values], Values | None]) -> Path:
+    """Write a model with other values in the tensors for which `change` gives some."""
+    data = bytearray(source.read_bytes())
+    for tensor in gguf.GGUFReader(source).tensors:
+        values = change(tensor.name, np.array(tensor.data))
+        if values is not None:
+            assert values.shape == tensor.data.shape and values.dtype == tensor.data.dtype
+            at = int(tensor.data_offset)
+            data[at : at + values.nbytes] = values.tobytes()
+    target.write_bytes(data)
+    return target

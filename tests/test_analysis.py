@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -293,6 +294,16 @@ def test_an_interrupted_analysis_goes_on(
     left.save(part, force=True)
     with pytest.raises(MoeshardError, match="other options"):
         analyze(model, domains[::-1], window=WINDOW, save_to=part, resume=True)
+
+
+def test_a_file_that_cannot_be_written_is_found_before_the_work(
+    model: moeshard.Model, domains: list[Domain], tmp_path: Path
+) -> None:
+    seen: list[int] = []
+    for path in (tmp_path / "nowhere" / "part.npz", Path(model.path)):
+        with pytest.raises(MoeshardError, match=re.escape(str(path))):
+            analyze(model, domains, window=WINDOW, save_to=path, progress=lambda done, total: seen.append(done))
+    assert not seen
 
 
 def test_continuations_of_the_model_are_measured_too(model: moeshard.Model, domains: list[Domain]) -> None:

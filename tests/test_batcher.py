@@ -264,3 +264,93 @@ def test_an_aborted_step_fails_its_requests_and_no_later_ones(model: moeshard.Mo
     assert ask(batcher, prompt[:50], max_tokens=3, sampling=GREEDY).tokens == (
         ask(model.batcher(n_slots=2, n_ctx=4096), prompt[:50], max_tokens=3, sampling=GREEDY).tokens
     )
+
+
+def test_a_request_that_is_moved_goes_on(model: moeshard.Model, half: npt.NDArray[np.bool_]) -> None:
+    """What is written behind the move is what a request under the new keep writes after the same text."""
+    other = ~half
+    greedy: dict[str, Any] = {"temperature": 0, "repeat_penalty": 1.5}
+    prompt = model.tokenize("The package manager of Debian")
+    batcher = model.batcher(n_slots=2, n_ctx=256, meter=True)
+    for to in (batcher, model.batcher(n_slots=1, n_ctx=256, meter=True)):
+        answer = Answer()
+        number = batcher.submit(prompt, keep=half, max_tokens=40, sampling=SamplingParams(**greedy))
+        while len(answer.tokens) < 15:
+            (step,) = batcher.step()
+            answer.text += step.text
+            answer.tokens += [step.token] if step.token >= 0 else []
+        (rest,) = run(to, [batcher.move(number, to, other)])
+        assert rest.reason == "length" and len(answer.tokens) + len(rest.tokens) == 40
+        before = np.concatenate([prompt, np.array(answer.tokens, dtype=np.int32)])
+        expected = model.generate(before, other, max_tokens=25, **greedy)
+        assert rest.text.decode(errors="replace") == "".join(expected)
+        assert rest.tokens == expected.tokens.tolist() and len(set(rest.tokens)) > 10
+        assert (answer.text + rest.text).decode() == model.detokenize([*answer.tokens, *rest.tokens])
+        assert batcher.n_free == 2
+        with pytest.raises(MoeshardError, match="is over"):
+            batcher.move(number, to, half)
+
+
+def test_a_move_leaves_sampler_grammar_stops_and_counts_alone(
+    model: moeshard.Model, half: npt.NDArray[np.bool_]
+) -> None:
+    """Moved to where it is, a request writes what it writes anyway, whenever that happens."""
+    prompt = model.tokenize("Numbers: 17, 4, 23,")
+    for options in (
+        {"sampling": SamplingParams(seed=3, temperature=1.0, repeat_penalty=1.3, frequency_penalty=0.5)},
+        {"sampling": SamplingParams(seed=4, grammar='root ::= [0-9]+ (", " [0-9]+)* "."')},
+        {"sampling": SamplingParams(seed=5), "stop": ["e"], "n_logprobs": 1},
+    ):
+        batcher = model.batcher(n_slots=1, n_ctx=256)
+        plain = ask(batcher, prompt, keep=half, max_tokens=24, **options)
+        for at in (0, 1, 5):
+            batcher.forget()
+            moved = Answer()
+            number = batcher.submit(prompt, keep=half, max_tokens=24, **options)
+            n = 0
+            while steps := batcher.step():
+                (step,) = steps
+                moved.text += step.text
+                moved.logprobs += step.logprobs
+                moved.reason, moved.steps = step.stop_reason, moved.steps + 1
+                n = step.n_generated
+                assert step.n_prompt == len(prompt)
+                if moved.steps == at + 1 and not step.over:
+                    number = batcher.move(number, batcher, None)
+                    number = batcher.move(number, batcher, half)
+            assert (moved.text, moved.reason, n) == (plain.text, plain.reason, len(plain.tokens))
+            assert len(moved.logprobs) == len(plain.logprobs)
+
+
+def test_moves_that_cannot_be(model: moeshard.Model, half: npt.NDArray[np.bool_]) -> None:
+    batcher = model.batcher(n_slots=1, n_ctx=256)
+    number = batcher.submit(model.tokenize("Once upon a time"), keep=half, max_tokens=8, sampling=GREEDY)
+    (before,) = batcher.step()
+    small, full = model.batcher(n_slots=1, n_ctx=2), model.batcher(n_slots=1, n_ctx=256)
+    full.submit(model.tokenize("Busy"), max_tokens=8)
+    with pytest.raises(MoeshardError, match="can hold 2"):
+        batcher.move(number, small, None)
+    with pytest.raises(MoeshardError, match="in use"):
+        batcher.move(number, full, None)
+    few = np.zeros_like(half)
+    with pytest.raises(MoeshardError, match="layer"):
+        batcher.move(number, batcher, few)
+    # It goes on where it was.
+    (rest,) = run(batcher, [number])
+    expected = model.generate("Once upon a time", half, max_tokens=8, temperature=0)
+    assert before.text + rest.text == "".join(expected).encode()
+
+
+def test_the_meter_of_a_batch(model: moeshard.Model, half: npt.NDArray[np.bool_]) -> None:
+    prompt = model.tokenize("The package manager of Debian is a program")
+    batcher = model.batcher(n_slots=3, n_ctx=256, meter=True)
+    ids = [batcher.submit(prompt, keep=keep, max_tokens=6, sampling=GREEDY) for keep in (half, None, ~half)]
+    missed: dict[int, list[float]] = {number: [] for number in ids}
+    while steps := batcher.step():
+        for step in steps:
+            missed[step.id] += step.missed
+    n = len(prompt) + 5
+    assert [len(missed[number]) for number in ids] == [n, 0, n]
+    # No expert is in both.
+    assert np.mean(missed[ids[0]]) + np.mean(missed[ids[2]]) == pytest.approx(1, abs=0.3)
+    assert not ask(model.batcher(n_slots=1, n_ctx=256), prompt, keep=half, max_tokens=2).error

@@ -72,7 +72,7 @@ def test_json_has_what_it_should(run: Callable[..., Any], tinymoe: Path, plan: P
     result = run("--generate", "0", "--json", "--probe", "saliency")
     assert result.code == 0, result.err
     found = json.loads(result.out)
-    assert found["moeshard_evaluation"] == 1 and found["domains"] == NAMES and found["generation"] is None
+    assert found["moeshard_evaluation"] == 2 and found["domains"] == NAMES and found["generation"] is None
     assert "warning" not in result.err and found["settings"]["seen"] == []
     assert found["settings"]["windows"] == dict.fromkeys(NAMES, 4) and found["settings"]["prompt"] == 16
     model = moeshard.Model(tinymoe, n_threads=1)
@@ -228,7 +228,8 @@ def _set(document: dict[str, Any], value: object, *place: Any) -> None:
     ("change", "said"),
     [
         (lambda d: _without(d, "moeshard_evaluation"), "it is no evaluation"),
-        (lambda d: _set(d, 2, "moeshard_evaluation"), "version 2"),
+        (lambda d: _set(d, 3, "moeshard_evaluation"), "version 3"),
+        (lambda d: _without(d, "meter", "relation", "slope"), r"meter\.relation\.slope: is missing"),
         (lambda d: _without(d, "full", "nll"), "full.nll: is missing"),
         (lambda d: _set(d, "1", "groups", 1, "nll"), r"groups\[1\]\.nll: expected a number, got a text"),
         (lambda d: _set(d, [1], "placed", "kl_ci"), r"placed\.kl_ci: expected \[low, high\]"),

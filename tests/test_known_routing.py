@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import gguf
 import numpy as np
 import pytest
+from model_copy import Values, rewritten
 
 import moeshard
 from moeshard import MoeshardError
@@ -21,22 +19,8 @@ from moeshard.profile.statistics import concentration, shares, verdict
 from moeshard.traffic.domains import Domain
 
 WINDOW = 64
-Values = np.ndarray[Any, Any]
 Q8_0_BYTES = 34
 """Of a block: a scale in half precision, and 32 values."""
-
-
-def rewritten(source: Path, target: Path, change: Callable[[str, Values], Values | None]) -> Path:
-    """Write a model with other values in the tensors for which `change` gives some."""
-    data = bytearray(source.read_bytes())
-    for tensor in gguf.GGUFReader(source).tensors:
-        values = change(tensor.name, np.array(tensor.data))
-        if values is not None:
-            assert values.shape == tensor.data.shape and values.dtype == tensor.data.dtype
-            at = int(tensor.data_offset)
-            data[at : at + values.nbytes] = values.tobytes()
-    target.write_bytes(data)
-    return target
 
 
 def random_routers(name: str, values: Values) -> Values | None:

@@ -18,6 +18,7 @@ CSRC = Path(__file__).parents[1] / "csrc"
 PUBLIC = {
     "error.hpp": "include",
     "gguf.hpp": "gguf",
+    "quantize.hpp": "gguf",
     "keep.hpp": "moe",
     "moe_layout.hpp": "moe",
     "segments.hpp": "files",
@@ -34,9 +35,10 @@ PUBLIC = {
     "sampler.hpp": "runtime",
     "statistics.hpp": "runtime",
     "step_queue.hpp": "runtime",
+    "worker.hpp": "runtime",
 }
 # What of llama.cpp every room may see. The rest is private to it, and for engine/ alone.
-LLAMA = {"ggml.h", "ggml-backend.h", "ggml-cpu.h", "gguf.h", "llama.h"}
+LLAMA = {"ggml.h", "ggml-backend.h", "ggml-cpu.h", "ggml-rpc.h", "gguf.h", "llama.h"}
 INCLUDE = re.compile(r'^\s*#\s*include "([^"]+)"', re.MULTILINE)
 
 

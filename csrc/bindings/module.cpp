@@ -8,10 +8,12 @@ PYBIND11_MODULE(_core, m) {
     register_layout(m);
     register_gguf(m);
     register_files(m);
+    register_quantize(m);
     register_shard(m);
     register_model(m);
     register_context(m);
     register_sampler(m);
     register_generation(m);
     register_batcher(m);
+    register_worker(m);
 }

@@ -11,5 +11,7 @@ void register_generation(pybind11::module_& m);
 void register_gguf(pybind11::module_& m);
 void register_layout(pybind11::module_& m);
 void register_model(pybind11::module_& m);
+void register_quantize(pybind11::module_& m);
 void register_sampler(pybind11::module_& m);
 void register_shard(pybind11::module_& m);
+void register_worker(pybind11::module_& m);

@@ -18,7 +18,7 @@ using moeshard::TokenLogprob;
 namespace {
 
 std::unique_ptr<Batcher> make(std::shared_ptr<moeshard::Model> model, int32_t n_slots, int32_t n_ctx, int32_t n_batch,
-                              int32_t n_ubatch, int32_t n_threads, int32_t n_prefill) {
+                              int32_t n_ubatch, int32_t n_threads, int32_t n_prefill, bool meter) {
     BatcherParams params;
     params.n_slots = n_slots;
     params.n_ctx = n_ctx;
@@ -26,6 +26,7 @@ std::unique_ptr<Batcher> make(std::shared_ptr<moeshard::Model> model, int32_t n_
     params.n_ubatch = n_ubatch;
     params.n_threads = n_threads;
     params.n_prefill = n_prefill;
+    params.meter = meter;
     const py::gil_scoped_release nogil;
     return std::make_unique<Batcher>(std::move(model), params);
 }
@@ -47,6 +48,13 @@ int64_t submit(Batcher& batcher, const TokenArray& prompt, const std::optional<K
     return batcher.submit(std::move(request));
 }
 
+int64_t move(Batcher& batcher, int64_t id, Batcher& to, const std::optional<KeepArray>& keep) {
+    std::shared_ptr<const moeshard::Keep> wanted;
+    if (auto given = to_keep(keep)) wanted = std::make_shared<const moeshard::Keep>(std::move(*given));
+    const py::gil_scoped_release nogil;
+    return batcher.move(id, to, std::move(wanted));
+}
+
 }  // namespace
 
 void register_batcher(py::module_& m) {
@@ -65,12 +73,14 @@ void register_batcher(py::module_& m) {
         .def_readonly("n_cached", &Progress::n_cached)
         .def_readonly("n_generated", &Progress::n_generated)
         .def_readonly("token", &Progress::token)
+        .def_readonly("missed", &Progress::missed)
         .def_property_readonly("stop_reason", [](const Progress& progress) { return reason_name(progress.reason); })
         .def_readonly("error", &Progress::error)
         .def_property_readonly("over", &Progress::over);
     py::class_<Batcher>(m, "Batcher", "Continuous batching: many requests, a token of each per step.")
         .def(py::init(&make), py::arg("model"), py::kw_only(), py::arg("n_slots") = 4, py::arg("n_ctx") = 0,
-             py::arg("n_batch") = 2048, py::arg("n_ubatch") = 512, py::arg("n_threads") = 0, py::arg("n_prefill") = 512)
+             py::arg("n_batch") = 2048, py::arg("n_ubatch") = 512, py::arg("n_threads") = 0, py::arg("n_prefill") = 512,
+             py::arg("meter") = false)
         .def_property_readonly("n_slots", [](const Batcher& batcher) { return batcher.params().n_slots; })
         .def_property_readonly("n_ctx", [](const Batcher& batcher) { return batcher.params().n_ctx; })
         .def_property_readonly("n_free", &Batcher::n_free)
@@ -79,6 +89,7 @@ void register_batcher(py::module_& m) {
              py::arg("scope") = "", py::arg("max_tokens") = 128, py::arg("stop") = std::vector<std::string>{},
              py::arg("ignore_end") = false, py::arg("n_logprobs") = -1, py::arg("prompt_logprobs") = false,
              py::arg("sampling") = py::none())
+        .def("move", &move, py::arg("id"), py::arg("to"), py::arg("keep").none(true) = py::none())
         .def("cancel", &Batcher::cancel, py::arg("id"))
         .def("step", &Batcher::step, py::call_guard<py::gil_scoped_release>())
         .def("abort", &Batcher::abort)

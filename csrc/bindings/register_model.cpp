@@ -21,6 +21,7 @@ namespace {
 
 std::shared_ptr<Model> load(const std::filesystem::path& path, const moeshard::SegmentList* segments,
                             int32_t n_gpu_layers, bool mmap, bool check_tensors, uint32_t n_expert_used, bool simulate,
+                            std::vector<std::string> rpc, std::vector<uint32_t> layer_split,
                             const std::optional<py::function>& progress) {
     ModelParams params;
     params.n_gpu_layers = n_gpu_layers;
@@ -28,6 +29,8 @@ std::shared_ptr<Model> load(const std::filesystem::path& path, const moeshard::S
     params.check_tensors = check_tensors;
     params.n_expert_used = n_expert_used;
     params.simulate = simulate;
+    params.rpc = std::move(rpc);
+    params.layer_split = std::move(layer_split);
     params.progress = [&progress](float fraction) {
         const py::gil_scoped_acquire gil;
         if (PyErr_CheckSignals() != 0) return false;
@@ -69,12 +72,24 @@ void register_model(py::module_& m) {
         .def_readonly("n_group", &Routing::n_group)
         .def_readonly("n_group_used", &Routing::n_group_used)
         .def_readonly("weighs_inputs", &Routing::weighs_inputs)
-        .def_property_readonly("moe_layers", &Routing::moe_layers);
+        .def_property_readonly("moe_layers", &Routing::moe_layers)
+        .def(py::pickle(
+            [](const Routing& r) {
+                return py::make_tuple(r.n_layer, r.n_expert, r.expert_counts, r.n_expert_used, r.n_group,
+                                      r.n_group_used, r.weighs_inputs);
+            },
+            [](const py::tuple& packed) {
+                using Counts = std::vector<int32_t>;
+                return Routing{packed[0].cast<int32_t>(), packed[1].cast<int32_t>(), packed[2].cast<Counts>(),
+                               packed[3].cast<Counts>(),  packed[4].cast<int32_t>(), packed[5].cast<int32_t>(),
+                               packed[6].cast<bool>()};
+            }));
 
     py::class_<Model, std::shared_ptr<Model>>(m, "Model", "A loaded model.")
         .def(py::init(&load), py::arg("path"), py::arg("segments") = nullptr, py::kw_only(),
              py::arg("n_gpu_layers") = -1, py::arg("mmap") = true, py::arg("check_tensors") = false,
-             py::arg("n_expert_used") = 0, py::arg("simulate") = false, py::arg("progress") = py::none())
+             py::arg("n_expert_used") = 0, py::arg("simulate") = false, py::arg("rpc") = std::vector<std::string>(),
+             py::arg("layer_split") = std::vector<uint32_t>(), py::arg("progress") = py::none())
         .def_property_readonly("path", [](const Model& model) { return path_to_str(model.path()); })
         .def_property_readonly("routing", &Model::routing, py::return_value_policy::reference_internal)
         .def_property_readonly("description", &Model::description)

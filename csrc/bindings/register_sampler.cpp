@@ -1,6 +1,7 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <tuple>
 
 #include "bindings/arrays.hpp"
 #include "bindings/register.hpp"
@@ -31,6 +32,16 @@ SamplingParams make_params(float temperature, int32_t top_k, float top_p, float 
     return params;
 }
 
+// The arguments of make_params, to be sent to another process.
+using Packed = std::tuple<float, int32_t, float, float, float, int32_t, float, float, Biases, std::string,
+                          std::optional<uint32_t>>;
+
+Packed pack(const SamplingParams& p) {
+    return {
+        p.temperature,      p.top_k,      p.top_p,   p.min_p, p.repeat_penalty, p.repeat_last_n, p.frequency_penalty,
+        p.presence_penalty, p.logit_bias, p.grammar, p.seed};
+}
+
 using Logits = py::array_t<float, py::array::c_style>;
 
 }  // namespace
@@ -40,7 +51,9 @@ void register_sampler(py::module_& m) {
         .def(py::init(&make_params), py::kw_only(), py::arg("temperature") = 0.8f, py::arg("top_k") = 40,
              py::arg("top_p") = 0.95f, py::arg("min_p") = 0.05f, py::arg("repeat_penalty") = 1.0f,
              py::arg("repeat_last_n") = 64, py::arg("frequency_penalty") = 0.0f, py::arg("presence_penalty") = 0.0f,
-             py::arg("logit_bias") = Biases{}, py::arg("grammar") = "", py::arg("seed") = py::none());
+             py::arg("logit_bias") = Biases{}, py::arg("grammar") = "", py::arg("seed") = py::none())
+        .def(py::pickle([](const SamplingParams& params) { return py::tuple(py::cast(pack(params))); },
+                        [](const py::tuple& packed) { return std::apply(make_params, packed.cast<Packed>()); }));
     py::class_<Sampler>(m, "Sampler", "Draws tokens from logits.")
         .def(py::init([](const std::shared_ptr<moeshard::Model>& model, const SamplingParams& params) {
                  return std::make_unique<Sampler>(*model, params);

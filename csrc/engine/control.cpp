@@ -61,6 +61,21 @@ void stop_trace(llama_context* ctx) {
     state.sink = nullptr;
 }
 
+void set_routers(llama_context* ctx, std::vector<WholeRouter> routers) {
+    State& state = attach(ctx);
+    // Graphs that were built refer to them: never replaced.
+    if (routers.empty() || state.routers) return;
+    state.routers = std::make_shared<const Routers>(state.model, std::move(routers));
+}
+
+bool has_routers(llama_context* ctx) { return attach(ctx).routers != nullptr; }
+
+void set_meter(llama_context* ctx, MissedSink sink) {
+    State& state = attach(ctx);
+    state.metered = sink != nullptr;
+    state.missed = std::move(sink);
+}
+
 void enable_masks(llama_context* ctx) { attach(ctx); }
 
 MemoryUse memory_of(const llama_context* ctx) {

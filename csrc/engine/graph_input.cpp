@@ -30,10 +30,12 @@ GraphInput::GraphInput(State& state, const llm_graph_context& graph)
       tracing_(state.tracing),
       options_(state.trace),
       masked_(state.masked),
+      metered_(state.measures()),
       capacity_(room_for(state.n_masks())) {
     // ggml keeps an earlier graph's memory plan for a new one that has as many nodes and leafs, although other tensors
     // must outlive it now. Leafs that count what is traced make such graphs differ.
-    const int n_leafs = tracing_ ? 16 * (1 + (options_.probs ? 1 : 0) + (options_.norms ? 2 : 0)) : 0;
+    const int n_leafs =
+        (tracing_ ? 16 * (1 + (options_.probs ? 1 : 0) + (options_.norms ? 2 : 0)) : 0) + (metered_ ? 8 : 0);
     for (int i = 0; i < n_leafs; ++i) {
         ggml_tensor* leaf = ggml_new_tensor_1d(graph.ctx0, GGML_TYPE_F32, 1);
         ggml_set_input(leaf);  // the scheduler places inputs, and only those, where no node uses them
@@ -42,7 +44,8 @@ GraphInput::GraphInput(State& state, const llm_graph_context& graph)
 }
 
 bool GraphInput::built_for(const State& now) const {
-    return masked_ == now.masked && static_cast<int64_t>(now.n_masks()) <= capacity_ && tracing_ == now.tracing &&
+    return masked_ == now.masked && metered_ == now.measures() && static_cast<int64_t>(now.n_masks()) <= capacity_ &&
+           tracing_ == now.tracing &&
            (!tracing_ || (options_.probs == now.trace.probs && options_.norms == now.trace.norms));
 }
 
@@ -119,8 +122,7 @@ void GraphInput::set_input(const llama_ubatch* ubatch) {
     for (const HashIds& ids : hashed_) set_hash_ids(ids, *ubatch);
 }
 
-// The tokens behind the rows of an input.
-std::vector<int32_t> GraphInput::tokens_of(const llama_ubatch& ubatch, int64_t n_rows) const {
+std::vector<int32_t> GraphInput::tokens_of(const llama_ubatch& ubatch, int64_t n_rows) {
     std::vector<int32_t> tokens;
     tokens.reserve(static_cast<size_t>(n_rows));
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "engine/hook_state.hpp"
+#include "engine/meter.hpp"
 #include "llama-graph.h"
 
 namespace moeshard::hook {
@@ -23,6 +24,11 @@ public:
     ggml_tensor* mask(const llm_graph_context& graph, int64_t n_rows, int il);
     // I32 [n_used, n_rows]: what replaces the looked-up ids.
     ggml_tensor* hash_ids(const llm_graph_context& graph, ggml_tensor* selected, int il);
+
+    // Marks a layer's router to be read, where the meter is on.
+    void meter(const llm_graph_context& graph, ggml_tensor* logits, int gating, ggml_tensor* bias, int il);
+    // Hands what the tokens of the computed graph missed to whoever asked for it.
+    void read_metered(const llama_ubatch& ubatch, ggml_backend_sched_t sched) const;
 
     struct Traced {
         int il = 0;
@@ -49,12 +55,20 @@ private:
         ggml_tensor* on_device = nullptr;  // of `direct`
         std::vector<int32_t> slots;        // that the graph reads
     };
+    // A layer's router, as the meter reads it.
+    struct Metered {
+        int il = 0;
+        ggml_tensor* logits = nullptr;  // [n_expert, n_rows], before any mask
+        ggml_tensor* bias = nullptr;
+        const Routers::Layer* whole = nullptr;  // that the logits are of, instead of the model's own
+        Gate gate;                              // but for the bias
+    };
     struct HashIds {
         ggml_tensor* input = nullptr;
         int il = 0;
     };
 
-    std::vector<int32_t> tokens_of(const llama_ubatch& ubatch, int64_t n_rows) const;
+    static std::vector<int32_t> tokens_of(const llama_ubatch& ubatch, int64_t n_rows);
     ggml_tensor* layer_view(const llm_graph_context& graph, ggml_tensor* of, int64_t n_rows, int32_t slot) const;
     ggml_tensor* on_device(const llm_graph_context& graph, ggml_tensor* input) const;
     void set_table();
@@ -68,12 +82,14 @@ private:
     const bool tracing_;
     const TraceOptions options_;
     const bool masked_;
+    const bool metered_;
     const int64_t capacity_;  // masks that the table has room for, row 0 not counted
     Table table_;
     std::map<const MaskRows*, int32_t> row_of_;
     Rows of_tokens_;
     Rows of_outputs_;
     std::vector<HashIds> hashed_;
+    std::vector<Metered> metered_layers_;
 };
 
 }  // namespace moeshard::hook

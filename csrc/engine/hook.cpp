@@ -116,10 +116,11 @@ bool UbatchScope::can_reuse(const llm_graph_result* res) const {
 }
 
 void UbatchScope::computed(const llm_graph_result* res, const llama_ubatch& ubatch, ggml_backend_sched_t sched) const {
-    const State* state = current_state();
-    if (!state || !state->tracing || !state->sink) return;
-    const GraphInput* input = input_of(res);
+    State* state = current_state();
+    const GraphInput* input = state ? input_of(res) : nullptr;
     if (!input) return;
+    input->read_metered(ubatch, sched);
+    if (!state->tracing || !state->sink) return;
     ggml_backend_sched_synchronize(sched);
     UbatchTrace trace;
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
@@ -130,9 +131,11 @@ void UbatchScope::computed(const llm_graph_result* res, const llama_ubatch& ubat
     state->sink(trace);
 }
 
-ggml_tensor* expert_mask(const llm_graph_context& graph, const ggml_tensor* scores, int il) {
+ggml_tensor* expert_mask(const llm_graph_context& graph, ggml_tensor* scores, int gating, ggml_tensor* bias, int il) {
     GraphInput* input = building(graph);
-    return input ? input->mask(graph, scores->ne[1], il) : nullptr;
+    if (!input) return nullptr;
+    input->meter(graph, scores, gating, bias, il);
+    return input->mask(graph, scores->ne[1], il);
 }
 
 ggml_tensor* hash_experts(const llm_graph_context& graph, ggml_tensor* selected, int il) {

@@ -83,7 +83,7 @@ MaskRows::MaskRows(const Keep& keep, const Routing& routing) : keep(keep) {
     }
 }
 
-State::State(const llama_model& model, Routing facts) : routing(std::move(facts)) {
+State::State(const llama_model& of, Routing facts) : model(of), routing(std::move(facts)) {
     for (int32_t layer = 0; layer < routing.n_layer; ++layer) {
         slot_of_layer.push_back(routing.routes(layer) ? n_slots++ : -1);
         if (routing.routes(layer)) {
@@ -105,6 +105,15 @@ std::shared_ptr<const MaskRows> State::find(const Keep& keep) const {
         if (mask->keep == keep) return mask;
     }
     return nullptr;
+}
+
+const std::vector<float>& State::bias(int32_t layer, const ggml_tensor* tensor) {
+    std::vector<float>& values = biases[layer];
+    if (values.empty()) {
+        values.resize(static_cast<size_t>(ggml_nelements(tensor)));
+        ggml_backend_tensor_get(tensor, values.data(), 0, ggml_nbytes(tensor));
+    }
+    return values;
 }
 
 size_t State::n_masks() const {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "engine/control.hpp"
+#include "engine/routers.hpp"
 #include "moeshard/keep.hpp"
 #include "moeshard/trace.hpp"
 
@@ -30,6 +31,7 @@ struct MaskRows {
 struct State {
     State(const llama_model& model, Routing routing);
 
+    const llama_model& model;
     Routing routing;
     std::vector<int32_t> slot_of_layer;  // index among the MoE layers, -1 for the others
     int32_t n_slots = 0;
@@ -51,8 +53,17 @@ struct State {
     TraceOptions trace;
     TraceSink sink;
 
+    bool metered = false;
+    MissedSink missed;
+    std::shared_ptr<const Routers> routers;  // of a shard; null where they are not known
+    bool measures() const { return metered && (masked || routers); }
+
     // The rows of tid2eid tables (n_vocab, n_used) of hash-routed layers, fetched when first needed.
     std::map<int32_t, std::vector<int32_t>> hash_tables;
+
+    // The biases of layers that choose with one, fetched when first needed.
+    std::map<int32_t, std::vector<float>> biases;
+    const std::vector<float>& bias(int32_t layer, const ggml_tensor* tensor);
 
     GraphInput* building = nullptr;  // of the graph that is being built, once it routes something
 };

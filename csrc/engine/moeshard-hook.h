@@ -44,8 +44,9 @@ void context_freed(const llama_context* ctx);
 // waits for it (see exceptions_pass() in control.hpp); for any other it is logged and becomes the status -3.
 int32_t run(const std::function<int32_t()>& compute);
 
-// Additive mask on the router's scores, F32 of the shape of `scores`: 0 keeps, -INF drops. Null without a hook.
-ggml_tensor* expert_mask(const llm_graph_context& graph, const ggml_tensor* scores, int il);
+// Additive mask on the router's scores, F32 of the shape of `scores`: 0 keeps, -INF drops. Null without a hook. The
+// gating function (an llama_expert_gating_func_type) and the bias of the selection (or null) are for the meter.
+ggml_tensor* expert_mask(const llm_graph_context& graph, ggml_tensor* scores, int gating, ggml_tensor* bias, int il);
 
 // Replaces the expert ids that a hash-routed layer looked up (null elsewhere) by kept ones.
 ggml_tensor* hash_experts(const llm_graph_context& graph, ggml_tensor* selected, int il);

@@ -9,6 +9,8 @@
 namespace moeshard {
 
 inline constexpr std::string_view kLayersKey = "moeshard.layers";
+// What a router's tensor is written down under, before the tensor's name.
+inline constexpr std::string_view kRouterKey = "moeshard.router.";
 inline constexpr std::string_view kCountsKey = "moeshard.expert_counts";  // of each of these layers
 
 // The values of the two keys as counts per layer, (n_layer,); `n_expert`, which is the largest of them, in layers that

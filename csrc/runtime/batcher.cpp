@@ -1,12 +1,11 @@
 #include "moeshard/batcher.hpp"
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 #include <functional>
 
 #include "moeshard/error.hpp"
 #include "runtime/guard.hpp"
+#include "runtime/logprob.hpp"
 #include "runtime/owner.hpp"
 #include "runtime/text_output.hpp"
 
@@ -25,26 +24,6 @@ size_t common_prefix(const std::vector<int32_t>& a, const std::vector<int32_t>& 
         a.begin());
 }
 
-// The log-probability of `token`, and of the likeliest tokens.
-TokenLogprob logprob_of(const Model& model, const float* logits, int32_t token, int32_t n_top) {
-    const auto n_vocab = static_cast<size_t>(model.n_vocab());
-    const float peak = *std::max_element(logits, logits + n_vocab);
-    double sum = 0.0;
-    for (size_t i = 0; i < n_vocab; ++i) sum += std::exp(static_cast<double>(logits[i] - peak));
-    const double norm = static_cast<double>(peak) + std::log(sum);
-    const auto of = [&](int32_t id) { return static_cast<float>(static_cast<double>(logits[id]) - norm); };
-    TokenLogprob found{token, model.piece(token, true), of(token), {}};
-    if (n_top > 0) {
-        std::vector<int32_t> ids(n_vocab);
-        for (size_t i = 0; i < n_vocab; ++i) ids[i] = static_cast<int32_t>(i);
-        const auto end = ids.begin() + std::min<std::ptrdiff_t>(n_top, static_cast<std::ptrdiff_t>(n_vocab));
-        std::partial_sort(ids.begin(), end, ids.end(),
-                          [&](int32_t a, int32_t b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; });
-        for (auto id = ids.begin(); id != end; ++id) found.top.emplace_back(*id, of(*id));
-    }
-    return found;
-}
-
 // A request that is computed.
 struct Running {
     Running(const Model& model, int64_t number, Request wanted)
@@ -54,11 +33,13 @@ struct Running {
           output(request.params.stop) {}
 
     bool in_prompt() const { return n_prompt_done < request.prompt.size(); }
+    size_t n_tokens() const { return n_given + tokens.size(); }
 
     int64_t id;
     Request request;
     Sampler sampler;
     TextOutput output;
+    size_t n_given = 0;  // tokens of the prompt as it was given; a request that was moved has its answer behind them
     size_t n_prompt_done = 0;
     size_t n_cached = 0;
     std::vector<int32_t> tokens;        // generated
@@ -83,6 +64,8 @@ struct Batcher::Impl {
     int64_t submit(Request request);
     void check(const Request& request) const;
     size_t slot_for(const Request& request) const;
+    void settle(size_t index, std::unique_ptr<Running> running);
+    int64_t move(int64_t id, Impl& to, std::shared_ptr<const Keep> keep);
     void cancel(int64_t id);
     std::vector<Progress> step();
     void gather(std::vector<Input>& inputs);
@@ -114,6 +97,7 @@ Batcher::Impl::Impl(std::shared_ptr<const Model> of, const BatcherParams& wanted
                     ": a diffusion model does not write from left to right, which is how text is generated here");
     }
     params.n_ctx = context.n_ctx();
+    context.set_meter(params.meter);
 }
 
 void Batcher::Impl::check(const Request& request) const {
@@ -156,6 +140,15 @@ int64_t Batcher::Impl::submit(Request request) {
     check(request);
     const size_t index = slot_for(request);
     auto running = std::make_unique<Running>(*model, next_id, std::move(request));
+    running->n_given = running->request.prompt.size();
+    for (const int32_t token : running->request.prompt) running->sampler.accept(token);
+    settle(index, std::move(running));
+    slots[index].running->n_cached = slots[index].running->n_prompt_done;
+    return next_id++;
+}
+
+// Gives a request a slot; what that remembers of the prompt is not computed again.
+void Batcher::Impl::settle(size_t index, std::unique_ptr<Running> running) {
     const Request& wanted = running->request;
     Slot& slot = slots[index];
     const auto seq = static_cast<int32_t>(index);
@@ -169,10 +162,8 @@ int64_t Batcher::Impl::submit(Request request) {
     if (!same_keep(slot.keep, wanted.keep)) context.set_keep(wanted.keep.get(), seq);
     slot.keep = wanted.keep;
     slot.scope = wanted.scope;
-    running->n_prompt_done = running->n_cached = common;
-    for (const int32_t token : wanted.prompt) running->sampler.accept(token);
+    running->n_prompt_done = common;
     slot.running = std::move(running);
-    return next_id++;
 }
 
 void Batcher::Impl::end(Slot& slot) {
@@ -184,6 +175,27 @@ void Batcher::Impl::cancel(int64_t id) {
     for (Slot& slot : slots) {
         if (slot.running && slot.running->id == id) end(slot);
     }
+}
+
+int64_t Batcher::Impl::move(int64_t id, Impl& to, std::shared_ptr<const Keep> keep) {
+    const auto from = std::find_if(slots.begin(), slots.end(),
+                                   [&](const Slot& slot) { return slot.running && slot.running->id == id; });
+    if (from == slots.end()) throw Error("request " + std::to_string(id) + " is over");
+    const Running& running = *from->running;
+    Request request = running.request;
+    if (running.in_prompt() && request.prompt_logprobs) throw Error("a prompt that is scored cannot be moved");
+    request.prompt.resize(running.n_given);
+    request.prompt.insert(request.prompt.end(), running.tokens.begin(), running.tokens.end());
+    request.keep = std::move(keep);
+    request.prompt_logprobs = false;
+    to.check(request);
+    const size_t index = &to == this ? static_cast<size_t>(from - slots.begin()) : to.slot_for(request);
+    auto moved = std::move(from->running);
+    end(*from);
+    moved->request = std::move(request);
+    moved->id = to.next_id;
+    to.settle(index, std::move(moved));
+    return to.next_id++;
 }
 
 // A token of each request that generates, then as much of the prompts as the budget allows, in turns.
@@ -264,7 +276,7 @@ void Batcher::Impl::draw(Progress& progress, Running& running, const float* logi
     } else if (wanted.max_tokens > 0 && running.tokens.size() >= static_cast<size_t>(wanted.max_tokens)) {
         progress.reason = StopReason::kLength;
         text += running.output.finish();
-    } else if (running.request.prompt.size() + running.tokens.size() > static_cast<size_t>(params.n_ctx)) {
+    } else if (running.n_tokens() > static_cast<size_t>(params.n_ctx)) {
         progress.reason = StopReason::kContext;
         text += running.output.finish();
     }
@@ -320,8 +332,9 @@ std::vector<Progress> Batcher::Impl::step() {
             progress.error = failure;
             slot.tokens.resize(static_cast<size_t>(context.n_past(input.seq)));
         }
-        progress.n_prompt = static_cast<int32_t>(running.request.prompt.size());
-        progress.n_prompt_done = static_cast<int32_t>(running.n_prompt_done);
+        progress.missed = context.missed(input.seq);
+        progress.n_prompt = static_cast<int32_t>(running.n_given);
+        progress.n_prompt_done = static_cast<int32_t>(std::min(running.n_prompt_done, running.n_given));
         progress.n_cached = static_cast<int32_t>(running.n_cached);
         progress.n_generated = static_cast<int32_t>(running.tokens.size());
         if (progress.over()) end(slot);
@@ -350,6 +363,13 @@ int32_t Batcher::n_held() const {
 int64_t Batcher::submit(Request request) {
     const Owner::Use use(impl_->owner);
     return impl_->submit(std::move(request));
+}
+
+int64_t Batcher::move(int64_t id, Batcher& to, std::shared_ptr<const Keep> keep) {
+    const Owner::Use use(impl_->owner);
+    if (&to == this) return impl_->move(id, *impl_, std::move(keep));
+    const Owner::Use other(to.impl_->owner);
+    return impl_->move(id, *to.impl_, std::move(keep));
 }
 
 void Batcher::cancel(int64_t id) {

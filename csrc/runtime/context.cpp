@@ -12,8 +12,11 @@
 #include "files/threads.hpp"
 #include "ggml-cpu.h"
 #include "llama.h"
+#include "runtime/batch.hpp"
 #include "runtime/guard.hpp"
+#include "runtime/missed.hpp"
 #include "runtime/owner.hpp"
+#include "runtime/tap.hpp"
 
 namespace moeshard {
 
@@ -25,24 +28,6 @@ constexpr size_t kMaxLogitsBytes = size_t{256} << 20;
 
 constexpr const char* kBrokenMessage =
     "this context failed inside the engine and cannot be used any more; make a new one";
-
-struct Batch {
-    explicit Batch(int32_t capacity) : native(llama_batch_init(capacity, 0, 1)) {}
-    ~Batch() { llama_batch_free(native); }
-    Batch(const Batch&) = delete;
-    Batch& operator=(const Batch&) = delete;
-
-    void add(int32_t token, int32_t pos, int32_t seq, bool output) {
-        const int32_t i = native.n_tokens++;
-        native.token[i] = token;
-        native.pos[i] = pos;
-        native.n_seq_id[i] = 1;
-        native.seq_id[i][0] = seq;
-        native.logits[i] = output;
-    }
-
-    llama_batch native;
-};
 
 std::string named(int32_t seq) { return "sequence " + std::to_string(seq); }
 
@@ -74,11 +59,13 @@ struct Context::Impl {
     ggml_threadpool* pool = nullptr;
     int32_t limit = 0;
     std::vector<int32_t> past;
+    std::vector<Missed> missed;  // by sequence
     Owner owner{"context"};
     std::atomic<bool> aborted{false};
     std::function<bool()> interrupt;
     int64_t next_interrupt_us = 0;
     bool broken = false;  // the engine aborted inside; nothing of it may be touched again
+    Tap tap;
 };
 
 Context::Impl::Impl(std::shared_ptr<const Model> of, const ContextParams& wanted)
@@ -110,6 +97,10 @@ Context::Impl::Impl(std::shared_ptr<const Model> of, const ContextParams& wanted
     native.n_threads_batch = params.n_threads;
     native.abort_callback = should_abort;
     native.abort_callback_data = this;
+    if (params.states) {
+        native.cb_eval = Tap::callback;
+        native.cb_eval_user_data = &tap;
+    }
     const std::string failed =
         model->path() + ": no context of " + std::to_string(params.n_ctx) + " tokens could be made";
     ctx = guard.run(failed, [&] { return llama_init_from_model(model->handle(), native); });
@@ -120,6 +111,7 @@ Context::Impl::Impl(std::shared_ptr<const Model> of, const ContextParams& wanted
     if (pool) llama_attach_threadpool(ctx, pool, pool);
     hook::enable_masks(ctx);
     past.assign(static_cast<size_t>(params.n_seq_max), 0);
+    missed.resize(past.size());
     limit = std::min(params.n_ctx, capacity());
 }
 
@@ -161,6 +153,7 @@ void Context::Impl::decode(const std::vector<Input>& inputs, const LogitsSink& s
     check(inputs);
     const std::vector<int32_t> before = past;
     aborted = false;
+    for (Missed& own : missed) own.clear();
     try {
         compute(inputs, sink);
     } catch (const EngineAbort&) {
@@ -238,22 +231,29 @@ void Context::Impl::compute(const std::vector<Input>& inputs, const LogitsSink& 
 
 void Context::Impl::trace(const std::vector<Input>& inputs, const TraceOptions& options, TraceSink sink) {
     if (model->routing().moe_layers().empty()) throw Error(model->path() + ": a dense model has no routing to trace");
+    if (!options.states.empty() && !params.states) throw Error("this context was not made to hand out states");
     struct Tracing {
         llama_context* ctx;
-        ~Tracing() { hook::stop_trace(ctx); }
+        Tap& tap;
+        ~Tracing() {
+            hook::stop_trace(ctx);
+            tap.end();
+        }
     };
     // What the sink throws is its caller's, and comes out as it went in: it passes the engine, whose own exceptions
     // become Errors.
     std::exception_ptr from_sink;
-    hook::start_trace(ctx, options, [&from_sink, &sink](UbatchTrace& chunk) {
+    hook::start_trace(ctx, options, [&](UbatchTrace& chunk) {
         try {
+            if (!options.states.empty()) tap.hand_over(chunk);
             sink(chunk);
         } catch (...) {
             from_sink = std::current_exception();
             throw;
         }
     });
-    const Tracing tracing{ctx};
+    const Tracing tracing{ctx, tap};
+    tap.begin(options.states);
     try {
         decode(inputs, {});
     } catch (...) {
@@ -342,6 +342,21 @@ void Context::set_keep(const Keep* keep, int32_t seq) {
     const Owner::Use use(impl_->owner);
     if (seq >= 0) n_past(seq);  // exists
     hook::set_mask(impl_->ctx, seq, keep);
+}
+
+void Context::set_meter(bool on) {
+    const Owner::Use use(impl_->owner);
+    meter(impl_->ctx, *impl_->model, on ? &impl_->missed : nullptr);
+}
+
+const std::vector<float>& Context::missed(int32_t seq) const {
+    impl_->n_past(seq);  // exists
+    return impl_->missed[static_cast<size_t>(seq)].mean;
+}
+
+const std::vector<float>& Context::missed_by_layer(int32_t seq) const {
+    impl_->n_past(seq);  // exists
+    return impl_->missed[static_cast<size_t>(seq)].by_layer;
 }
 
 void Context::decode(const std::vector<Input>& inputs, const LogitsSink& sink) {

@@ -8,6 +8,7 @@
 #include "moeshard/moe_layout.hpp"
 #include "runtime/guard.hpp"
 #include "runtime/precheck.hpp"
+#include "runtime/workers.hpp"
 
 namespace moeshard {
 
@@ -72,6 +73,8 @@ std::shared_ptr<Model> Model::load(const std::string& path, const ModelParams& p
     const Guard guard;
     const std::shared_ptr<Model> loaded(new Model(file.first_part));
     llama_model_params mapped = native(params);
+    const WorkerDevices workers(params, guard, file.first_part);
+    workers.use(mapped);
     // The engine maps shared, or not at all.
     if (!file.can_be_mapped) mapped.load_mode = LLAMA_LOAD_MODE_NONE;
     std::vector<llama_model_kv_override> overrides;
@@ -93,6 +96,8 @@ std::shared_ptr<Model> Model::load(const SegmentList& segments, const std::strin
     const std::shared_ptr<Model> loaded(new Model(name));
     if (params.n_expert_used != 0) throw Error(name + ": a shard says itself how many experts a token uses");
     llama_model_params streamed = native(params);
+    const WorkerDevices workers(params, guard, name);
+    workers.use(streamed);
     streamed.load_mode = LLAMA_LOAD_MODE_NONE;
     const auto file = open_stream(segments);
     const std::string failed = name + ": could not be loaded";

@@ -44,6 +44,23 @@ std::string architecture(const gguf::GGUFMap& file) {
     return name;
 }
 
+// llama.cpp builds the experts of every layer with the first layer's number, but sums those of the layer's own: where
+// they differ it reads past what was computed. Only Nemotron-H passes each layer's number on.
+void check_used(const gguf::GGUFMap& file, const std::string& arch) {
+    const gguf::Entry* entry = file.metadata().find(arch + ".expert_used_count");
+    if (entry == nullptr || !entry->is_array || arch.rfind("nemotron_h", 0) == 0) return;
+    const MoeLayout layout = moe_layout(file);
+    for (const uint32_t layer : layout.moe_layers) {
+        const uint32_t used = layout.n_expert_used[layer], first = layout.n_expert_used[0];
+        if (used == first) continue;
+        throw Error(file.path() + ": " + entry->key + " is " + std::to_string(used) + " in layer " +
+                    std::to_string(layer) + " and " + std::to_string(first) +
+                    " in layer 0: llama.cpp computes layers " +
+                    "with different numbers of experts per token wrongly in models of architecture '" + arch +
+                    "'; write the file with one number for all layers");
+    }
+}
+
 }  // namespace
 
 CheckedFile check_file(const std::string& path) {
@@ -54,7 +71,9 @@ CheckedFile check_file(const std::string& path) {
     const gguf::GGUFMap file(path);
     // llama.cpp would abort on some wrong counts.
     if (file.metadata().find(kCountsKey) != nullptr) moe_layout(file);
-    const std::string own = architecture(file) + ".";
+    const std::string arch = architecture(file);
+    check_used(file, arch);
+    const std::string own = arch + ".";
     for (const gguf::Entry& entry : file.metadata().entries) {
         const bool is_float = entry.type == gguf::ValueType::kFloat32 || entry.type == gguf::ValueType::kFloat64;
         // What other programs noted is theirs.

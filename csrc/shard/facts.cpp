@@ -97,7 +97,9 @@ std::optional<ShardFacts> shard_facts(const gguf::GGUFMap& file) {
     }
     for (const Entry& entry : file.metadata().entries) {
         const bool is_own = entry.key == kKind || entry.key == kLayers || entry.key == kKept || entry.key == kCounts ||
-                            entry.key == kTensors || entry.key == kExpertCount || starts_with(entry.key, kSource);
+                            entry.key == kTensors || entry.key == kExpertCount || starts_with(entry.key, kSource) ||
+                            starts_with(entry.key, kRouter);
+        facts.has_router = facts.has_router || starts_with(entry.key, kRouter);
         if (!starts_with(entry.key, kPrefix) || is_own) continue;
         const std::string_view text = reader.get(entry.key, [](const Entry& found) { return found.as_string(); });
         if (!gguf::is_utf8(text)) reader.fail(entry.key, "is not valid UTF-8");

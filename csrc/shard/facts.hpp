@@ -19,6 +19,7 @@ inline constexpr std::string_view kCounts = kCountsKey;               // only wh
 inline constexpr std::string_view kKept = "moeshard.kept";            // ids of each layer, layer by layer
 inline constexpr std::string_view kTensors = "moeshard.tensors";      // of a trunk: all of the model, in order
 inline constexpr std::string_view kSource = "moeshard.source.";       // the model's own value of a replaced key
+inline constexpr std::string_view kRouter = kRouterKey;               // a router's tensor, as the model has it
 inline constexpr std::string_view kExpertCount = "moeshard.experts";  // of the whole model
 
 // Keys that are about the file and not about the model.

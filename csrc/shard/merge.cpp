@@ -146,6 +146,11 @@ std::vector<SegmentList> merge_segments(const std::vector<const GGUFMap*>& shard
     ShardFacts first;
     for (const GGUFMap* shard : shards) {
         ShardFacts facts = facts_of(*shard);
+        if (note(facts, kCorrectedNote) != nullptr) {
+            throw Error(shard->path() +
+                        ": some of its tensors were corrected for the experts that it holds, so they are not the "
+                        "model's own any more; merge shards that were split without a recovery");
+        }
         if (shard == shards.front()) first = facts;
         check_same_model(*shards.front(), first, *shard, facts);
         if (provider != nullptr) check_alike(*provider, *shard);

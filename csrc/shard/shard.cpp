@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "shard/corrected.hpp"
 #include "shard/counts.hpp"
 #include "shard/facts.hpp"
 #include "shard/holder.hpp"
@@ -101,6 +102,14 @@ std::vector<Piece> original_table(const GGUFMap& model, const gguf::Tensor& tens
     return entry;
 }
 
+// A tensor of a router as the model has it, whatever of it the shard holds.
+std::vector<Piece> whole_router(const GGUFMap& model, const gguf::Tensor& tensor) {
+    std::vector<Piece> entry;
+    entry.emplace_back(array_entry_head(std::string(kRouter) + tensor.name, gguf::ValueType::kUint8, tensor.nbytes));
+    entry.emplace_back(FileRange{model.owner(tensor), {tensor.offset, tensor.nbytes}});
+    return entry;
+}
+
 NewFile empty_like(const GGUFMap& model) {
     NewFile file;
     file.version = model.metadata().version;
@@ -150,6 +159,8 @@ NewFile shard_file(const GGUFMap& model, const MoeLayout& layout, const Counts& 
         const uint8_t* row = facts.keep.data() + static_cast<size_t>(expert->layer) * layout.n_expert;
         file.tensors.push_back(gather_tensor(holders, tensor.name, row, counts.n_expert_used[expert->layer]));
         if (expert->role == Role::kExpertIds) file.entries.push_back(original_table(model, tensor));
+        const bool routes = expert->role == Role::kRouter || expert->role == Role::kRouterValue;
+        if (facts.has_router && routes) file.entries.push_back(whole_router(model, tensor));
     }
     return file;
 }
@@ -169,14 +180,25 @@ std::vector<SegmentList> shard_segments(const GGUFMap& model, const Keep& keep, 
     facts.n_expert = layout.n_expert;
     facts.layers = expert_layers(layout);
     facts.notes = params.notes;
+    facts.has_router = params.with_router && params.kind != ShardKind::kTrunk;
+    if (facts.has_router && (layout.n_expert_groups > 1 || !layout.hash_layers.empty())) {
+        throw Error(
+            model.path() +
+            ": what tokens miss cannot be measured in a shard of a model that chooses by groups or looks experts "
+            "up; write it without its routers");
+    }
     const auto laid_out = [&](NewFile file) {
-        return assemble(std::move(file), params.max_file_size, model.path(), {&model});
+        std::vector<const GGUFMap*> sources{&model};
+        if (params.corrected.file) sources.push_back(params.corrected.file.get());
+        return assemble(std::move(file), params.max_file_size, model.path(), sources);
     };
     if (params.kind == ShardKind::kTrunk) return laid_out(trunk_file(model, layout, std::move(facts)));
     const Counts counts = count_experts(layout, keep, params, model.path());
     const uint8_t* rows = keep.row(0);
     facts.keep.assign(rows, rows + static_cast<size_t>(layout.n_layer) * layout.n_expert);
-    return laid_out(shard_file(model, layout, counts, std::move(facts)));
+    NewFile file = shard_file(model, layout, counts, std::move(facts));
+    replace_tensors(file, params.corrected);
+    return laid_out(std::move(file));
 }
 
 std::string part_path(const std::string& path, size_t index, size_t count) {

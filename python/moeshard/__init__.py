@@ -27,6 +27,7 @@ _HOME = {
     "PlanNode": "moeshard.planning.plan",
     "Profile": "moeshard.profile.record",
     "Ranking": "moeshard.profile.ranking",
+    "Recovered": "moeshard.recovery.recover",
     "Session": "moeshard.runtime.session",
     "ShardFile": "moeshard.shards.split",
     "Trace": "moeshard.runtime.trace",
@@ -52,6 +53,7 @@ _HOME = {
     "read_profile": "moeshard.profile.record",
     "read_ranking": "moeshard.profile.ranking",
     "read_texts": "moeshard.traffic.domains",
+    "recover": "moeshard.recovery.recover",
     "split": "moeshard.shards.split",
     "verify": "moeshard.shards.verify",
     "write_ranking": "moeshard.profile.ranking",
@@ -73,6 +75,7 @@ if TYPE_CHECKING:
     from moeshard.profile.measure import analyze
     from moeshard.profile.ranking import Ranking, read_ranking, write_ranking
     from moeshard.profile.record import Profile, read_profile
+    from moeshard.recovery.recover import Recovered, recover
     from moeshard.runtime.generation import Generation
     from moeshard.runtime.model import Model
     from moeshard.runtime.session import Session
@@ -97,6 +100,7 @@ __all__ = [
     "PlanNode",
     "Profile",
     "Ranking",
+    "Recovered",
     "Session",
     "ShardFile",
     "Trace",
@@ -123,6 +127,7 @@ __all__ = [
     "read_profile",
     "read_ranking",
     "read_texts",
+    "recover",
     "split",
     "verify",
     "write_ranking",

@@ -84,7 +84,7 @@ def test_the_collector_ends_a_session_inside_the_pool(whole: moeshard.Model) -> 
 
     cycle = Cycle()
     cycle.session, cycle.itself = whole.session(), cycle
-    pool = whole._contexts
+    pool = whole._loaded.contexts
     ended = threading.Event()
 
     def collect_within() -> None:

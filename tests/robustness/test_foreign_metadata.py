@@ -124,3 +124,12 @@ def test_what_bindings_raise_stays(tinymoe: Path) -> None:
         model._native.tokenize(1)
     with pytest.raises(KeyError):
         GGUFMap(tinymoe).metadata["none"]
+
+
+def test_numbers_of_experts_per_token_that_the_engine_computes_wrongly(tinymoe: Path, tmp_path: Path) -> None:
+    key = "qwen3moe.expert_used_count"
+    same = with_entries(tinymoe, tmp_path / "same.gguf", [entry(key, gb.U32, [8] * 5)])
+    np.testing.assert_array_equal(logits(same), logits(tinymoe))
+    path = with_entries(tinymoe, tmp_path / "differ.gguf", [entry(key, gb.U32, [8, 8, 4, 8, 8])])
+    with pytest.raises(MoeshardError, match=f"differ.gguf: {key} is 4 in layer 2 and 8 in layer 0: .*'qwen3moe'"):
+        Model(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from starlette.applications import Starlette
 import moeshard
 from moeshard import GGUFMap, Plan, PlanNode
 from moeshard.gguf.identity import identify
+from moeshard.placement.meter import Limits
 from moeshard.planning.strategies import best
 from moeshard.serving.app import build
 from moeshard.serving.local import Local, LocalOptions, serve_locally
@@ -46,6 +47,14 @@ def plan(model: moeshard.Model, tinymoe: Path) -> Plan:
     return Plan(nodes, "by domain", {}, replace(identify(GGUFMap(tinymoe)), facts={"path": "tinymoe"}))
 
 
+@pytest.fixture(scope="session")
+def shards(plan: Plan, tinymoe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A file for each node of the plan."""
+    folder = tmp_path_factory.mktemp("shards")
+    moeshard.split(tinymoe, plan, folder)
+    return {node.name: folder / f"tinymoe.{node.name}.gguf" for node in plan.nodes}
+
+
 Application = Callable[..., tuple[Starlette, Local]]
 
 
@@ -53,11 +62,16 @@ Application = Callable[..., tuple[Starlette, Local]]
 def application(model: moeshard.Model, plan: Plan) -> Application:
     """Return what makes an application for the model and its plan (or none), and shows its engine."""
 
-    def make(with_plan: bool = True, settings: Settings | None = None, **options: Any) -> tuple[Starlette, Local]:
+    def make(
+        with_plan: bool = True,
+        settings: Settings | None = None,
+        limits: Mapping[str, Limits] | None = None,
+        **options: Any,
+    ) -> tuple[Starlette, Local]:
         wanted = LocalOptions(**{"n_slots": 4, "n_ctx": 2048, "n_probe": 64, **options})
         local = serve_locally(model, plan if with_plan else None, wanted)
-        placer = Placer([node.name for node in plan.nodes] if with_plan else [], local.prober)
-        return build("tinymoe", placer, local.backends, settings or Settings(), model), local
+        placer = Placer([node.name for node in plan.nodes] if with_plan else [], local.prober, limits=limits)
+        return build("tinymoe", placer, local.backends, settings or Settings(), model, local.inner), local
 
     return make
 

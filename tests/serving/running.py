@@ -17,12 +17,12 @@ from moeshard.serving.server import address_of, listen
 class Running:
     """Serves until `stop`."""
 
-    def __init__(self, make: Callable[[], ASGIApp]):
-        self._socket: socket.socket = listen("127.0.0.1", 0)
+    def __init__(self, make: Callable[[], ASGIApp], port: int = 0):
+        self._socket: socket.socket = listen("127.0.0.1", port)
         self.url = address_of(self._socket)
         config = uvicorn.Config(make(), log_level="warning", lifespan="on", timeout_graceful_shutdown=5)
         self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve([self._socket])))
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve([self._socket])), daemon=True)
         self._thread.start()
         end = time.monotonic() + 60
         while not self._server.started:

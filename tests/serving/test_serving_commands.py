@@ -155,3 +155,31 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat() -> None:
         assert process.returncode == 0 and b"[stopped]" in err and len(out) < 8192
     finally:
         process.kill()
+
+
+def test_the_way_out_is_learned_by_an_evaluation(plan_file: Path, cli: Cli, tmp_path: Path) -> None:
+    found = tmp_path / "eval.json"
+    texts = [option for name in ("de", "en", "py") for option in ("--text", f"{name}={tmp_path / name}.txt")]
+    for name in ("de", "en", "py"):
+        (tmp_path / f"{name}.txt").write_text(held_out(name, 6000))
+    options = ("--windows", "6", "--window", "96", "--prompt", "32", "--generate", "0", "--threads", "1")
+    said = cli("evaluate", "tinymoe", "--plan", plan_file, *texts, *options, "-o", found)
+    assert said.code == 0, said.err
+    assert "When to look at sessions again was learned for" in said.out.replace("\n", " ")
+    alarms = moeshard.read_evaluation(found).alarms
+    assert alarms is not None and alarms.limits()
+    process = Process("--plan", plan_file, "--evaluation", found)
+    try:
+        assert httpx.get(f"{process.url}/health").status_code == 200
+    finally:
+        process.close()
+    other = moeshard.read_plan(plan_file)
+    other.nodes.reverse()
+    other.write(tmp_path / "other.json")
+    for arguments, message in (
+        (("--plan", tmp_path / "other.json", "--evaluation", found), "is of another plan"),
+        (("--evaluation", found), "give --plan too"),
+        (("--plan", plan_file, "--evaluation", plan_file), "it is no evaluation"),
+    ):
+        refused = cli("serve", "tinymoe", *arguments, "--port", "0", "--threads", "1")
+        assert refused.code in (1, 2) and message in refused.err, refused.err

@@ -18,6 +18,8 @@ OPERATIONS = {
     "/tokenize": "POST",
     "/detokenize": "POST",
     "/v1/embeddings": "POST",
+    "/moeshard/losses": "POST",
+    "/moeshard/render": "POST",
     "/v1/models": "GET",
     "/v1/models/{name}": "GET",
     "/nodes": "GET",

@@ -41,7 +41,9 @@ def test_a_node_answers_as_generate_does(fresh: Running, model: moeshard.Model, 
         wanted = model.generate(held_out("en", 120), keep, **options)
         assert told["choices"][0]["text"] == "".join(wanted), name
         assert told["usage"]["completion_tokens"] == len(wanted.tokens)
+        missed = told["moeshard"].pop("missed")
         assert told["moeshard"] == {"node": name, "reason": "forced", "detail": told["moeshard"]["detail"], "fit": None}
+        assert (missed is None) == (name == "full")
 
 
 def test_a_chat_without_a_template_is_plain_lines(fresh: Running, model: moeshard.Model) -> None:

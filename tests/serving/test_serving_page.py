@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 from browser import PROGRAM, Browser
 from conftest import Application, held_out
+from gateways import gateway, serve
 from running import Running
 
+import moeshard
+from moeshard import Plan
 from moeshard.serving.auth import Keys
 from moeshard.serving.settings import Settings
 
@@ -20,6 +23,28 @@ def say(browser: Browser, text: str) -> None:
     browser.run(f"document.getElementById('prompt').value = {text!r}; document.getElementById('send').click()")
     done = f"document.querySelectorAll('.assistant').length > {n} && !document.getElementById('send').disabled"
     browser.wait(done)
+
+
+def test_a_gateway_has_the_page_too(model: moeshard.Model, plan: Plan, tmp_path: Path) -> None:
+    full = serve(model, plan)
+    running, _ = gateway(plan, dict.fromkeys(("de", "en", "py"), full.url), full.url)
+    browser = Browser(tmp_path / "profile")
+    try:
+        browser.open(running.url)
+        rows = "[...document.querySelectorAll('#nodes tr')].map((row) => row.cells[0].textContent)"
+        browser.wait(f"{rows}.length === 4")
+        browser.run("document.getElementById('max').value = 20")
+        say(browser, held_out("de").replace("\n", " "))
+        assert browser.run("document.querySelector('.why').textContent").startswith("de placed · fit 0.")
+        full.stop()
+        browser.wait(f"{rows}.every((name) => name.endsWith('(down)'))")
+        say(browser, "Und?")
+        assert "cannot" in browser.run("document.querySelector('.error').textContent") and browser.errors == []
+        browser.screenshot(tmp_path / "page.png")
+    finally:
+        browser.close()
+        running.stop()
+        full.stop()
 
 
 def test_a_chat_on_the_page(application: Application, tmp_path: Path) -> None:

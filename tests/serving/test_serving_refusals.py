@@ -18,7 +18,7 @@ from running import Running
 
 from moeshard import MoeshardError
 from moeshard.serving.auth import Keys, read_keys
-from moeshard.serving.engine import Lane
+from moeshard.serving.jobs import Lane
 from moeshard.serving.settings import Settings
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]}

@@ -18,6 +18,7 @@ import pytest
 from shard_files import Gguf, gb
 
 import moeshard
+from moeshard.gguf.identity import identify
 
 N_TOKENS = 24
 # Between log probabilities of two versions of llama.cpp, built for different processors: they sum in other orders. With
@@ -133,3 +134,20 @@ def test_greedy_continuations_and_their_probabilities(kind: str, n_keep: int, ti
         assert np.quantile(differences, 0.9) < CLOSE_Q8
         assert found.same_choice(keep) > 0.95
     assert np.median(found.differences(None)) > 10 * CLOSE_Q8, "the shard is like the whole model"
+
+
+def test_a_corrected_shard(tinymoe: Path, tmp_path: Path) -> None:
+    keep = np.zeros((5, 128), dtype=bool)
+    keep[:, ::4] = True
+    plan = moeshard.Plan([moeshard.PlanNode("quarter", keep)], "custom", {}, identify(moeshard.GGUFMap(tinymoe)))
+    texts = moeshard.embedded_traffic("calibration")[2:3]
+    options = {"n_windows": 16, "window": 64, "passes": 1, "ridge": 0.1}
+    (made,) = moeshard.recover(tinymoe, plan, tmp_path, texts, **options)  # type: ignore[arg-type]
+    (shard,) = moeshard.split(tinymoe, plan, tmp_path / "shards", recovery=tmp_path)
+
+    answers = complete(Path(shard.paths[0]))
+    found = Comparison(moeshard.Model(tinymoe, keep=keep, recovery=made.path, n_threads=1), answers)
+    differences = found.differences(None)
+    assert np.quantile(differences, 0.9) < CLOSE_Q8
+    as_it_was = Comparison(moeshard.Model(tinymoe, keep=keep, n_threads=1), answers).differences(None)
+    assert np.median(as_it_was) > 10 * np.median(differences), "nothing was corrected"

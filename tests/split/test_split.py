@@ -187,6 +187,8 @@ def test_plans(tinymoe: Path, tmp_path: Path) -> None:
     for layer in range(N_LAYER):
         assert set(np.argsort(-scores[layer])[:4]) <= set(model.expert_ids[layer])
 
+    with pytest.raises(MoeshardError, match="contiguous groups .* use no ranking; leave out --ranking"):
+        moeshard.plan_groups(tinymoe, 4, ranking=tmp_path / "ranking.csv")
     other = tmp_path / "other.gguf"
     moeshard.split(tinymoe, "0-63", other)
     with pytest.raises(MoeshardError):

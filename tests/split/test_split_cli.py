@@ -98,7 +98,7 @@ def test_trunk_once(cli: Cli, tmp_path: Path) -> None:
         (("--keep", "0-63", "--max-file-size", "4 parsecs"), "not a size"),
         (("--keep", "0-63", "--max-file-size", "1KiB"), "too small"),
         (("--plan", "nowhere.json"), "nowhere.json"),
-        (("--groups", "2", "--ranking", "nowhere.csv"), "nowhere.csv"),
+        (("--groups", "2", "--mode", "snake", "--ranking", "nowhere.csv"), "nowhere.csv"),
     ],
 )
 def test_wrong_options_are_named(cli: Cli, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
@@ -117,3 +117,9 @@ def test_files_in_the_way(cli: Cli, tmp_path: Path) -> None:
     assert done.code == 1 and "plan.json" in done.err
     assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     assert cli("split", "tinymoe", "-o", tmp_path / "out", "--groups", 2, "--force").code == 0
+
+
+@pytest.mark.parametrize("ignored", [("--mode", "snake"), ("--replicate", 2), ("--ranking", "scores.csv")])
+def test_options_of_groups_are_not_ignored_elsewhere(cli: Cli, ignored: tuple[str, object], tmp_path: Path) -> None:
+    done = cli("split", "tinymoe", "-o", tmp_path / "x.gguf", "--keep", "0-63", *ignored)
+    assert done.code == 2 and "go with --groups" in " ".join(done.err.split())

@@ -21,6 +21,7 @@ struct BatcherParams {
     int32_t n_threads = 0;   // 0: as many as the processors this process may use
     // Tokens of prompts computed per step, over all requests: what the others wait for between two of their tokens.
     int32_t n_prefill = 512;
+    bool meter = false;  // measure what requests under a keep miss: see Context::missed
 };
 
 struct Request {
@@ -50,6 +51,7 @@ struct Progress {
     int32_t n_cached = 0;                // of them, remembered
     int32_t n_generated = 0;             // so far
     int32_t token = -1;                  // that was generated in this step
+    std::vector<float> missed;           // of each token that was computed in this step: see Context::missed
     StopReason reason = StopReason::kRunning;
     std::string error;  // why this request failed; it is over then
     bool over() const { return reason != StopReason::kRunning || !error.empty(); }
@@ -72,6 +74,12 @@ public:
     int64_t submit(Request request);
     // Ends a request; what was computed is remembered. Unknown numbers are those of requests that are over.
     void cancel(int64_t id);
+
+    // Computes a request under another keep from its next token on, in the batcher `to`: this one, or one of a model
+    // with the same vocabulary. What was computed of prompt and answer is computed again there, as part of the prompts;
+    // sampler, grammar, stop texts and counts go on where they are. Returns the request's number there. Throws Error,
+    // and changes nothing, where it is unknown, `to` has no free slot or too small ones, or the keep does not fit.
+    int64_t move(int64_t id, Batcher& to, std::shared_ptr<const Keep> keep);
 
     // Computes the next token of every request, and a part of the prompts that are not done. Empty where there is
     // nothing to do. Throws Error only where no request can be computed any more.

@@ -20,6 +20,9 @@ struct ContextParams {
     int32_t n_ubatch = 512;  // tokens computed at once
     int32_t n_seq_max = 1;   // sequences 0 .. n_seq_max-1
     int32_t n_threads = 0;   // 0: as many as the processors this process may use
+    // Traces may hold what layers compute on the way (TraceOptions::states). Every graph is then computed piece by
+    // piece.
+    bool states = false;
 };
 
 // For which tokens of an input the logits are computed.
@@ -66,6 +69,16 @@ public:
     // From the next decode on, routes the tokens of `seq` to kept experts only; null clears. seq < 0: all sequences
     // that have no keep of their own. Rebuilds no graph. Throws Error as Keep::check does.
     void set_keep(const Keep* keep, int32_t seq = -1);
+
+    // Measures, from the next decode on, what tokens under a keep miss: see missed(). It costs next to nothing.
+    void set_meter(bool on);
+    // Of each token that the last decode appended to `seq` under a keep: of the weight that the routers would have
+    // given out, had nothing been dropped, the share of dropped experts, from 0 to 1, mean over the layers that
+    // computed the token (the last layer computes only tokens with output). Empty without a keep or meter. In a shard
+    // file that was written with its whole routers (ShardParams::with_router) every token is measured.
+    const std::vector<float>& missed(int32_t seq) const;
+    // The same in each MoE layer, (n_tokens, n_layers); NaN where it did not compute the token.
+    const std::vector<float>& missed_by_layer(int32_t seq) const;
 
     // Appends and computes all inputs, at most one per sequence, several of them in one batch where they fit. Throws
     // Error on an unknown token or sequence, when a sequence is full, and when aborted.

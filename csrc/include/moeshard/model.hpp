@@ -27,6 +27,12 @@ struct ModelParams {
     uint32_t n_expert_used = 0;
     // Reads the header only and allocates nothing, to ask a Context how much memory it would take. Computes nothing.
     bool simulate = false;
+    // Workers ("host:port", see worker.hpp) that hold all layers, in this order, instead of this machine. llama.cpp
+    // ends the process when it loses one: compute in a process that may end.
+    std::vector<std::string> rpc;
+    // How many layers each worker holds; of a model with n layers they add up to n. Empty: by the memory they say to
+    // have.
+    std::vector<uint32_t> layer_split;
     // Called with the fraction loaded; returning false stops the load, which then throws Error.
     std::function<bool(float)> progress;
 };

@@ -12,6 +12,9 @@ namespace moeshard {
 struct TraceOptions {
     bool probs = false;  // the router's score of every expert, after the gating function
     bool norms = false;  // the L2 norm of each chosen expert's output, before it is weighted
+    // Layers (ascending, of those that route) of which the trace also holds what they compute on the way. It then holds
+    // no others, and nothing after the last of them is computed. Needs ContextParams::states.
+    std::vector<int32_t> states;
 };
 
 // One MoE layer of one computed micro-batch. Arrays are row-major, one row per token.
@@ -29,6 +32,13 @@ struct LayerTrace {
     // do.
     std::vector<float> probs;
     std::vector<float> norms;  // (n_tokens, n_used) or empty
+
+    // Of TraceOptions::states; else empty.
+    std::vector<float> inputs;    // (n_tokens, n_embd): what the router sees
+    std::vector<float> hidden;    // (n_tokens, n_used, n_ff): what each chosen expert's down projection is applied to
+    std::vector<float> residual;  // (n_tokens, n_embd): the residual stream after the layer
+    // What comes of the down projections is multiplied by ffn_down_exps.scale: not all architectures look at that.
+    bool scaled = false;
 
     // The norm of what the i-th of all chosen experts adds to its token. Needs norms.
     float contribution(size_t i) const { return weighs_inputs ? norms[i] : weights[i] * norms[i]; }

@@ -16,10 +16,13 @@ from moeshard.cli.options import (
     GpuLayersOption,
     JsonOption,
     ModelArgument,
+    RpcOption,
+    SplitOption,
     TextOption,
     ThreadsOption,
     check_template,
     one_of,
+    pipeline,
 )
 
 if TYPE_CHECKING:
@@ -61,6 +64,8 @@ def analyze(
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted analysis stopped.")] = False,
     threads: ThreadsOption = 0,
     gpu_layers: GpuLayersOption = -1,
+    rpc: RpcOption = None,
+    split: SplitOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -92,7 +97,7 @@ def analyze(
     read = files_read(model, *(chat or []), chat_template, texts=text)
     check_files(out, export_ranking, inputs=read, force=force)
     check_files(partial, inputs=[*read, out], force=True)
-    loaded = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers)
+    loaded = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers, workers=pipeline(rpc, split))
     given = read_texts(text or [], chat or [], model=loaded, template=chat_template or "")
     domains = given or embedded_traffic("calibration")
     if partial.exists() and not resume:

@@ -19,12 +19,14 @@ from moeshard.cli.chat import chat
 from moeshard.cli.curve import curve
 from moeshard.cli.demo import demo
 from moeshard.cli.evaluate import evaluate
+from moeshard.cli.gateway import gateway
 from moeshard.cli.generate import generate
 from moeshard.cli.inspect import inspect
 from moeshard.cli.merge import merge
 from moeshard.cli.options import one_of
 from moeshard.cli.place import place
 from moeshard.cli.plan import plan
+from moeshard.cli.recover import recover
 from moeshard.cli.report import report
 from moeshard.cli.serve import serve
 from moeshard.cli.split import split
@@ -40,6 +42,7 @@ from moeshard.cli.terminal import (
     writing_stdout,
 )
 from moeshard.cli.verify import verify
+from moeshard.cli.worker import worker
 
 # What typer raises for wrong usage. It is click's, or typer's own copy of it.
 _UsageError: Any = typer.BadParameter.__base__
@@ -197,9 +200,12 @@ app.command(short_help="Chat in the terminal.")(chat)
 app.command(short_help="Measure which experts some text uses.")(analyze)
 app.command(short_help="Measure what is lost by how many experts are kept.")(curve)
 app.command(short_help="Choose the experts of each node by a profile.")(plan)
+app.command(short_help="Give nodes back what their missing experts did.")(recover)
 app.command(short_help="Measure what the nodes of a plan lose.")(evaluate)
 app.command(short_help="Say which node should have a session.")(place)
 app.command(short_help="Serve a model to OpenAI's clients.")(serve)
+app.command(short_help="Serve the nodes of a plan, each a server of its own.")(gateway)
+app.command(short_help="Hold layers for models of other machines.")(worker)
 app.command(short_help="Draw what was measured, on one page.")(report)
 app.command(short_help="Write shards: GGUF files with some of the experts.")(split)
 app.command(short_help="Compare a shard with the model it was taken from.")(verify)

@@ -17,9 +17,12 @@ from moeshard.cli.options import (
     HeldOutOption,
     JsonOption,
     ModelArgument,
+    RpcOption,
+    SplitOption,
     ThreadsOption,
     check_template,
     one_of,
+    pipeline,
 )
 
 if TYPE_CHECKING:
@@ -35,6 +38,10 @@ def evaluate(
     chat_template: ChatTemplateOption = None,
     shards: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Run the shards in this folder instead of masks on the model.")
+    ] = None,
+    recovery: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Correct the nodes' experts by what `moeshard recover` wrote to this folder."),
     ] = None,
     probe: Annotated[
         str,
@@ -75,6 +82,8 @@ def evaluate(
     ] = None,
     threads: ThreadsOption = 0,
     gpu_layers: GpuLayersOption = -1,
+    rpc: RpcOption = None,
+    split: SplitOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -92,32 +101,34 @@ def evaluate(
     from moeshard.cli.loading import load_model
     from moeshard.cli.output import progress, warn_of_text
     from moeshard.cli.terminal import command, note, print_json
+    from moeshard.evaluation.evaluate import text_likeness
     from moeshard.evaluation.loops import N_TOKENS
     from moeshard.files.provenance import stamp
     from moeshard.planning.plan import read_plan
     from moeshard.runtime.answers import Sampling
     from moeshard.traffic.domains import embedded_traffic, read_texts
-    from moeshard.traffic.likeness import likeness
 
     if prompt >= window:
         raise typer.BadParameter(f"--prompt {prompt} leaves nothing to predict of --window {window}")
     if not generate and (tokens is not None or temperature is not None):
         raise typer.BadParameter("--tokens and --temperature are of answers, of which --generate 0 writes none")
     # All that can be wrong is looked at before the work, not after it.
-    read = files_read(model, plan, *(chat or []), chat_template, texts=text, folder=shards)
+    recoveries = [] if recovery is None else files_read(folder=recovery)
+    read = files_read(model, plan, *(chat or []), *recoveries, chat_template, texts=text, folder=shards)
     check_files(out, inputs=read, force=force, as_json=as_json)
     results = Results(force=force)
     nodes = read_plan(plan)
-    loaded = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers)
+    loaded = load_model(model, n_threads=threads, n_gpu_layers=gpu_layers, workers=pipeline(rpc, split))
     given = read_texts(text or [], chat or [], model=loaded, template=chat_template or "")
     domains = given or embedded_traffic("heldout")
-    warn_of_text(likeness(domains, nodes.parameters.get("texts"), nodes.extra.get("sketches")))
+    warn_of_text(text_likeness(loaded, domains, nodes, recovery))
     with progress() as update:
         found = measure(
             loaded,
             nodes,
             domains,
             shards=shards,
+            recovery=recovery,
             probe=cast("Probe", probe),
             n_windows=windows,
             window=window,

@@ -25,6 +25,8 @@ def report(found: Evaluation) -> None:
     show(_totals(found, rows), "", _by_domain(found, rows), "")
     for line in _probes(found):
         say(line)
+    if found.alarms is not None:
+        say(_about_alarms(found))
     if found.loops is not None:
         say()
         show(_loops(found))
@@ -86,6 +88,18 @@ def _probes(found: Evaluation) -> list[str]:
         )
     shares = ", ".join(f"{name} {share:.0%}" for name, share in found.share.items())
     return [*lines, f"Sessions as placed: {shares}."]
+
+
+def _about_alarms(found: Evaluation) -> str:
+    alarms = found.alarms
+    assert alarms is not None
+    relation = alarms.relation
+    able = [node.name for node in alarms.nodes if node.limits is not None]
+    return (
+        f"With each tenth of the routing weight that text misses, it loses {relation.slope / 10:.2f} nats per token, "
+        f"± {relation.scatter:.2f} over 32 tokens (correlation {relation.correlation:.2f}). When to look at sessions "
+        f"again was learned for {', '.join(able) or 'no node: there are too few windows'}."
+    )
 
 
 def _loops(found: Evaluation) -> Table:

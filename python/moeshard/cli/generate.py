@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeshard.cli.options import ChatTemplateOption, GpuLayersOption, JsonOption, ModelArgument, ThreadsOption
+from moeshard.cli.options import (
+    ChatTemplateOption,
+    GpuLayersOption,
+    JsonOption,
+    ModelArgument,
+    RpcOption,
+    SplitOption,
+    ThreadsOption,
+    pipeline,
+)
 from moeshard.cli.prompts import ChatOption, PromptFileOption, PromptOption, SystemOption, apply_template, read_prompt
 from moeshard.runtime.limits import MAX_SEED
 
@@ -54,6 +63,8 @@ def generate(
         typer.Option(min=1, show_default="the model's, at most 4096", help="Tokens of context."),
     ] = None,
     gpu_layers: GpuLayersOption = -1,
+    rpc: RpcOption = None,
+    split: SplitOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Generate text, as it comes, with all experts or only those of --keep.
@@ -67,7 +78,7 @@ def generate(
     from moeshard.cli.loading import load_model
 
     seed = SystemRandom().randrange(MAX_SEED) if seed is None else seed
-    loaded = load_model(model, n_ctx=ctx, n_threads=threads, n_gpu_layers=gpu_layers)
+    loaded = load_model(model, n_ctx=ctx, n_threads=threads, n_gpu_layers=gpu_layers, workers=pipeline(rpc, split))
     mask = None if keep is None else loaded.keep(keep)
     text, read_as = apply_template(loaded, text, chat, system, chat_template)
     answer = loaded.generate(

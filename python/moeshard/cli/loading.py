@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moeshard.runtime.model import Model
 
 
-def load_model(name: str, *, n_ctx: int | None = None, n_threads: int = 0, n_gpu_layers: int = -1) -> Model:
-    """Load a MODEL argument, with a progress bar where it takes long; see `moeshard.Model` for the rest."""
+def load_model(
+    name: str,
+    *,
+    n_ctx: int | None = None,
+    n_threads: int = 0,
+    n_gpu_layers: int = -1,
+    workers: dict[str, Any] | None = None,
+) -> Model:
+    """Load a MODEL argument, with a progress bar where it takes long; see `moeshard.Model` for the rest.
+
+    `workers` is what `moeshard.cli.options.pipeline` returns.
+    """
     from moeshard.cli.output import progress
     from moeshard.runtime.limits import MAX_INT32
     from moeshard.runtime.model import Model
@@ -26,4 +36,5 @@ def load_model(name: str, *, n_ctx: int | None = None, n_threads: int = 0, n_gpu
             n_threads=n_threads,
             n_gpu_layers=min(n_gpu_layers, MAX_INT32),  # a model has fewer anyway
             progress=loaded,
+            **(workers or {}),
         )

@@ -115,6 +115,37 @@ ThreadsOption = Annotated[int, typer.Option(min=0, help="Threads that compute; 0
 
 GpuLayersOption = Annotated[int, typer.Option(min=-1, help="Layers on the GPU, where there is one; -1: all.")]
 
+RpcOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT,…",
+        help="Workers that hold the layers, in this order, instead of this machine: see 'moeshard worker'.",
+    ),
+]
+
+SplitOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N,…", show_default="as fits their memory", help="How many layers each worker of --rpc holds."
+    ),
+]
+
+
+def pipeline(rpc: str | None, split: str | None) -> dict[str, Any]:
+    """Return what --rpc and --split say, as arguments of `moeshard.Model`."""
+    if rpc is None:
+        if split is not None:
+            raise typer.BadParameter("--split goes with --rpc")
+        return {}
+    workers = [part.strip() for part in rpc.split(",")]
+    if split is None or split == "auto":
+        return {"rpc": workers}
+    parts = [part.strip() for part in split.split(",")]
+    if not all(part.isascii() and part.isdecimal() for part in parts):
+        raise typer.BadParameter(f"'{split}' is no split; write a number of layers for each worker, e.g. 16,16,29")
+    return {"rpc": workers, "layer_split": [int(part) for part in parts]}
+
+
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
 
 JobsOption = Annotated[int, typer.Option(min=0, help="Threads that copy; 0: as many as are useful.")]

@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeshard.cli.options import GpuLayersOption, ModelArgument, ThreadsOption
+from moeshard.cli.options import GpuLayersOption, ModelArgument, RpcOption, SplitOption, ThreadsOption, pipeline
+from moeshard.cli.serving_options import (
+    AllowHostOption,
+    ApiKeyFileOption,
+    HostOption,
+    MetricsOption,
+    MinQualityOption,
+    PortOption,
+    TimeoutOption,
+    check_metrics,
+)
 
 if TYPE_CHECKING:
+    from moeshard.placement.meter import Limits
     from moeshard.planning.plan import Plan
     from moeshard.runtime.model import Model
     from moeshard.serving.local import Local, LocalOptions
 
 PlanOption = Annotated[
     Path | None, typer.Option(help="Nodes to place sessions on: what `moeshard plan` wrote. Without it: the model.")
+]
+
+EvaluationOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="What `moeshard evaluate -o` wrote of the plan: sessions whose node misses too much by it are placed "
+        "again while they are answered. Without it they stay where they are placed."
+    ),
 ]
 
 ContextOption = Annotated[
@@ -46,8 +65,9 @@ def read_template(given: str) -> str:
 def serve(
     model: ModelArgument,
     plan: PlanOption = None,
-    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0: any free one.")] = 8080,
+    evaluation: EvaluationOption = None,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8080,
     name: Annotated[
         str | None, typer.Option("--name", show_default="the file's", help="The model's name in requests.")
     ] = None,
@@ -57,36 +77,22 @@ def serve(
     probe: Annotated[
         int, typer.Option(min=16, help="Look at so many last tokens of a session's first turn to place it.")
     ] = 256,
-    min_quality: Annotated[
-        float,
-        typer.Option(
-            min=0.0,
-            max=1.0,
-            help="Give a session to the whole model where that one's perplexity on the first turn, divided by the best "
-            "node's, is lower; 0: never.",
-        ),
-    ] = 0.5,
-    timeout: Annotated[float, typer.Option(min=1.0, help="Seconds until an answer is given up.")] = 3600.0,
+    min_quality: MinQualityOption = 0.5,
+    timeout: TimeoutOption = 3600.0,
     template: TemplateOption = "",
-    api_key_file: Annotated[
-        Path | None, typer.Option(help="API keys, one a line; those in MOESHARD_API_KEY count too.")
-    ] = None,
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="A name that a server without API keys may be called by, beside localhost."),
-    ] = None,
-    metrics: Annotated[
-        str, typer.Option(help="Who may read /metrics: key (who has an API key), public, or off (nobody).")
-    ] = "key",
+    api_key_file: ApiKeyFileOption = None,
+    allow_host: AllowHostOption = None,
+    metrics: MetricsOption = "key",
     threads: ThreadsOption = 0,
     gpu_layers: GpuLayersOption = -1,
+    rpc: RpcOption = None,
+    split: SplitOption = None,
 ) -> None:
     """Serve a model to OpenAI's clients, every session by the node of the plan that serves it best.
 
     Ctrl-C ends it when the answers that have begun are done; a second one at once.
     """
-    if metrics not in ("key", "public", "off"):
-        raise typer.BadParameter("choose key, public or off", param_hint="--metrics")
+    check_metrics(metrics)
 
     from moeshard.serving.requirements import require_serving
 
@@ -111,14 +117,21 @@ def serve(
         seconds=timeout,
         template=read_template(template),
     )
-    local, nodes = load_local(model, plan, options, threads, gpu_layers)
+    local, nodes = load_local(model, plan, options, threads, gpu_layers, workers=pipeline(rpc, split))
     known = name or Path(model).stem
+    limits = read_limits(evaluation, nodes) if evaluation is not None else {}
     app = build(
         known,
-        Placer([node.name for node in nodes.nodes] if nodes else [], local.prober, min_quality=min_quality),
+        Placer(
+            [node.name for node in nodes.nodes] if nodes else [],
+            local.prober,
+            min_quality=min_quality,
+            limits=limits,
+        ),
         local.backends,
         Settings(keys=keys, hosts=hosts, metrics=metrics),  # type: ignore[arg-type]
         local.model,
+        local.inner,
     )
     if not keys and not is_loopback(sock):
         warn(f"everybody who reaches {host} can use this server; give it API keys (--api-key-file)")
@@ -128,12 +141,21 @@ def serve(
     def ready() -> None:
         typer.echo(f"{address_of(sock)} serves {known}: {_describe(local, parallel)}")
         typer.echo(f"OpenAI's clients: base_url {address_of(sock)}/v1; a page to try it: {address_of(sock)}/")
+        if nodes is not None:
+            moving = f"away from {', '.join(limits)}" if limits else "nowhere (see --evaluation)"
+            typer.echo(f"Sessions whose node misses too much of what they need are moved {moving}.")
 
     run(app, sock, ready)
 
 
 def load_local(
-    model: str, plan: Path | None, options: LocalOptions, threads: int, gpu_layers: int, keep: str | None = None
+    model: str,
+    plan: Path | None,
+    options: LocalOptions,
+    threads: int,
+    gpu_layers: int,
+    keep: str | None = None,
+    workers: dict[str, Any] | None = None,
 ) -> tuple[Local, Plan | None]:
     """Load a model and, where there is one, its plan, and make the engine that answers by them."""
     from moeshard.cli.loading import load_model
@@ -141,12 +163,38 @@ def load_local(
     from moeshard.serving.local import serve_locally
 
     nodes = None if plan is None else read_plan(plan)
-    loaded: Model = load_model(model, n_ctx=options.n_ctx, n_threads=threads, n_gpu_layers=gpu_layers)
+    loaded: Model = load_model(model, n_ctx=options.n_ctx, n_threads=threads, n_gpu_layers=gpu_layers, workers=workers)
     mask = None if keep is None else loaded.keep(keep)
     return serve_locally(loaded, nodes, options, mask), nodes
 
 
+def read_limits(path: Path, plan: Plan | None) -> dict[str, Limits]:
+    """Return what an evaluation learned of a plan's nodes.
+
+    Raises:
+        MoeshardError: it is of another plan or model, or learned nothing.
+    """
+    from moeshard import MoeshardError
+    from moeshard.evaluation.record import read_evaluation
+    from moeshard.gguf.fingerprint import same_fingerprint
+
+    if plan is None:
+        raise typer.BadParameter("it is of a plan's nodes; give --plan too", param_hint="--evaluation")
+    found = read_evaluation(path)
+    names = [node.name for node in plan.nodes]
+    same = same_fingerprint(found.model.fingerprint, plan.model.fingerprint)
+    if [group.name for group in found.groups] != names or not same or found.parameters != plan.parameters:
+        raise MoeshardError(f"{path}: is of another plan; evaluate this one with moeshard evaluate --plan")
+    limits = found.alarms.limits() if found.alarms is not None else {}
+    if not limits:
+        raise MoeshardError(
+            f"{path}: says nothing of what nodes miss; evaluate the plan again, without --shards and with more windows"
+        )
+    return limits
+
+
 def _describe(local: Local, parallel: int) -> str:
     names = [backend.name for backend in local.backends[1:]]
-    nodes = f"{len(names)} nodes ({', '.join(names)}) and the whole model" if names else "the whole model"
+    alone = "the whole model" if local.model.is_whole else f"a shard, {local.model.n_expert} experts per layer"
+    nodes = f"{len(names)} nodes ({', '.join(names)}) and the whole model" if names else alone
     return f"{nodes}, {parallel} requests at once of {local.backends[0].n_ctx} tokens"

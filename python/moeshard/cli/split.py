@@ -30,12 +30,13 @@ def split(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write to; with --keep, the file.")],
     groups: Annotated[int | None, typer.Option(min=1, help="Deal the experts out to so many shards.")] = None,
     mode: Annotated[
-        str,
+        str | None,
         typer.Option(
             **one_of("moeshard.planning.deal:MODES"),
+            show_default="contiguous",
             help="How: contiguous, balanced, tiers or snake. The last two need --ranking.",
         ),
-    ] = "contiguous",
+    ] = None,
     ranking: Annotated[
         Path | None, typer.Option(help="What experts are worth: CSV 'layer,expert,score', or a profile.")
     ] = None,
@@ -72,6 +73,19 @@ def split(
             "--trunk-once", help="Write what all shards share once, as trunk.gguf, and files of experts beside it."
         ),
     ] = False,
+    recovery: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="With --plan: shards with the experts that `moeshard recover` corrected in this folder."
+        ),
+    ] = None,
+    with_router: Annotated[
+        bool,
+        typer.Option(
+            "--with-router",
+            help="Write the whole routers into the shards' metadata: who runs one can then measure what it misses.",
+        ),
+    ] = False,
     max_file_size: MaxFileSizeOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
     jobs: JobsOption = 0,
@@ -84,12 +98,16 @@ def split(
     """
     if sum(option is not None for option in (groups, keep, plan)) != 1:
         raise typer.BadParameter("give one of --groups, --keep and --plan")
+    if groups is None and (mode is not None or ranking is not None or replicate):
+        raise typer.BadParameter("--mode, --ranking and --replicate go with --groups")
     if keep is not None and (trunk_once or only is not None):
         raise typer.BadParameter("--keep makes one file: --trunk-once and --only go with --groups or --plan")
     if balance and keep is None:
         raise typer.BadParameter("--balance goes with --keep: groups and plans are balanced already")
     if per_layer and (balance or groups is not None):
         raise typer.BadParameter("--per-layer goes with --keep without --balance, or with --plan")
+    if recovery is not None and plan is None:
+        raise typer.BadParameter("--recovery goes with --plan, which says whose experts were corrected")
     if plan is not None and experts_used is not None:
         raise typer.BadParameter("--experts-used goes with --groups or --keep: a plan says it for each node")
 
@@ -108,7 +126,9 @@ def split(
     if plan is not None:
         wanted = read_plan(plan)
     elif groups is not None:
-        wanted = plan_groups(source, groups, mode, ranking=ranking, replicate=replicate, n_expert_used=experts_used)
+        wanted = plan_groups(
+            source, groups, mode or "contiguous", ranking=ranking, replicate=replicate, n_expert_used=experts_used
+        )
     keep_file = Path(keep) if keep is not None and os.path.isfile(keep) else None
 
     start = time.monotonic()
@@ -121,6 +141,8 @@ def split(
             clamp=clamp,
             per_layer=per_layer,
             trunk_once=trunk_once,
+            recovery=recovery,
+            with_router=with_router,
             max_file_size=max_file_size,
             only=only,
             write_plan=wanted is not None,

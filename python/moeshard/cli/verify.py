@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 def verify(
     shard: Annotated[Path, typer.Argument(show_default=False, help="A shard, a trunk or a file of experts.")],
     source: Annotated[str, typer.Option(help="The model it was taken from ('tinymoe': the embedded one).")],
+    recovery: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Compare its corrected tensors with this recovery.")
+    ] = None,
     logits: Annotated[
         bool, typer.Option("--logits", help="Run both too: the shard must compute what the masked model does.")
     ] = False,
@@ -38,6 +41,7 @@ def verify(
         found = check(
             shard,
             resolve_model(source),
+            recovery=recovery,
             logits=logits,
             n_threads=threads,
             progress=lambda done, total: update("comparing", done / max(total, 1)),
@@ -47,7 +51,10 @@ def verify(
     else:
         experts = f"{span(found.n_expert_fewest, found.n_expert)} of {found.n_expert_source} experts per layer"
         held = f", {experts}" if found.n_expert else ""
-        say(f"{found.path}: a {found.kind} of {source}{held}: all {size(found.bytes)} are the model's own")
+        but = f" but {len(found.corrected)} corrected tensors" if found.corrected else ""
+        say(f"{found.path}: a {found.kind} of {source}{held}: all {size(found.bytes)}{but} are the model's own")
+        if found.corrected:
+            say(f"corrected, as the recovery made them: {', '.join(found.corrected)}")
         if found.logits is not None:
             for line in lines(found.logits):
                 say(line)

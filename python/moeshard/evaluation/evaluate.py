@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moeshard._core import MoeshardError
+from moeshard.evaluation.alarms import learn_alarms
 from moeshard.evaluation.loops import N_ANSWERS, N_TOKENS, Loops, Prompt, measure_loops
 from moeshard.evaluation.losses import PROMPT, Losses, measure_losses
 from moeshard.evaluation.record import Evaluation, GroupScores, ProbeScores, Settings
 from moeshard.evaluation.scores import Scorer, check_windows
-from moeshard.placement.nodes import NodeModel, plan_nodes
+from moeshard.gguf.corrections import open_corrections
+from moeshard.placement.nodes import NodeModel, plan_nodes, recoveries
 from moeshard.placement.probes import PROBES, Probe
 from moeshard.planning.plan import Plan, read_plan
 from moeshard.profile.intervals import CONFIDENCE, FEWEST
 from moeshard.progress import StageProgress
 from moeshard.runtime.answers import Sampling
 from moeshard.traffic.domains import Domain, embedded_traffic
-from moeshard.traffic.likeness import likeness
+from moeshard.traffic.likeness import Likeness, likeness
 from moeshard.traffic.windows import WINDOW, cut_windows
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ def evaluate(
     domains: Sequence[Domain] | None = None,
     *,
     shards: str | os.PathLike[str] | None = None,
+    recovery: str | os.PathLike[str] | None = None,
     probe: Probe = "both",
     n_windows: int | None = N_WINDOWS,
     window: int = WINDOW,
@@ -56,6 +60,7 @@ def evaluate(
             keeps its own.
         domains: text that the plan was not made from; None: the embedded held-out texts.
         shards: folder of the plan's shards, to be run instead of masks on the model.
+        recovery: folder of the plan's recoveries: nodes are run as their corrected shards, without files of these.
         probe: what places sessions by their prompts, ``both``, ``loss`` or ``saliency``; see `Losses.placement`.
         n_windows: per domain, evenly spread over its text; None: all.
         window: tokens predicted in each.
@@ -83,7 +88,7 @@ def evaluate(
     loaded = model if isinstance(model, Model) else Model(model)
     planned = plan if isinstance(plan, Plan) else read_plan(plan)
     texts = embedded_traffic("heldout") if domains is None else list(domains)
-    nodes = plan_nodes(loaded, planned, shards)
+    nodes = plan_nodes(loaded, planned, shards, recovery=recovery)
 
     windows, owners = cut_windows(loaded, texts, window, n_windows)
     check_windows([domain.name for domain in texts], owners, window)
@@ -139,10 +144,11 @@ def evaluate(
             prompt=n_prompt,
             windows={name: int((losses.domain == index).sum()) for index, name in enumerate(losses.domains)},
             texts={domain.name: domain.digest for domain in texts},
-            likeness=likeness(texts, planned.parameters.get("texts"), planned.extra.get("sketches")),
+            likeness=text_likeness(loaded, texts, planned, recovery),
             confidence=confidence,
             seed=seed,
             shards=None if shards is None else os.fspath(shards),
+            recovery=None if recovery is None else os.fspath(recovery),
             n_expert_used=_used(loaded, nodes),
         ),
         domains=losses.domains,
@@ -158,7 +164,23 @@ def evaluate(
         oracle=scorer.placed(losses.placement("oracle")),
         probes={name: _judge(losses, scorer, name) for name in PROBES},
         loops=loops,
+        alarms=learn_alarms(losses, [node.name for node in planned.nodes]),
     )
+
+
+def text_likeness(
+    model: Model, domains: Sequence[Domain], plan: Plan, recovery: str | os.PathLike[str] | None = None
+) -> Likeness:
+    """Return how text relates to that by which a plan's experts were chosen, and to which they were fitted."""
+    found = likeness(domains, plan.parameters.get("texts"), plan.extra.get("sketches"))
+    if recovery is None:
+        return found
+    # The recoveries of a plan are made from one text.
+    document = open_corrections(recoveries(model, plan, recovery)[0]).document
+    fitted = likeness(domains, document.get("texts"), document.get("sketches"))
+    seen = [domain.name for domain in domains if domain.name in {*found.seen, *fitted.seen}]
+    near = {name: share for name, share in {**fitted.near, **found.near}.items() if name not in seen}
+    return replace(found, seen=seen, near=near)
 
 
 def _used(model: Model, nodes: Sequence[NodeModel]) -> dict[str, int | list[int]]:

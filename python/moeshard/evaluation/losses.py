@@ -52,12 +52,19 @@ class Losses:
     """bool (G, S, T): both find the same token likeliest."""
     captured: Doubles
     """float64 (G, S): share of the prompt's saliency, by the whole model's router, that the keep holds."""
+    missed: Floats | None = None
+    """float32 (G, S, T): what each token missed, see `Session.missed`; None where a node is no mask."""
 
     def select(self, nodes: Sequence[int]) -> Losses:
         """Return the losses on some of the nodes, by their indices; a node may stand several times."""
         rows = list(nodes)
         return replace(
-            self, groups=self.groups[rows], kl=self.kl[rows], same=self.same[rows], captured=self.captured[rows]
+            self,
+            groups=self.groups[rows],
+            kl=self.kl[rows],
+            same=self.same[rows],
+            missed=None if self.missed is None else self.missed[rows],
+            captured=self.captured[rows],
         )
 
     @property
@@ -143,6 +150,7 @@ def measure_losses(
         np.empty(shape, dtype=np.float32),
         np.empty(shape, dtype=bool),
         np.empty(shape[:2]),
+        np.empty(shape, dtype=np.float32) if all(node.keep is not None for node in nodes) else None,
     )
     with ExitStack() as stack:
         stack.enter_context(model.masked(None))  # the whole model, whatever mask the caller's thread runs it under
@@ -170,6 +178,7 @@ class _Run:
         for seq, (_, keep) in enumerate(own):
             if keep is not None:
                 self.session.set_keep(keep, seq)
+                self.session.set_meter(True)
 
 
 @dataclass(frozen=True)
@@ -200,5 +209,7 @@ def _predict(losses: Losses, row: int, piece: slice, runs: list[_Run], window: n
             assert whole is not None  # it is the first of the first run
             kl = np.einsum("tv,tv->t", whole.probs, whole.logits - own) - whole.norm + norm
             losses.groups[index, row, piece] = loss
+            if losses.missed is not None:
+                losses.missed[index, row, piece] = run.session.missed(seq)
             losses.kl[index, row, piece] = kl
             losses.same[index, row, piece] = own.argmax(axis=1) == whole.likeliest

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from moeshard._core import MoeshardError
+from moeshard.evaluation.alarms import Alarms, alarms_from_json, alarms_to_json
 from moeshard.evaluation.loops import Example, Loops, Rate, Thresholds
 from moeshard.evaluation.scores import Interval, Scores, interval, scores_from_json
 from moeshard.files.atomic import write_atomically
@@ -15,7 +16,7 @@ from moeshard.files.provenance import MADE
 from moeshard.gguf.identity import ModelIdentity, model_from_json, model_to_json
 from moeshard.traffic.likeness import Likeness, likeness_from_json
 
-VERSION = 1
+VERSION = 2
 _KEY = "moeshard_evaluation"
 
 
@@ -38,6 +39,8 @@ class Settings:
     """The first one of the answers."""
     shards: str | None
     """The folder of the shards that were run; None: masks on the model."""
+    recovery: str | None
+    """The folder of the recoveries that corrected the nodes' experts; None: nothing did, or the shards hold it."""
     n_expert_used: dict[str, Any]
     """Experts per token: ``full``, an integer, and ``nodes``, one each."""
 
@@ -91,6 +94,8 @@ class Evaluation:
     """Each session on the node that turns out best."""
     probes: dict[str, ProbeScores]
     loops: Loops | None
+    alarms: Alarms | None = None
+    """When sessions have to be looked at again; None for nodes that are no masks, and in files of version 1."""
     made: dict[str, Any] = field(default_factory=dict)
     """See `moeshard.files.provenance`; empty where nobody said."""
 
@@ -113,6 +118,7 @@ class Evaluation:
             "oracle": self.oracle.to_json(),
             "probes": {name: asdict(probe) for name, probe in self.probes.items()},
             "generation": None if self.loops is None else _loops_to_json(self.loops),
+            "meter": None if self.alarms is None else alarms_to_json(self.alarms),
             **({MADE: self.made} if self.made else {}),
         }
 
@@ -141,7 +147,7 @@ def read_evaluation(path: str | os.PathLike[str]) -> Evaluation:
 
 def evaluation_from_json(document: dict[str, Any]) -> Evaluation:
     """Read the document of a file, as `read_evaluation` does."""
-    check_version(document, _KEY, VERSION, "evaluation")
+    check_version(document, _KEY, VERSION, "evaluation", oldest=1)
     plan = take(document, "plan", dict)
     placed = take(document, "placed", dict)
     domains = _list(document, "domains", str)
@@ -165,6 +171,7 @@ def evaluation_from_json(document: dict[str, Any]) -> Evaluation:
         oracle=_scores(document, "oracle"),
         probes={name: _probe(value, f"probes.{name}") for name, value in take(document, "probes", dict).items()},
         loops=None if document.get("generation") is None else _loops(take(document, "generation", dict)),
+        alarms=None if document.get("meter") is None else alarms_from_json(take(document, "meter", dict), "meter"),
         made=take(document, MADE, dict) if MADE in document else {},
     )
     _check(found)
@@ -210,6 +217,8 @@ def _probe(value: object, where: str) -> ProbeScores:
 def _settings_to_json(settings: Settings) -> dict[str, Any]:
     found = asdict(settings)
     told = found.pop("likeness")
+    if settings.recovery is None:
+        del found["recovery"]
     return {**found, **told}
 
 
@@ -226,6 +235,7 @@ def _settings(value: dict[str, Any]) -> Settings:
         confidence=take(value, "confidence", float, where),
         seed=take(value, "seed", int, where),
         shards=None if value.get("shards") is None else take(value, "shards", str, where),
+        recovery=None if value.get("recovery") is None else take(value, "recovery", str, where),
         n_expert_used={
             "full": take(used, "full", int, f"{where}.n_expert_used"),
             "nodes": _list(used, "nodes", int, f"{where}.n_expert_used"),

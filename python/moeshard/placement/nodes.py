@@ -15,7 +15,7 @@ from moeshard.gguf.fingerprint import same_fingerprint
 from moeshard.gguf.identity import identify
 from moeshard.keep.text import Keep, held_range
 from moeshard.planning.plan import Plan, PlanNode
-from moeshard.shards.split import TRUNK_FILE, shard_name
+from moeshard.shards.split import TRUNK_FILE, recovery_name, shard_name
 
 if TYPE_CHECKING:
     from moeshard.runtime.model import Model
@@ -54,20 +54,33 @@ def by_model(model: Model, nodes: Sequence[NodeModel]) -> list[tuple[Model, list
     return list(found.values())
 
 
-def plan_nodes(model: Model, plan: Plan, shards: str | os.PathLike[str] | None = None) -> list[NodeModel]:
-    """Return a plan's nodes: as masks on its model, or as the shards in a folder.
+def plan_nodes(
+    model: Model,
+    plan: Plan,
+    shards: str | os.PathLike[str] | None = None,
+    *,
+    recovery: str | os.PathLike[str] | None = None,
+) -> list[NodeModel]:
+    """Return a plan's nodes: as masks on its model, as the shards in a folder, or as shards without files.
 
     Args:
         model: the whole model that the plan is for.
         plan: a plan of it.
         shards: where `moeshard.split` wrote the plan's shards, whole or with one trunk.
+        recovery: where `moeshard.recover` wrote the plan's recoveries: each node is loaded as its corrected shard.
 
     Raises:
-        MoeshardError: the plan is for another model, or a shard is missing or not what the plan says of its node.
+        MoeshardError: the plan is for another model, or a shard or recovery is missing or not what the plan says of its
+            node.
     """
+    if shards is not None and recovery is not None:
+        raise MoeshardError("give shards or a recovery: shards that were split with a recovery hold it already")
     plan.check(identify(GGUFMap(model.path)))
     if not model.is_whole:
         raise MoeshardError(f"{model.path}: only some of its experts are loaded; load the whole model")
+    if recovery is not None:
+        paths = recoveries(model, plan, recovery)
+        return [_corrected(model, node, path) for node, path in zip(plan.nodes, paths, strict=True)]
     if shards is None:
         return masked_nodes(model, [node.keep for node in plan.nodes], [node.n_expert_used for node in plan.nodes])
     return [_open_shard(model, plan, node, os.fspath(shards)) for node in plan.nodes]
@@ -77,6 +90,29 @@ def _same_everywhere(model: Model) -> int | None:
     """Experts per token, if they are as many in all layers that route."""
     numbers = {model.routing.n_expert_used[layer] for layer in model.moe_layers}
     return numbers.pop() if len(numbers) == 1 else None
+
+
+def recoveries(model: Model, plan: Plan, folder: str | os.PathLike[str]) -> list[str]:
+    """Return where the recoveries of a plan's nodes lie.
+
+    Raises:
+        MoeshardError: one is missing.
+    """
+    paths = [os.path.join(folder, recovery_name(model.path, node.name)) for node in plan.nodes]
+    for node, path in zip(plan.nodes, paths, strict=True):
+        if not os.path.isfile(path):
+            raise MoeshardError(
+                f"'{os.fspath(folder)}' has no recovery of node '{node.name}': {os.path.basename(path)} is missing; "
+                f"make it with moeshard recover"
+            )
+    return paths
+
+
+def _corrected(model: Model, node: PlanNode, recovery: str) -> NodeModel:
+    from moeshard.runtime.model import Model
+
+    options = model.load_options | {"n_expert_used": node.n_expert_used}
+    return NodeModel(Model(model.path, keep=node.keep, recovery=recovery, **options), None)
 
 
 def _open_shard(model: Model, plan: Plan, node: PlanNode, folder: str) -> NodeModel:

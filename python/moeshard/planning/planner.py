@@ -242,8 +242,14 @@ def plan_groups(
         n_expert_used: experts per token on every node; None: as many as the model says.
 
     Raises:
-        MoeshardError: the model is dense, the mode needs a ranking, or the ranking does not fit the model.
+        MoeshardError: the model is dense, the mode needs a ranking or would not use it, or the ranking does not fit
+            the model.
     """
+    if mode == "contiguous" and ranking is not None and not replicate:
+        raise MoeshardError(
+            "contiguous groups are ranges of ids and use no ranking; leave out --ranking (ranking), or choose --mode "
+            "balanced, tiers or snake"
+        )
     source = model if isinstance(model, GGUFMap) else GGUFMap(model)
     identity = identify(source)
     if not identity.moe_layers:

@@ -12,6 +12,7 @@ import numpy as np
 
 from moeshard._core import GGUFMap, MoeshardError
 from moeshard.arrays import Tokens
+from moeshard.files.atomic import check_outputs
 from moeshard.gguf.identity import identify
 from moeshard.profile.growth import Growth, Keeper
 from moeshard.profile.record import Profile, unfinished
@@ -68,11 +69,13 @@ def analyze(
 
     Raises:
         MoeshardError: the model routes nothing, a layer has no experts, a text is too short, or what lies in `save_to`
-            is of another model or other arguments.
+            is of another model or other arguments, or `save_to` cannot be written.
     """
     started = time.monotonic()
     if model.n_expert == 0:
         raise MoeshardError(f"{model.path}: is a dense model: there is no routing to measure")
+    if save_to is not None:
+        check_outputs([save_to], [model.path], force=True)
     chosen = _check_layers(model, layers)
     window = window or default_window(model)
     if model.n_ctx_train and window > model.n_ctx_train:

@@ -11,6 +11,7 @@ from typing import Any
 
 import moeshard._core as _core
 from moeshard._core import MoeshardError
+from moeshard.runtime.engine import Engine
 from moeshard.runtime.limits import MAX_INT32
 
 CTX_STEP = 256
@@ -20,15 +21,16 @@ IDLE_CONTEXTS = 2
 class ContextPool:
     """The contexts of one model. Safe to use from several threads."""
 
-    def __init__(self, model: _core.Model, n_ctx: int, **options: Any):
+    def __init__(self, engine: Engine, model: _core.Model, n_ctx: int, **options: Any):
         """Begin with none.
 
         Args:
+            engine: which computes.
             model: whose contexts these are.
             n_ctx: tokens that a lone sequence is given, where not more are asked for.
             options: of every context.
         """
-        self._model, self._n_ctx, self._options = model, n_ctx, options
+        self._engine, self._model, self._n_ctx, self._options = engine, model, n_ctx, options
         self._idle: list[_core.Context] = []
         self._lock = threading.Lock()
         # The garbage collector may end a session while this thread holds the lock: what is given back goes to where it
@@ -71,7 +73,7 @@ class ContextPool:
             raise MoeshardError(f"a context of {wanted} tokens is too long: the engine takes {most} at most")
         size = steps * CTX_STEP
         try:
-            return _core.Context(self._model, n_ctx=size, n_seq_max=n_seq, **self._options)
+            return self._engine.context(self._model, n_ctx=size, n_seq_max=n_seq, **self._options)
         except MoeshardError:
             # What idle ones hold may be what is missing.
             with self._lock:
@@ -79,7 +81,7 @@ class ContextPool:
             if not idle:
                 raise
             del idle
-            return _core.Context(self._model, n_ctx=size, n_seq_max=n_seq, **self._options)
+            return self._engine.context(self._model, n_ctx=size, n_seq_max=n_seq, **self._options)
 
     def close(self) -> None:
         """Free what is idle, and whatever is given back from now on. Nothing can be taken any more."""
@@ -92,6 +94,7 @@ class ContextPool:
         """Take a context that nobody computes in any more."""
         try:
             context.reset()
+            context.set_meter(False)
             for seq in range(-1, context.n_seq_max):
                 context.set_keep(None, seq)
         except MoeshardError:

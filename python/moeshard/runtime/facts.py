@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 
 import moeshard._core as _core
-from moeshard._core import MoeshardError
 from moeshard.runtime.origin import Origin
 
 
@@ -16,13 +15,10 @@ class ModelFacts:
     """The part of `Model` that says what it is. After `Model.close` most of it raises MoeshardError."""
 
     _origin: Origin
-    _loaded: _core.Model | None
 
     @property
     def _native(self) -> _core.Model:
-        if self._loaded is None:
-            raise MoeshardError(f"{self._origin.path}: the model is closed; load it again")
-        return self._loaded
+        raise NotImplementedError
 
     @property
     def path(self) -> str:

@@ -16,12 +16,13 @@ import moeshard._core as _core
 from moeshard._core import MoeshardError
 from moeshard.arrays import TokensLike
 from moeshard.runtime.chat import Chat
-from moeshard.runtime.contexts import ContextPool
 from moeshard.runtime.facts import ModelFacts
 from moeshard.runtime.generation import Generation, generation_options
-from moeshard.runtime.limits import DEFAULT_CTX, MAX_INT32
-from moeshard.runtime.origin import Origin, find_origin
+from moeshard.runtime.limits import MAX_INT32
+from moeshard.runtime.loaded import Holder, Loaded
+from moeshard.runtime.origin import LoadOptions, Origin, find_origin
 from moeshard.runtime.session import Session, as_tokens
+from moeshard.runtime.states import StateReader
 from moeshard.runtime.template import Message
 from moeshard.runtime.trace import ChunkSink, Trace, TraceBuilder
 
@@ -37,6 +38,7 @@ class Model(ModelFacts):
         path: str | os.PathLike[str] | Origin | None = None,
         *,
         keep: KeepSpec | None = None,
+        recovery: str | os.PathLike[str] | None = None,
         trunk: str | os.PathLike[str] | None = None,
         experts: str | os.PathLike[str] | None = None,
         n_expert_used: int | None = None,
@@ -46,6 +48,8 @@ class Model(ModelFacts):
         n_threads: int = 0,
         n_gpu_layers: int = -1,
         mmap: bool = True,
+        rpc: Sequence[str] = (),
+        layer_split: Sequence[int] | None = None,
         progress: Callable[[float], object] | None = None,
     ):
         """Load a model.
@@ -55,6 +59,7 @@ class Model(ModelFacts):
             keep: load only these experts, as `moeshard.split` would write them but without a file: only their bytes are
                 read, and the memory used is that of the shard. The model then has that many experts, numbered anew in
                 their order: see `expert_ids`. Layers may keep different numbers of them.
+            recovery: with `keep`, a file of `moeshard.recover` for it: its corrected tensors are loaded.
             trunk, experts: instead of `path`, the two files of a shard whose trunk was written once.
             n_expert_used: experts per token, in every layer that routes, instead of what the model says.
             n_ctx: tokens that a sequence can hold; by default what the model was trained on, at most 4096. A longer
@@ -64,23 +69,45 @@ class Model(ModelFacts):
             n_threads: 0 for as many as the processors this process may use.
             n_gpu_layers: layers on the GPU, where there is one; negative for all.
             mmap: map the file instead of reading it into memory.
+            rpc: workers (``host:port``, see ``moeshard worker``) that hold the layers, in this order. Where one is
+                lost, what was being computed raises an error, and the next call loads the model again.
+            layer_split: how many layers each worker holds; by default as fits their memory.
             progress: called with the fraction loaded; returning False (nothing else) stops the load.
 
         Raises:
-            MoeshardError: the file is missing, damaged, or no model that llama.cpp can run.
+            MoeshardError: the file is missing, damaged, or no model that llama.cpp can run; a worker cannot be used.
         """
         if n_expert_used is not None and n_expert_used < 1:
             raise MoeshardError(f"n_expert_used must be positive, got {n_expert_used}")
-        self._origin = find_origin(path, keep, trunk, experts, n_expert_used or 0)
-        self._source: dict[str, Any] = {"path": path, "keep": keep, "trunk": trunk, "experts": experts}
-        self._loaded: _core.Model | None = self._origin.load(n_gpu_layers, mmap, n_expert_used or 0, progress)
+        self._origin = find_origin(path, keep, trunk, experts, n_expert_used or 0, recovery)
+        self._source: dict[str, Any] = {
+            "path": path,
+            "keep": keep,
+            "trunk": trunk,
+            "experts": experts,
+            "recovery": recovery,
+        }
         if n_ctx is not None and not 1 <= n_ctx <= MAX_INT32:
             raise MoeshardError(f"n_ctx must be from 1 to {MAX_INT32}, got {n_ctx}")
-        self._n_ctx = n_ctx or min(self._native.n_ctx_train or DEFAULT_CTX, DEFAULT_CTX)
-        self._load_options: dict[str, Any] = {"n_gpu_layers": n_gpu_layers, "mmap": mmap}
+        self._load_options: LoadOptions = {
+            "n_gpu_layers": n_gpu_layers,
+            "mmap": mmap,
+            "n_expert_used": n_expert_used or 0,
+            "rpc": list(rpc),
+            "layer_split": None if layer_split is None else list(layer_split),
+        }
         self._context_options = {"n_batch": n_batch, "n_ubatch": n_ubatch, "n_threads": n_threads}
-        self._contexts = ContextPool(self._native, self._n_ctx, **self._context_options)
         self._masks = threading.local()
+        self._holder = Holder(self._origin, self._load_options, self._context_options, n_ctx, progress)
+        self._n_ctx = self._holder.n_ctx
+
+    @property
+    def _loaded(self) -> Loaded:
+        return self._holder.get()
+
+    @property
+    def _native(self) -> _core.Model:
+        return self._loaded.native
 
     def sibling(self, path: str | os.PathLike[str] | None = None, *, n_expert_used: int | None = None) -> Model:
         """Load another file, or the same experts of the same file with others per token, to run as this model does.
@@ -91,9 +118,11 @@ class Model(ModelFacts):
         return Model(**source, n_expert_used=n_expert_used, **self.load_options)
 
     def close(self) -> None:
-        """Free the model, as soon as the sessions and answers that still use it are closed; then no call works."""
-        self._contexts.close()
-        self._loaded = None
+        """Free the model, as soon as the sessions and answers that still use it are closed; then no call works.
+
+        Over workers it is freed at once.
+        """
+        self._holder.close()
 
     def __enter__(self) -> Model:
         return self
@@ -104,7 +133,9 @@ class Model(ModelFacts):
     @property
     def load_options(self) -> dict[str, Any]:
         """How to load another model that is to run as this one does: further arguments of `Model`."""
-        return {"n_ctx": self._n_ctx, **self._load_options, **self._context_options}
+        options: dict[str, Any] = {**self._load_options, **self._context_options}
+        del options["n_expert_used"]  # of this model
+        return {"n_ctx": self._n_ctx, **options}
 
     # Text and tokens.
 
@@ -189,6 +220,14 @@ class Model(ModelFacts):
         finally:
             self._masks.current = outer
 
+    def state_reader(self, n_seq: int, n_ctx: int) -> StateReader:
+        """Return what reads the inner states of `n_seq` sequences of at most `n_ctx` tokens at a time."""
+        loaded = self._loaded
+        context = loaded.engine.context(
+            loaded.native, n_ctx=n_ctx, n_seq_max=n_seq, states=True, **self._context_options
+        )
+        return StateReader(context)
+
     def _mask(self, keep: KeepSpec | None) -> npt.NDArray[np.bool_] | None:
         if keep is None:
             mask: npt.NDArray[np.bool_] | None = getattr(self._masks, "current", None)
@@ -269,10 +308,10 @@ class Model(ModelFacts):
             stop=stop,
         )
         tokens = self.tokenize(prompt, parse=True) if isinstance(prompt, str) else as_tokens(prompt)
-        lease = self._contexts.take(1, max(self._n_ctx, len(tokens) + max(max_tokens, 0)))
+        lease = self._loaded.contexts.take(1, max(self._n_ctx, len(tokens) + max(max_tokens, 0)))
         try:
             lease.context.set_keep(self._mask(keep))
-            native = _core.Generation(
+            native = self._loaded.engine.generation(
                 lease.context,
                 tokens,
                 max_tokens=options.pop("max_tokens"),
@@ -285,17 +324,20 @@ class Model(ModelFacts):
             raise
         return Generation(native, lease)
 
-    def batcher(self, n_slots: int = 4, n_ctx: int | None = None, *, n_prefill: int = 512) -> _core.Batcher:
+    def batcher(
+        self, n_slots: int = 4, n_ctx: int | None = None, *, n_prefill: int = 512, meter: bool = False
+    ) -> _core.Batcher:
         """Return what computes many requests together, a token of each per step; see csrc/include/moeshard/batcher.hpp.
 
         Args:
             n_slots: requests computed at once.
             n_ctx: tokens that each can hold; by default those of the model.
             n_prefill: tokens of prompts computed per step, which all others wait for.
+            meter: measure what requests under a keep miss; see `Session.missed`.
         """
-        return _core.Batcher(
-            self._native, n_slots=n_slots, n_ctx=n_ctx or self._n_ctx, n_prefill=n_prefill, **self._context_options
-        )
+        engine, native, *_ = self._loaded
+        options = {"n_slots": n_slots, "n_ctx": n_ctx or self._n_ctx, "n_prefill": n_prefill, **self._context_options}
+        return engine.batcher(native, meter=meter, **options)
 
     def trace(
         self, tokens: TokensLike, keep: KeepSpec | None = None, *, probs: bool = False, norms: bool = False
@@ -344,7 +386,7 @@ class Model(ModelFacts):
         """Return `n_seq` sequences of `n_ctx` tokens each, to be decoded in shared batches under a keep each."""
         if n_seq < 1:
             raise MoeshardError(f"n_seq must be positive, got {n_seq}")
-        lease = self._contexts.take(n_seq, n_ctx or self._n_ctx)
+        lease = self._loaded.contexts.take(n_seq, n_ctx or self._n_ctx)
         try:
             lease.context.set_keep(self._mask(None))
         except BaseException:

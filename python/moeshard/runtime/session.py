@@ -93,6 +93,24 @@ class Session:
         with self._lease.computing() as context:
             return dict(zip(tokens, context.decode(inputs, outputs), strict=True))
 
+    def set_meter(self, on: bool) -> None:
+        """Measure, from the next decode on, what tokens under a keep miss; see `missed`."""
+        with self._lease.computing() as context:
+            context.set_meter(on)
+
+    def missed(self, seq: int = 0) -> npt.NDArray[np.float32]:
+        """Return float32 (n_tokens,): what each token of the last decode missed, mean over layers; see docs/serving.md.
+
+        Of the weight that a layer's router would have given out, had nothing been dropped, the share of dropped
+        experts. Empty for a sequence without a keep, but for a shard that was split with its whole routers. The last
+        layer computes only tokens with output.
+        """
+        return self._lease.context.missed(seq)
+
+    def missed_by_layer(self, seq: int = 0) -> npt.NDArray[np.float32]:
+        """Return float32 (n_tokens, n MoE layers): the same in each layer, NaN where it did not compute the token."""
+        return self._lease.context.missed_by_layer(seq)
+
     def trace(
         self, tokens: Mapping[int, TokensLike], sink: ChunkSink, *, probs: bool = False, norms: bool = False
     ) -> None:

@@ -27,6 +27,11 @@ class LayerChunk:
     """float32 (n_tokens, n_expert), or None where not asked for."""
     norms: Floats | None
     """float32 (n_tokens, top_k), or None where not asked for."""
+    inputs: Floats | None = None
+    hidden: Floats | None = None
+    residual: Floats | None = None
+    scaled: bool = False
+    """See `moeshard.runtime.states.LayerStates`; None where not asked for."""
 
 
 @dataclass(frozen=True)

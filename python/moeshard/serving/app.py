@@ -15,9 +15,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from moeshard.runtime.model import Model
-from moeshard.serving.auth import Keys
+from moeshard.serving.auth import Keys, scope_of
 from moeshard.serving.backends import Backend
 from moeshard.serving.errors import ApiError, failed
+from moeshard.serving.inner import Inner
 from moeshard.serving.limits import BodyLimit, Hosts, RequestId
 from moeshard.serving.placer import Placer
 from moeshard.serving.routes import Api, Endpoint, Json
@@ -31,7 +32,12 @@ _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
 def build(
-    model: str, placer: Placer, backends: Sequence[Backend], settings: Settings, tokenizer: Model | None = None
+    model: str,
+    placer: Placer,
+    backends: Sequence[Backend],
+    settings: Settings,
+    tokenizer: Model | None = None,
+    inner: Inner | None = None,
 ) -> Starlette:
     """Make the application.
 
@@ -42,8 +48,9 @@ def build(
             started and stopped with the application.
         settings: who may ask, and how much.
         tokenizer: for /tokenize and /detokenize; None: these are not there.
+        inner: what gateways ask for; None: that is not there.
     """
-    service = Service(model, placer, backends)
+    service = Service(model, placer, backends, settings.resume)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -60,7 +67,7 @@ def build(
             _log.warning("%s %s: %s", http.method, http.url.path, error.message)
         return Json(error.to_json(), error.status, error.headers)
 
-    endpoints = Api(service, settings, tokenizer).endpoints()
+    endpoints = Api(service, settings, tokenizer, inner).endpoints()
     return Starlette(
         routes=[
             Route(endpoint.path, _guarded(endpoint, settings.keys), methods=[endpoint.method]) for endpoint in endpoints
@@ -81,7 +88,7 @@ def _guarded(endpoint: Endpoint, keys: Keys) -> Callable[[HttpRequest], Awaitabl
     async def call(http: HttpRequest) -> ASGIApp:
         try:
             headers = dict(http.headers)
-            client = Client("" if endpoint.public else keys.scope(headers), headers)
+            client = Client("" if endpoint.public else scope_of(keys, headers), headers)
             return await endpoint.handler(http, client)
         except (ApiError, HTTPException, ClientGone):
             raise

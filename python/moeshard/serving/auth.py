@@ -12,6 +12,7 @@ from moeshard._core import MoeshardError
 from moeshard.serving.errors import unauthorized
 
 KEY_VARIABLE = "MOESHARD_API_KEY"
+SCOPE_HEADER = "x-moeshard-scope"
 
 
 class Keys:
@@ -21,8 +22,8 @@ class Keys:
         # Only digests are kept: what a log or a memory dump shows opens nothing.
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
-    def __bool__(self) -> bool:
-        return bool(self._digests)
+    def __len__(self) -> int:
+        return len(self._digests)
 
     def scope(self, headers: Mapping[str, str]) -> str:
         """Return the name of who asks: of its key the digest's first digits, which logs may show.
@@ -41,6 +42,18 @@ class Keys:
         if not sum(hmac.compare_digest(digest, known) for known in self._digests):
             raise unauthorized("The API key is not known here.")
         return digest.hex()[:16]
+
+
+def scope_of(keys: Keys, headers: Mapping[str, str]) -> str:
+    """Return who asks, as far as what is remembered of prompts goes: a gateway says for whom it asks.
+
+    Whoever says so parts what is its own, and gets at nothing that is another key's.
+
+    Raises:
+        ApiError: 401.
+    """
+    told = headers.get(SCOPE_HEADER, "")
+    return keys.scope(headers) + (f"/{hashlib.sha256(told.encode()).hexdigest()[:16]}" if told else "")
 
 
 def read_keys(path: str | os.PathLike[str] | None) -> Keys:

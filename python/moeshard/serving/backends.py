@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from moeshard.arrays import Tokens
+from moeshard.serving.decision import Decision
 from moeshard.serving.protocol import Options, Prompt
 
 FULL = "full"
 """The name of the backend that holds everything."""
 
 Finish = Literal["stop", "length"]
+
+
+class Watch(Protocol):
+    """What a backend that can move an answer tells about it, and asks where it belongs."""
+
+    target: Decision | None
+    """Where the answer belongs now; None: where it is."""
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """Prompt and answer so far."""
+
+    def begin(self, prompt: Tokens) -> None:
+        """Take the prompt."""
+
+    def add(self, token: int | None, missed: Sequence[float]) -> None:
+        """Take what tokens missed, and the token of the answer that came of them; None while the prompt is read."""
+
+    def arrived(self) -> None:
+        """The answer is where `target` says."""
+
+    def refused(self) -> None:
+        """The answer could not be moved and goes on where it is."""
+
+    def end(self) -> None:
+        """The answer is over."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +50,10 @@ class Ask:
     options: Options
     scope: str = ""
     """What is remembered of a prompt serves requests of the same scope only: who asks, not a secret."""
+    watch: Watch | None = None
+    """Says whether the answer is to be moved; who cannot do that does not ask it."""
+    begun: str = ""
+    """What of the answer is there already: it is continued, and only what comes after it is told."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +87,8 @@ class Event:
     prompt_text: str = ""
     """With `Options.echo`, in the first event: the prompt as text."""
     finish: Finish | None = None
+    missed: float | None = None
+    """Mean share missed so far, where the answer is now (docs/serving.md); None where everything is held."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +123,11 @@ class Backend(Protocol):
 
     @property
     def n_ctx(self) -> int:
-        """Tokens that a prompt and its answer can have together."""
+        """Tokens that a prompt and its answer can have together; 0 where that is not known yet."""
 
     @property
-    def memory_used(self) -> float:
-        """Share of the tokens that its slots can hold, 1 is all."""
+    def memory_used(self) -> float | None:
+        """Share of what its slots can hold, in tokens, that they remember, 1 is all; None where that is not known."""
 
     def stream(self, ask: Ask) -> AsyncGenerator[Event, None]:
         """Answer. Closing the generator ends the computation within a step.

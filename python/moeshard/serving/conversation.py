@@ -7,8 +7,9 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from moeshard.serving.backends import Ask, Event
+from moeshard.serving.decision import Decision
 from moeshard.serving.local import Local
-from moeshard.serving.placer import Decision, Placer, State
+from moeshard.serving.placer import Placer, State
 from moeshard.serving.protocol import Message, Options
 
 

@@ -9,114 +9,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import sys
 import threading
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import suppress
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
-import moeshard._core as _core
 from moeshard._core import MoeshardError
+from moeshard.keep.text import Keep
+from moeshard.serving.ahead import Ahead
 from moeshard.serving.errors import ApiError, busy, failed, invalid, timed_out, unavailable
+from moeshard.serving.fair import gives_way
+from moeshard.serving.jobs import Job, Lane, Move, Moved
+from moeshard.serving.steps import Wake, step_queue
 
 _log = logging.getLogger("moeshard.serving")
 
-MAX_SECONDS = 0.5
-"""The thread looks at its clock at least so often."""
+_T = TypeVar("_T")
 
-
-class Job:
-    """A request in the engine, seen from the event loop."""
-
-    def __init__(self, lane: Lane, options: dict[str, Any], seconds: float, cancel: Callable[[Job], None]):
-        self.lane, self.options, self.seconds = lane, options, seconds
-        self.deadline = time.monotonic() + seconds
-        self.id = -1
-        """Its number in the batcher, while it is computed."""
-        self.ended = False
-        """No more will come; set in the event loop."""
-        self._updates: deque[_core.Progress | ApiError] = deque()
-        self._news = asyncio.Event()
-        self._tell_engine = cancel
-
-    def add(self, update: _core.Progress | ApiError) -> None:
-        """Take what came of a step; called in the event loop."""
-        self._updates.append(update)
-        if isinstance(update, ApiError) or update.over:
-            self.ended = True
-            self.lane.jobs.discard(self)
-        self._news.set()
-
-    async def steps(self) -> AsyncGenerator[list[_core.Progress], None]:
-        """Yield what came since the last time, until the request is over; closing this cancels it.
-
-        Raises:
-            ApiError: it failed.
-        """
-        try:
-            while True:
-                await self._news.wait()
-                self._news.clear()
-                found: list[_core.Progress] = []
-                while self._updates:
-                    update = self._updates.popleft()
-                    if isinstance(update, ApiError) or update.error:
-                        if found:  # what came before is told
-                            yield found
-                        raise update if isinstance(update, ApiError) else failed(update.error)
-                    found.append(update)
-                yield found
-                if found[-1].over:
-                    return
-        finally:
-            self.cancel()
-
-    def cancel(self) -> None:
-        """End the request, if it is not over: within a step nothing of it is computed any more."""
-        if not self.ended:
-            self.ended = True
-            self.lane.jobs.discard(self)
-            self._tell_engine(self)
-
-
-class Lane:
-    """Requests that are computed in one batch."""
-
-    def __init__(self, batcher: _core.Batcher, n_waiting: int):
-        """`n_waiting` requests may wait for one of the batcher's slots."""
-        self.batcher, self.n_waiting = batcher, n_waiting
-        self.n_slots, self.n_ctx = batcher.n_slots, batcher.n_ctx
-        self.jobs: set[Job] = set()
-        """All that are not over; of the event loop."""
-        self.n_held = 0
-        """Tokens that the slots remember, a moment ago."""
-        self.steps = _core.StepQueue()
-        self.computed: dict[int, Job] = {}
-        """Whose steps may be in the queue, by number."""
-        # Of the engine's thread:
-        self.waiting: deque[Job] = deque()
-        self.running: dict[int, Job] = {}
-
-    def run(self, n_steps: int) -> list[int]:
-        """Make so many steps (0: any number), fewer where a request is over; return whose are."""
-        return self.steps.run(self.batcher, n_steps, MAX_SECONDS)
-
-
-def _wake_fds() -> tuple[int, int]:
-    """Return descriptors to read from and to write to, which do not block.
-
-    An eventfd where there is one: Linux wakes the reader of a pipe on the processor of its writer, who is to go on.
-    """
-    if sys.platform == "linux":
-        fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        return fd, fd
-    ends = os.pipe()
-    for fd in ends:
-        os.set_blocking(fd, False)
-    return ends
+RETRY_SECONDS = 5.0
+"""Where a process was lost, how long until another is begun."""
 
 
 class Engine:
@@ -127,21 +39,22 @@ class Engine:
         self.fault: str | None = "the engine has not been started"
         """Why nothing is computed; None where all is well."""
         self._commands: list[tuple[bool, Job]] = []
+        self._moves: list[Move] = []
         self._wake = threading.Condition()
         self._closing = self._ended = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._wake_fds: tuple[int, int] | None = None
-        """What is read from and written to when steps have come."""
+        self._news: Wake | None = None
+        """Called when steps have come."""
 
     def start(self) -> None:
         """Begin to compute for the running event loop; more than once is once."""
         if self._thread is None:
             self._loop = asyncio.get_running_loop()
-            self._wake_fds = _wake_fds()
+            self._news = Wake()
             for lane in self.lanes:
-                lane.steps = _core.StepQueue(self._wake_fds[1])
-            self._loop.add_reader(self._wake_fds[0], self._collect)
+                lane.steps = step_queue(lane.batcher, self._news.write_fd)
+            self._loop.add_reader(self._news.read_fd, self._collect)
             self._thread = threading.Thread(target=self._run, name="moeshard-engine", daemon=True)
             self.fault = None
             self._thread.start()
@@ -158,19 +71,17 @@ class Engine:
             for lane in self.lanes:
                 lane.batcher.abort()
             await asyncio.to_thread(self._thread.join, 0.05)
-        if self._loop is not None and self._wake_fds is not None:
+        if self._loop is not None and self._news is not None:
             self._collect()
-            self._loop.remove_reader(self._wake_fds[0])
-            for fd in set(self._wake_fds):
-                os.close(fd)
-            self._wake_fds = None
+            self._loop.remove_reader(self._news.read_fd)
+            self._news.close()
+            self._news = None
 
     def _collect(self) -> None:
         """Hand out what came of steps; called in the event loop."""
-        if self._wake_fds is None:
+        if self._news is None:
             return
-        with suppress(BlockingIOError):
-            os.read(self._wake_fds[0], 4096)
+        self._news.clear()
         for lane in self.lanes:
             for step in lane.steps.take():
                 job = lane.computed.get(step.id)
@@ -192,12 +103,58 @@ class Engine:
         """
         if self.fault is not None:
             raise unavailable(self.fault)
-        if len(lane.jobs) >= lane.n_slots + lane.n_waiting:
-            raise busy(max(1, lane.n_waiting // (4 * lane.n_slots)))
         job = Job(lane, options, seconds, lambda job: self._send(False, job))
+        if len(lane.jobs) >= lane.n_slots + lane.n_waiting:
+            self._make_room(job)
         lane.jobs.add(job)
         self._send(True, job)
         return job
+
+    def _make_room(self, job: Job) -> None:
+        """Let the newest request of who has most of a full queue give way, if the new one's owner has less."""
+        lane = job.lane
+        full = busy(max(1, lane.n_waiting // (4 * lane.n_slots)))
+        waiting = [other for other in lane.jobs if other.id < 0]
+        greedy = gives_way(Counter(other.scope for other in waiting), job.scope)
+        if greedy is None:
+            raise full
+        newest = max((other for other in waiting if other.scope == greedy), key=lambda other: other.deadline)
+        newest.add(full)
+        self._send(False, newest)
+
+    async def move(self, job: Job, lane: Lane, keep: Keep | None) -> bool:
+        """Compute a request under another keep, maybe in another lane, from its next token on.
+
+        Returns whether it was done; where not, it goes on as it was, or is over.
+        """
+        move = Move(job, lane, keep, asyncio.get_running_loop().create_future())
+        with self._wake:
+            if self._ended:
+                return False
+            self._moves.append(move)
+            self._wake.notify()
+            for other in self.lanes:
+                other.steps.interrupt()
+        return await move.done
+
+    def _settle(self, told: tuple[Move, Moved | None]) -> None:
+        """Take note that a request was moved, or not; called in the event loop."""
+        move, moved = told
+        self._collect()  # what came before
+        if moved is not None:
+            job = moved.job
+            moved.source.computed.pop(moved.old, None)
+            if moved.lane.computed.get(moved.number) is moved.ahead:
+                moved.lane.computed[moved.number] = job
+            if not job.ended:
+                job.counted_in.discard(job)
+                job.counted_in = moved.lane.jobs
+                job.counted_in.add(job)
+            for step in moved.ahead.steps:
+                if not job.ended:
+                    job.add(step)
+        if not move.done.done():
+            move.done.set_result(moved is not None)
 
     def _send(self, new: bool, job: Job) -> None:
         with self._wake:
@@ -217,7 +174,17 @@ class Engine:
     # In the engine's thread.
 
     def _run(self) -> None:
-        reason = "the server is shutting down"
+        while not self._closing:
+            reason = self._compute()
+            self._end_all(reason)
+            if reason and not self._renew():
+                break
+        with self._wake:
+            self._ended = True
+        self._end_all(self.fault or "")
+
+    def _compute(self) -> str:
+        """Compute until the engine is to end; or fails, and return why."""
         try:
             while not self._closing:
                 self._take_commands()
@@ -227,34 +194,83 @@ class Engine:
                     if lane.running:
                         self._step(lane, alone=not any(other.running for other in self.lanes if other is not lane))
         except Exception as error:
-            _log.exception("the engine failed; restart the server")
-            self.fault = reason = f"the engine failed: {error}"
+            _log.exception("the engine failed")
+            self.fault = f"the engine failed: {error}"
+            return self.fault
+        return ""
+
+    def _end_all(self, reason: str) -> None:
+        """Let everybody know that nothing more comes."""
         with self._wake:
-            self._ended = True
             commands, self._commands = self._commands, []
+            moves, self._moves = self._moves, []
+        for move in moves:
+            self._tell(self._settle, (move, None))
         over = {job for new, job in commands if new}
         for lane in self.lanes:
-            over |= {*lane.waiting, *lane.running.values()}
-        self._deliver([(job, failed(reason) if not self._closing else unavailable(reason)) for job in over])
+            over.update(lane.clear())
+        error = unavailable("the server is shutting down") if self._closing else failed(reason)
+        self._deliver([(job, error) for job in over])
+
+    def _renew(self) -> bool:
+        """Where a process was lost, try to begin another until that is done; False: there is none, or the end came."""
+        assert self._news is not None
+        while any(lane.is_lost for lane in self.lanes):
+            with self._wake:
+                if self._closing or self._wake.wait_for(lambda: self._closing, RETRY_SECONDS):
+                    return False
+            try:
+                for lane in self.lanes:
+                    lane.renew(self._news.write_fd)
+            except MoeshardError as error:
+                self.fault = f"the engine failed: {error}"
+                continue
+            _log.warning("the engine computes again")
+            self.fault = None
+            return True
+        return False
 
     def _take_commands(self) -> None:
         with self._wake:
-            while not (self._commands or self._closing or any(lane.running or lane.waiting for lane in self.lanes)):
+            while not self._has_work():
                 self._wake.wait()
             commands, self._commands = self._commands, []
+            moves, self._moves = self._moves, []
         for new, job in commands:
             if new:
-                job.lane.waiting.append(job)
+                job.lane.waiting.add(job.scope, job)
             else:
                 self._drop(job)
+
+        for move in moves:
+            self._tell(self._settle, (move, self._move(move.job, move.lane, move.keep)))
+
+    def _has_work(self) -> bool:
+        told = bool(self._commands or self._moves or self._closing)
+        return told or any(lane.running or lane.waiting for lane in self.lanes)
+
+    def _move(self, job: Job, lane: Lane, keep: Keep | None) -> Moved | None:
+        source, old = job.lane, job.id
+        if source.running.get(old) is not job:
+            return None
+        try:
+            number = source.batcher.move(old, lane.batcher, keep)
+        except MoeshardError as error:
+            _log.info("a request stays where it is: %s", error)
+            return None
+        del source.running[old]
+        moved = Moved(job, source, old, lane, number, Ahead())
+        lane.running[number], lane.computed[number] = job, moved.ahead
+        job.lane, job.id = lane, number
+        return moved
 
     def _drop(self, job: Job) -> None:
         if job.id >= 0:
             job.lane.batcher.cancel(job.id)
             job.lane.running.pop(job.id, None)
             job.lane.computed.pop(job.id, None)
-        elif job in job.lane.waiting:
-            job.lane.waiting.remove(job)
+        else:
+            job.lane.waiting.remove(job.scope, job)
 
     def _expire(self, lane: Lane) -> None:
         now = time.monotonic()
@@ -266,7 +282,7 @@ class Engine:
     def _admit(self, lane: Lane) -> None:
         refused: list[tuple[Job, ApiError]] = []
         while lane.waiting and lane.batcher.n_free:
-            job = lane.waiting.popleft()
+            job = lane.waiting.pop()
             try:
                 job.id = lane.batcher.submit(**job.options)
             except MoeshardError as error:
@@ -286,11 +302,13 @@ class Engine:
 
     def _deliver(self, found: Sequence[tuple[Job, ApiError]]) -> None:
         """Let the event loop know, once for all."""
-        if not found:
-            return
+        if found:
+            self._tell(self._hand_out, found)
+
+    def _tell(self, what: Callable[[_T], None], told: _T) -> None:
         assert self._loop is not None
         try:
-            self._loop.call_soon_threadsafe(self._hand_out, found)
+            self._loop.call_soon_threadsafe(what, told)
         except RuntimeError:
             _log.debug("the event loop ended before the engine did")
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from typing import Any
+
+import numpy as np
 
 import moeshard._core as _core
 from moeshard._core import MoeshardError
@@ -15,9 +17,13 @@ from moeshard.keep.text import Keep
 from moeshard.placement.nodes import by_model, plan_nodes
 from moeshard.planning.plan import Plan
 from moeshard.runtime.model import Model
+from moeshard.serving.about import about
 from moeshard.serving.backends import FULL, Ask, Event, Finish, Load, Scored
-from moeshard.serving.engine import Engine, Job, Lane
+from moeshard.serving.engine import Engine
 from moeshard.serving.errors import invalid, too_long
+from moeshard.serving.inner import Inner
+from moeshard.serving.jobs import Job, Lane
+from moeshard.serving.moving import Tally
 from moeshard.serving.probing import LocalProber
 from moeshard.serving.protocol import Options
 from moeshard.serving.rendering import Rendered, Renderer, rendered
@@ -53,6 +59,8 @@ class LocalBackend:
         self.name = name
         self._engine, self._lane, self._model, self._renderer = engine, lane, model, renderer
         self._keep, self._seconds = keep, seconds
+        self._siblings: dict[str, LocalBackend] = {}
+        """All that share the engine, by name."""
         self._jobs: set[Job] = set()
         # A vocabulary's tokens are told over and over.
         self._bytes = lru_cache(maxsize=65536)(model.token_bytes)
@@ -86,6 +94,9 @@ class LocalBackend:
         options = ask.options
         if not prompt.tokens.size:
             raise invalid("The prompt is empty.", "prompt")
+        if ask.begun:
+            begun = self._model.tokenize(ask.begun, special=False)
+            prompt = replace(prompt, tokens=np.concatenate([prompt.tokens, begun]))
         if prompt.tokens.size > self._lane.n_ctx:
             raise too_long(prompt.tokens.size, self._lane.n_ctx)
         job = self._engine.submit(
@@ -101,16 +112,31 @@ class LocalBackend:
             prompt_logprobs=options.echo and options.n_logprobs >= 0,
             sampling=_sampling(options),
         )
-        self._jobs.add(job)
+        at, watch = self, ask.watch
+        at._jobs.add(job)
         steps = job.steps()
         reading = _Reading(self._bytes, prompt, ask)
+        if watch is not None:
+            watch.begin(prompt.tokens)
         try:
             async for found in steps:
                 event = reading.event(found)
                 if event is not None:
                     yield event
+                if watch is not None and watch.target is not None and not job.ended:
+                    to = self._siblings[watch.target.backend]
+                    if await self._engine.move(job, to._lane, to._keep):
+                        at._jobs.discard(job)
+                        at = to
+                        at._jobs.add(job)
+                        watch.arrived()
+                        reading.tally = Tally(len(watch.tokens))
+                    else:
+                        watch.refused()
         finally:
-            self._jobs.discard(job)
+            at._jobs.discard(job)
+            if watch is not None:
+                watch.end()
             await steps.aclose()
 
 
@@ -126,10 +152,12 @@ class _Reading:
     )
     prompt: list[Scored] = field(default_factory=list)
     began: bool = False
+    tally: Tally = field(default_factory=Tally)
 
     def event(self, found: Sequence[_core.Progress]) -> Event | None:
         """Return what there is to tell after these steps."""
         last = found[-1]
+        self._measure(found)
         text = "".join(self.decoder.decode(step.text, final=step.over) for step in found)
         scored = self._scored(found)
         if last.n_prompt_done < last.n_prompt or not (text or scored or last.over):
@@ -145,7 +173,14 @@ class _Reading:
             prompt_logprobs=prompt,
             prompt_text=prompt_text,
             finish=_FINISH.get(last.stop_reason),
+            missed=self.tally.mean,
         )
+
+    def _measure(self, found: Sequence[_core.Progress]) -> None:
+        for step in found:
+            missed = self.tally.add(step.missed)
+            if self.ask.watch is not None:
+                self.ask.watch.add(step.token if step.token >= 0 else None, missed)
 
     def _scored(self, found: Sequence[_core.Progress]) -> list[Scored]:
         """Put the log-probabilities of the prompt aside and return the answer's."""
@@ -200,10 +235,12 @@ class Local:
     backends: list[LocalBackend]
     """The whole model first, then the nodes in the order of the plan."""
     prober: LocalProber | None
-    """None without a plan."""
+    """Of all nodes; None without a plan."""
     engine: Engine
     renderer: Renderer
     model: Model
+    inner: Inner
+    """What gateways ask for; without a plan the model alone is measured."""
 
     async def start(self) -> None:
         """Begin to compute for the running event loop."""
@@ -235,7 +272,7 @@ def serve_locally(model: Model, plan: Plan | None, options: LocalOptions, keep: 
     backends: dict[int, LocalBackend] = {}
     engine = Engine([])
     for shared, own in by_model(model, nodes):
-        lane = Lane(shared.batcher(options.n_slots, options.n_ctx), options.n_waiting)
+        lane = Lane(partial(shared.batcher, options.n_slots, options.n_ctx, meter=True), options.n_waiting)
         serving.append(lane)
         for index, mask in own:
             own_keep = mask if nodes else keep
@@ -244,17 +281,25 @@ def serve_locally(model: Model, plan: Plan | None, options: LocalOptions, keep: 
             )
         if nodes:
             # A step of a probe is what all others wait for: a part of the prompt of one node.
-            probe = Lane(shared.batcher(len(own), options.n_probe, n_prefill=options.n_probe), 0)
+            probe = Lane(partial(shared.batcher, len(own), options.n_probe, n_prefill=options.n_probe), 0)
             probing.append((probe, own))
     engine.lanes = [*serving, *(lane for lane, _ in probing)]
-    prober = None
-    if nodes:
-        prober = LocalProber(
-            engine,
-            probing,
-            renderer,
-            n_probe=options.n_probe,
-            n_waiting=options.n_waiting,
-            seconds=options.seconds,
-        )
-    return Local([backends[position] for position in sorted(backends)], prober, engine, renderer, model)
+    for backend in backends.values():
+        backend._siblings = {other.name: other for other in backends.values()}
+    prober = LocalProber(
+        engine,
+        # Alone the model measures among what it answers: that needs no memory of its own.
+        probing or [(serving[0], [(None, keep)])],
+        renderer,
+        n_probe=options.n_probe,
+        n_waiting=options.n_waiting,
+        seconds=options.seconds,
+    )
+    return Local(
+        [backends[position] for position in sorted(backends)],
+        prober if nodes else None,
+        engine,
+        renderer,
+        model,
+        Inner(prober, renderer, about(model, plan, nodes, options.n_probe)),
+    )

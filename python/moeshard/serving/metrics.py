@@ -34,6 +34,15 @@ class Metrics:
         self._failure = self._counter("request_failure", "Requests that an error answered", "status")
         self._placements = self._counter("placements", "Sessions that were placed", "node", "reason")
         self._refused = self._counter("refused", "Sessions that no node was good enough for")
+        self._replacements = self._counter("replacements", "Sessions that were moved", "source", "node")
+        self._missed = Histogram(
+            "moeshard:missed_mass",
+            "Share of routing weight that answers missed on a node",
+            ["model_name", "node"],
+            registry=self._registry,
+            buckets=_SHARES,
+        )
+        self._failovers = self._counter("failovers", "Requests that moved from who failed", "node", "reason")
         self._first = self._histogram("time_to_first_token_seconds", "From request to first token", _SECONDS)
         self._between = self._histogram("inter_token_latency_seconds", "Between tokens", _SECONDS)
         self._next_token = self._between.labels(model)  # looked up once: it is asked for each token
@@ -56,6 +65,18 @@ class Metrics:
             self._refused.labels(self._model).inc()
         elif fit is not None:
             self._fit.labels(self._model).observe(fit)
+
+    def moved(self, source: str, node: str) -> None:
+        """Count a session that was moved."""
+        self._replacements.labels(self._model, source, node).inc()
+
+    def missed(self, node: str, share: float) -> None:
+        """Count what an answer missed on the node that ended it."""
+        self._missed.labels(self._model, node).observe(share)
+
+    def failed_over(self, node: str, reason: str) -> None:
+        """Count a request that `node` failed and another took over."""
+        self._failovers.labels(self._model, node, reason).inc()
 
     def failed(self, status: int) -> None:
         """Count a request that an error answered."""

@@ -85,6 +85,11 @@ def _operation(path: str, models: Sequence[str], token: dict[str, Any]) -> dict[
     if path == "/detokenize":
         body = _object({"tokens": _array(token)}, "tokens")
         return _post("Make text of tokens.", body, _object({"content": _TEXT}, "content"))
+    if path == "/moeshard/losses":
+        return _losses(token)
+    if path == "/moeshard/render":
+        told = _object({"tokens": _array({"type": "integer"}), "stop": _array(_TEXT)}, "tokens", "stop")
+        return _post("Make tokens of a prompt, as the model reads it.", _turn(token), told)
     if path == "/v1/models/{name}":
         operation = _get("One of the models.", _model())
         operation["parameters"] = [
@@ -124,14 +129,25 @@ def _post(summary: str, body: dict[str, Any], schema: dict[str, Any], stream: bo
             "x-moeshard-fit": {"description": "Its quality on the first turn, 0 to 1.", "schema": {"type": "number"}},
         }
         responses["404"] = _failure("No such model.")
-        responses["429"] = _failure("Too many requests are waiting.")
-        responses["503"] = _failure("Nobody can answer.")
-        responses["504"] = _failure("It took too long.")
+        responses.update(_BUSY)
     return {
         "summary": summary,
         "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
         "responses": responses,
     }
+
+
+def _turn(token: dict[str, Any]) -> dict[str, Any]:
+    prompt = {"anyOf": [_TEXT, _array(token, minItems=1)]}
+    return {"anyOf": [_object({"messages": _messages()}, "messages"), _object({"prompt": prompt}, "prompt")]}
+
+
+def _losses(token: dict[str, Any]) -> dict[str, Any]:
+    numbers = _array({"type": "number"})
+    told = {"nodes": _array(numbers), "full": numbers, "n_tokens": {"type": "integer"}, "n_cut": {"type": "integer"}}
+    operation = _post("What a first turn costs nodes and model, nats per token.", _turn(token), _object(told, *told))
+    operation["responses"].update(_BUSY)
+    return operation
 
 
 def _success(what: str, schema: dict[str, Any]) -> dict[str, Any]:
@@ -199,15 +215,20 @@ def _options(models: Sequence[str]) -> dict[str, Any]:
         "n": {"enum": [1, None]},
         "response_format": form,
         "prompt_cache_key": {"type": ["string", "null"]},
+        "begun": {"type": ["string", "null"]},
         "ignore_eos": _BOOL,
     }
 
 
-def _chat_body(models: Sequence[str]) -> dict[str, Any]:
+def _messages() -> dict[str, Any]:
     part = _object({"type": {"const": "text"}, "text": _TEXT}, "type", "text")
     message = _object({"role": {"enum": list(ROLES)}, "content": {"anyOf": [_TEXT, _array(part)]}}, "role", "content")
+    return _array(message, minItems=1)
+
+
+def _chat_body(models: Sequence[str]) -> dict[str, Any]:
     own = {
-        "messages": _array(message, minItems=1),
+        "messages": _messages(),
         "max_completion_tokens": _number(-1, MAX_INT, "integer"),
         "logprobs": _BOOL,
         "top_logprobs": _number(0, MAX_TOP_LOGPROBS, "integer"),
@@ -251,6 +272,12 @@ def _completion(part: str) -> dict[str, Any]:
         "id", "object", "created", "model", "choices", "usage",
     )  # fmt: skip
 
+
+_BUSY = {
+    "429": _failure("Too many requests are waiting."),
+    "503": _failure("Nobody can answer."),
+    "504": _failure("It took too long."),
+}
 
 _PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
     "/v1/models": ("What can be asked for.", _object({"object": _TEXT, "data": _array(_model())}, "object", "data")),

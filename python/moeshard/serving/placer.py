@@ -11,22 +11,26 @@ import asyncio
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import exp
-from typing import Literal, Protocol
+from typing import Protocol
 
 from moeshard.arrays import Doubles
 from moeshard.placement.decision import MIN_QUALITY, MIN_TOKENS, Placed, place_by_loss
+from moeshard.placement.meter import Limits
 from moeshard.serving.backends import FULL
-from moeshard.serving.errors import unavailable
+from moeshard.serving.decision import Decision, Reason
+from moeshard.serving.errors import ApiError, unavailable
 from moeshard.serving.protocol import Message, Prompt, Request
 
-Reason = Literal["placed", "unclear", "refused", "short", "forced", "only", "down"]
+HASHED = "nobody here measures where a session belongs, so its key names a node"
 
 LOAD_GAP = 0.5
 """A node goes before the one that the session's key names where it has so many fewer requests for each slot."""
 MAX_SESSIONS = 100_000
+IDLE_SECONDS = 600.0
+"""A session whose node was down goes back to it after so long without a request: its prefix is then somewhere else."""
 
 SESSION_HEADERS = ("x-session-id", "x-openwebui-chat-id")
 
@@ -43,13 +47,18 @@ class Losses:
     """Tokens that were looked at: T + 1, or fewer than `MIN_TOKENS`, for which nothing need be measured."""
     n_cut: int
     """Tokens before these that were not."""
+    names: tuple[str, ...] | None = None
+    """Of the nodes in `nodes`, where not all could be measured."""
 
 
 class Prober(Protocol):
     """What measures losses."""
 
-    async def losses(self, prompt: Prompt) -> Losses:
-        """Predict a prompt on every node of the plan, in its order, and on the whole model."""
+    async def losses(self, prompt: Prompt) -> Losses | None:
+        """Predict a prompt on every node of the plan, in its order, and on the whole model.
+
+        None where nobody here can measure that.
+        """
 
 
 @dataclass(frozen=True)
@@ -59,19 +68,6 @@ class State:
     up: bool
     load: float
     """Requests for each slot."""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Who answers, and why."""
-
-    backend: str
-    reason: Reason
-    detail: str
-    """For people, a sentence."""
-    fit: float | None
-    """Perplexity of the whole model over the backend's own, on the first turn, at most 1; None where it was not
-    measured."""
 
 
 def choose(placed: Placed, key: str, states: Mapping[str, State]) -> Decision:
@@ -98,6 +94,8 @@ def choose(placed: Placed, key: str, states: Mapping[str, State]) -> Decision:
         quietest = min(able, key=lambda name: states[name].load)
         chosen = quietest if states[able[0]].load - states[quietest].load >= LOAD_GAP else able[0]
         reason: Reason = "placed" if len(placed.candidates) == 1 else "unclear"
+        if placed.reason == HASHED:
+            reason = "hashed"
         return Decision(chosen, reason, _sentence(placed.reason), _fit(placed, chosen))
     detail = f"{' and '.join(placed.candidates)} cannot answer now. {_sentence(placed.reason)}"
     if full_is_up:
@@ -142,16 +140,35 @@ def first_turn(prompt: Prompt) -> Prompt:
     return tuple(turn)
 
 
+@dataclass
+class _Session:
+    """What is remembered of one."""
+
+    placed: Placed
+    decision: Decision
+    used: float
+    """When it last was."""
+
+
 class Placer:
     """Places sessions, and remembers where."""
 
-    def __init__(self, names: Sequence[str], prober: Prober | None, *, min_quality: float = MIN_QUALITY):
+    def __init__(
+        self,
+        names: Sequence[str],
+        prober: Prober | None,
+        *,
+        min_quality: float = MIN_QUALITY,
+        limits: Mapping[str, Limits] | None = None,
+    ):
         """Place on the nodes of these names, by what the prober measures; without one everything goes to `FULL`.
 
         Sessions whose prompt the best node predicts with a quality below `min_quality` are refused; see `Placement`.
+        Where a node has `limits`, answers that pass them are placed again (`moeshard.serving.moving`).
         """
-        self.names, self._prober, self._min_quality = list(names), prober, min_quality
-        self._sessions: OrderedDict[str, tuple[Placed, Decision]] = OrderedDict()
+        self.names, self.prober, self.min_quality = list(names), prober, min_quality
+        self.limits = dict(limits or {})
+        self._sessions: OrderedDict[str, _Session] = OrderedDict()
         self._probing: dict[str, asyncio.Future[Placed]] = {}
 
     async def place(
@@ -172,68 +189,105 @@ class Placer:
         Returns:
             The decision, and whether it was made now.
         """
-        if self._prober is None:
+        if self.prober is None:
             state = states().get(FULL)
             if state is None or not state.up:
                 raise unavailable("The model cannot answer now.")
             return Decision(FULL, "only", "There are no nodes beside the whole model.", None), False
         known = self._sessions.get(key)
         if known is not None:
+            idle, known.used = time.monotonic() - known.used, time.monotonic()
             self._sessions.move_to_end(key)
-            placed, decision = known
-            state = states().get(decision.backend)
-            if state is not None and state.up:
-                return decision, False
+            state = states().get(known.decision.backend)
+            stays = known.decision.reason != "down" or idle < IDLE_SECONDS
+            if stays and state is not None and state.up:
+                return known.decision, False
+            placed = known.placed
         else:
-            placed = await self._probe_once(key, first_turn(prompt), self._prober, probed)
-        decision = choose(placed, key, states())
-        self._sessions[key] = (placed, decision)
+            placed = await self._probe_once(key, first_turn(prompt), self.prober, probed)
+        return self._remember(key, placed, choose(placed, key, states())), True
+
+    def moved(self, key: str, placed: Placed, decision: Decision) -> None:
+        """Take note that a session goes on elsewhere, by what its latest text told."""
+        self._remember(key, placed, decision)
+
+    def instead(self, key: str, failed: Collection[str], states: Mapping[str, State]) -> Decision | None:
+        """Say who has a session now that some have failed it, though they may seem to be up; None: nobody."""
+        known = self._sessions.get(key)
+        if known is None:
+            return None
+        try:
+            left = {name: State(False, 0.0) if name in failed else state for name, state in states.items()}
+            return self._remember(key, known.placed, choose(known.placed, key, left))
+        except ApiError:
+            return None
+
+    def _remember(self, key: str, placed: Placed, decision: Decision) -> Decision:
+        self._sessions[key] = _Session(placed, decision, time.monotonic())
         while len(self._sessions) > MAX_SESSIONS:
             self._sessions.popitem(last=False)
-        return decision, True
+        return decision
 
     async def _probe_once(self, key: str, turn: Prompt, prober: Prober, probed: Callable[[float], None]) -> Placed:
         """Probe a session; requests of it that come meanwhile wait for the same result."""
         running = self._probing.get(key)
         if running is None:
-            running = asyncio.ensure_future(self._probe(turn, prober, probed))
+            running = asyncio.ensure_future(self._probe(key, turn, prober, probed))
             self._probing[key] = running
             running.add_done_callback(lambda _: self._probing.pop(key, None))
         return await asyncio.shield(running)
 
-    async def _probe(self, turn: Prompt, prober: Prober, probed: Callable[[float], None]) -> Placed:
+    async def _probe(self, key: str, turn: Prompt, prober: Prober, probed: Callable[[float], None]) -> Placed:
         begin = time.monotonic()
         losses = await prober.losses(turn)
         probed(time.monotonic() - begin)
-        return self.decide(losses)
+        return hashed(self.names, key) if losses is None else self.decide(losses)
 
     def decide(self, losses: Losses) -> Placed:
         """Say what measured losses mean for a session. A pure function."""
+        names = self.names if losses.names is None else losses.names
         if losses.n_tokens < MIN_TOKENS:
-            return _too_short(self.names, losses)
-        # Where nobody holds the whole model nothing is refused: there is nowhere else to go.
-        full = losses.nodes[losses.nodes.mean(axis=1).argmin()] if losses.full is None else losses.full
-        return place_by_loss(self.names, losses.nodes, full, min_quality=self._min_quality, n_cut=losses.n_cut)
+            return _too_short(names, losses)
+        if losses.full is not None:
+            return place_by_loss(names, losses.nodes, losses.full, min_quality=self.min_quality, n_cut=losses.n_cut)
+        # Where nobody measured the whole model nothing is refused, and how good the best is is not known.
+        least = losses.nodes[losses.nodes.mean(axis=1).argmin()]
+        placed = place_by_loss(names, losses.nodes, least, min_quality=self.min_quality, n_cut=losses.n_cut)
+        close = f"; too close to call: {', '.join(placed.candidates[1:])}" if len(placed.candidates) > 1 else ""
+        reason = f"of the nodes {placed.best} predicts the prompt best, nobody told how the whole model does{close}"
+        return replace(placed, excess=None, reason=reason)
+
+
+def hashed(names: Sequence[str], key: str) -> Placed:
+    """Give a session a node by nothing but its key: no one could be measured, and no other is known to be as good."""
+    node = min(names, key=lambda name: _rank(key, name))
+    return _unmeasured([node], HASHED, 0)
 
 
 def _too_short(names: Sequence[str], losses: Losses) -> Placed:
     where = "any node is as good" if losses.full is None else "use the whole model"
+    reason = (
+        f"the first turn has {losses.n_tokens} tokens, fewer than the {MIN_TOKENS} that tell where it belongs; {where}"
+    )
+    return _unmeasured(list(names) if losses.full is None else [], reason, losses.n_tokens)
+
+
+def _unmeasured(candidates: list[str], reason: str, n_tokens: int) -> Placed:
     return Placed(
-        node=names[0] if losses.full is None else None,
-        index=0 if losses.full is None else None,
+        node=candidates[0] if candidates else None,
+        index=None,
         probe="loss",
         scores={},
         full=0.0,
         excess=None,
         captured=None,
-        best=names[0],
+        best=candidates[0] if candidates else FULL,
         quality=0.0,
         margin=None,
         error=None,
-        candidates=list(names) if losses.full is None else [],
-        reason=f"the first turn has {losses.n_tokens} tokens, fewer than the {MIN_TOKENS} that tell where it belongs; "
-        f"{where}",
-        n_tokens=losses.n_tokens,
+        candidates=candidates,
+        reason=reason,
+        n_tokens=n_tokens,
         n_cut=0,
     )
 

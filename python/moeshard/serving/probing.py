@@ -11,11 +11,15 @@ import numpy as np
 from moeshard.arrays import Doubles, Tokens
 from moeshard.keep.text import Keep
 from moeshard.placement.decision import MIN_TOKENS
-from moeshard.serving.engine import Engine, Job, Lane
+from moeshard.serving.engine import Engine
 from moeshard.serving.errors import busy
+from moeshard.serving.jobs import Job, Lane
 from moeshard.serving.placer import Losses
 from moeshard.serving.protocol import Prompt
 from moeshard.serving.rendering import Renderer, rendered
+
+CONTEXT = 64
+"""Tokens before those that decide where a session goes on, that these are predicted after."""
 
 Part: TypeAlias = "tuple[Lane, list[tuple[int | None, Keep | None]]]"
 """What one lane predicts for: nodes by their number in the plan (None: the whole model), each under a keep."""
@@ -57,12 +61,25 @@ class LocalProber:
         if self._n_waiting > self._may_wait:
             raise busy(1)
         tokens = (await rendered(self._renderer, prompt, answer=False)).tokens
-        seen = tokens[-self._n_probe :]
+        seen = tokens[-min(self._n_probe, *(lane.n_ctx for lane, _ in self._parts)) :]
         if seen.size < MIN_TOKENS:
             return Losses(np.empty((self._n_nodes, 0)), np.empty(0), n_tokens=seen.size, n_cut=0)
         # Not cancelled by one who leaves: the next probe begins with all slots free, in the same order.
         found = await asyncio.shield(asyncio.ensure_future(self._in_turn(seen)))
         return Losses(found[1:], found[0], n_tokens=seen.size, n_cut=tokens.size - seen.size)
+
+    async def latest(self, tokens: Tokens, n: int) -> Losses:
+        """Predict the last `n` of these tokens, after what comes before them.
+
+        Raises:
+            ApiError: as `losses`.
+        """
+        if self._n_waiting > self._may_wait:
+            raise busy(1)
+        n = min(n, self._n_probe - 1, tokens.size - 1)
+        seen = tokens[-min(n + CONTEXT, self._n_probe) :]
+        found = (await asyncio.shield(asyncio.ensure_future(self._in_turn(seen))))[:, -n:]
+        return Losses(found[1:], found[0], n_tokens=n, n_cut=tokens.size - n)
 
     async def _in_turn(self, tokens: Tokens) -> Doubles:
         self._n_waiting += 1

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
 from moeshard._core import MoeshardError
@@ -77,6 +77,8 @@ class Request:
     stream: bool = False
     include_usage: bool = False
     prompt_cache_key: str | None = None
+    begun: str = ""
+    """What of the answer is there already."""
     ignored: tuple[str, ...] = field(default=(), compare=False)
     """Names of fields that nobody looked at."""
 
@@ -123,6 +125,28 @@ def completion_request(body: Mapping[str, Any]) -> Request:
     return _request(fields, prompts, fields.integer("max_tokens", 16, -1), n_logprobs=n_logprobs, echo=echo)
 
 
+def turn_request(body: Mapping[str, Any]) -> Prompt:
+    """Read a first turn that is to be measured: ``messages``, or a ``prompt``.
+
+    Raises:
+        ApiError: 400, naming the field.
+    """
+    fields = Fields(body)
+    if fields.given("messages"):
+        return tuple(_message(value, index) for index, value in enumerate(fields.array("messages")))
+    value = fields.raw("prompt")
+    return value if isinstance(value, str) else _ids(fields, value)
+
+
+def prompt_json(prompt: Prompt) -> dict[str, Any]:
+    """Return a prompt as a request has it; `turn_request` reads it."""
+    if isinstance(prompt, str):
+        return {"prompt": prompt}
+    if prompt and isinstance(prompt[0], Message):
+        return {"messages": [asdict(message) for message in prompt if isinstance(message, Message)]}
+    return {"prompt": list(prompt)}
+
+
 def _request(
     fields: Fields,
     prompts: tuple[Prompt, ...],
@@ -163,6 +187,7 @@ def _request(
         stream=stream,
         include_usage=stream and usage,
         prompt_cache_key=fields.text("prompt_cache_key"),
+        begun=fields.text("begun") or "",
         ignored=tuple(fields.left()),
     )
     for name in request.ignored:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moeshard.serving.backends import Event, Scored
-from moeshard.serving.placer import Decision
+from moeshard.serving.decision import Decision
+from moeshard.serving.failover import Course
 from moeshard.serving.protocol import Request
 
 
@@ -30,9 +31,9 @@ class Choice:
 class Replies:
     """The answers to one request."""
 
-    def __init__(self, request: Request, model: str, decision: Decision):
+    def __init__(self, request: Request, model: str, course: Course):
         """`model` is the one that the client asked for."""
-        self._request, self._decision = request, decision
+        self._request, self._course = request, course
         kind = "chat.completion" if request.is_chat else "text_completion"
         self._kind = f"{kind}.chunk" if request.is_chat and request.stream else kind
         self._head = {
@@ -42,6 +43,7 @@ class Replies:
             "model": model,
         }
         self._choices = [Choice(index) for index in range(len(request.prompts))]
+        self._told: Decision | None = None
 
     # Whole.
 
@@ -73,26 +75,29 @@ class Replies:
         """Yield what an event tells; a chat's last chunk holds no text but why it ended."""
         choice = self._choices[index]
         choice.parts = [event]
+        moved = self._told is not None and self._told is not self._course.decision
+        self._told = self._course.decision
         text = event.prompt_text + event.text
         scored = [*event.prompt_logprobs, *event.logprobs]
         if self._request.is_chat:
             if text or scored:
-                yield self._chunk([self._choice(choice, {"delta": {"content": text}}, text, scored, None)])
+                said = self._choice(choice, {"delta": {"content": text}}, text, scored, None)
+                yield self._chunk([said], told=moved)
             if event.finish is not None:
                 ended = {"index": index, "delta": {}, "logprobs": None, "finish_reason": event.finish}
-                yield self._chunk([ended], last=True)
+                yield self._chunk([ended], told=True)
         else:
-            last = event.finish is not None
-            yield self._chunk([self._choice(choice, {"text": text}, text, scored, event.finish)], last=last)
+            told = moved or event.finish is not None
+            yield self._chunk([self._choice(choice, {"text": text}, text, scored, event.finish)], told=told)
 
     def closing(self) -> Iterable[dict[str, Any]]:
         """Yield what comes after all answers."""
         if self._request.include_usage:
             yield {**self._head, "choices": [], "usage": self._usage()}
 
-    def _chunk(self, choices: list[dict[str, Any]], last: bool = False) -> dict[str, Any]:
+    def _chunk(self, choices: list[dict[str, Any]], told: bool = False) -> dict[str, Any]:
         usage = {"usage": None} if self._request.include_usage else {}
-        own = {"moeshard": self._placement()} if last else {}
+        own = {"moeshard": self._placement()} if told else {}
         return {**self._head, "choices": choices, **usage, **own}
 
     # Parts of both.
@@ -138,12 +143,16 @@ class Replies:
         }
 
     def _placement(self) -> dict[str, Any]:
-        decision = self._decision
+        decision = self._course.decision
+        ends = [choice.last.missed for choice in self._choices if choice.parts]
+        missed = [share for share in ends if share is not None]
         return {
             "node": decision.backend,
             "reason": decision.reason,
             "detail": decision.detail,
             "fit": None if decision.fit is None else round(decision.fit, 4),
+            "missed": round(sum(missed) / len(missed), 4) if missed else None,
+            **({"moved": self._course.moved} if self._course.moved else {}),
         }
 
 

@@ -19,12 +19,16 @@ from starlette.types import ASGIApp
 
 from moeshard._core import MoeshardError
 from moeshard.runtime.model import Model
+from moeshard.serving.decision import Decision
 from moeshard.serving.errors import ApiError, invalid, unavailable, unknown_model, unsupported
+from moeshard.serving.failover import Course
 from moeshard.serving.fields import MAX_INT, Fields, parse_object
+from moeshard.serving.inner import Inner
+from moeshard.serving.losses import losses_to_json
 from moeshard.serving.metrics import MEDIA_TYPE
 from moeshard.serving.openapi import describe
-from moeshard.serving.placer import Decision
-from moeshard.serving.protocol import Request, chat_request, completion_request
+from moeshard.serving.protocol import Request, chat_request, completion_request, turn_request
+from moeshard.serving.rendering import rendered
 from moeshard.serving.replies import Replies
 from moeshard.serving.service import Client, Service
 from moeshard.serving.settings import Settings
@@ -56,8 +60,15 @@ class Json(Response):
 class Api:
     """The handlers, and the table of where they are."""
 
-    def __init__(self, service: Service, settings: Settings, tokenizer: Model | None):
+    def __init__(
+        self,
+        service: Service,
+        settings: Settings,
+        tokenizer: Model | None,
+        inner: Inner | None,
+    ):
         self._service, self._settings, self._tokenizer = service, settings, tokenizer
+        self._inner = inner
         self._created = int(time.time())
         self._page = Path(__file__).with_name("page.html").read_bytes() if settings.page else b""
 
@@ -78,6 +89,9 @@ class Api:
         if self._tokenizer is not None:
             found.append(Endpoint("/tokenize", "POST", self._tokenize))
             found.append(Endpoint("/detokenize", "POST", self._detokenize))
+        if self._inner is not None:
+            found.append(Endpoint("/moeshard/losses", "POST", self._losses))
+            found.append(Endpoint("/moeshard/render", "POST", self._render))
         if self._settings.metrics != "off":
             found.append(Endpoint("/metrics", "GET", self._metrics, public=self._settings.metrics == "public"))
         if self._settings.page:
@@ -93,27 +107,30 @@ class Api:
         return await self._answer(http, client, completion_request(await _body(http)))
 
     async def _answer(self, http: HttpRequest, client: Client, request: Request) -> ASGIApp:
-        decision = await until_disconnect(http.receive, self._service.place(request, client))
-        replies = Replies(request, request.model or self._service.model, decision)
-        headers = _placement_headers(decision)
+        course = await until_disconnect(http.receive, self._service.place(request, client))
+        replies = Replies(request, request.model or self._service.model, course)
         if request.stream:
-            chunks = self._chunks(request, decision, client, replies)
-            return EventStream(chunks, headers, self._settings.ping_seconds, self._service.metrics.failed)
-        return Json(
-            await until_disconnect(http.receive, self._whole(request, decision, client, replies)), headers=headers
-        )
+            chunks = self._chunks(request, course, client, replies)
+            return EventStream(
+                chunks,
+                lambda: _placement_headers(course.decision),
+                self._settings.ping_seconds,
+                self._service.metrics.failed,
+            )
+        whole = await until_disconnect(http.receive, self._whole(request, course, client, replies))
+        return Json(whole, headers=_placement_headers(course.decision))
 
-    async def _whole(self, request: Request, decision: Decision, client: Client, replies: Replies) -> dict[str, Any]:
-        async with aclosing(self._service.answers(request, decision, client)) as events:
+    async def _whole(self, request: Request, course: Course, client: Client, replies: Replies) -> dict[str, Any]:
+        async with aclosing(self._service.answers(request, course, client)) as events:
             async for index, event in events:
                 replies.add(index, event)
         return replies.whole()
 
     async def _chunks(
-        self, request: Request, decision: Decision, client: Client, replies: Replies
+        self, request: Request, course: Course, client: Client, replies: Replies
     ) -> AsyncGenerator[dict[str, Any], None]:
         opened = False
-        async with aclosing(self._service.answers(request, decision, client)) as events:
+        async with aclosing(self._service.answers(request, course, client)) as events:
             async for index, event in events:
                 if not opened:  # not before something came: what fails before has a status of its own
                     opened = True
@@ -144,6 +161,17 @@ class Api:
         except MoeshardError as error:
             raise invalid(str(error), "tokens") from error
 
+    async def _losses(self, http: HttpRequest, client: Client) -> ASGIApp:
+        prompt = turn_request(await _body(http))
+        assert self._inner is not None
+        return Json(losses_to_json(await until_disconnect(http.receive, self._inner.prober.losses(prompt))))
+
+    async def _render(self, http: HttpRequest, client: Client) -> ASGIApp:
+        prompt = turn_request(await _body(http))
+        assert self._inner is not None
+        found = await rendered(self._inner.renderer, prompt)
+        return Json({"tokens": found.tokens.tolist(), "stop": list(found.stop)})
+
     # About the server.
 
     async def _models(self, http: HttpRequest, client: Client) -> ASGIApp:
@@ -167,7 +195,8 @@ class Api:
             {
                 "model_alias": self._service.model,
                 "total_slots": max(backend.load.slots for backend in backends),
-                "default_generation_settings": {"n_ctx": min(backend.n_ctx for backend in backends)},
+                "default_generation_settings": {"n_ctx": min((one.n_ctx for one in backends if one.n_ctx), default=0)},
+                **({"moeshard": self._inner.about} if self._inner is not None else {}),
             }
         )
 
@@ -175,7 +204,8 @@ class Api:
         fault = self._service.fault
         if fault is not None:
             raise unavailable(fault)
-        return Json({"status": "ok"})
+        down = [name for name, backend in self._service.backends.items() if backend.fault is not None]
+        return Json({"status": "degraded", "down": down} if down else {"status": "ok"})
 
     async def _live(self, http: HttpRequest, client: Client) -> ASGIApp:
         return Json({"status": "ok"})

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from moeshard.serving.backends import FULL, Ask, Backend, Event
+from moeshard.serving.decision import Decision
 from moeshard.serving.errors import ApiError, unavailable, unknown_model
+from moeshard.serving.failover import Course, carried, is_wanted
 from moeshard.serving.metrics import Metrics, Reading
-from moeshard.serving.placer import Decision, Placer, State, session_key
+from moeshard.serving.moving import LatestProber, Watch, Ways
+from moeshard.serving.placer import Placer, State, session_key
 from moeshard.serving.protocol import Request
 from moeshard.serving.stream import merged
 
@@ -30,19 +34,17 @@ class Client:
 class Service:
     """Answers requests by backends, one of which the placer chooses."""
 
-    def __init__(self, model: str, placer: Placer, backends: Sequence[Backend]):
-        """Serve under the name `model`."""
-        self.model, self._placer = model, placer
+    def __init__(self, model: str, placer: Placer, backends: Sequence[Backend], resume: bool = False):
+        """Serve under the name `model`; `resume`: see `moeshard.serving.settings.Settings`."""
+        self.model, self._placer, self._resume = model, placer, resume
         self.backends = {backend.name: backend for backend in backends}
         self.metrics = Metrics(model, self._gauges)
 
     async def start(self) -> None:
-        for backend in self.backends.values():
-            await backend.start()
+        await asyncio.gather(*(backend.start() for backend in self.backends.values()))
 
     async def stop(self) -> None:
-        for backend in self.backends.values():
-            await backend.stop()
+        await asyncio.gather(*(backend.stop() for backend in self.backends.values()))
 
     @property
     def fault(self) -> str | None:
@@ -67,7 +69,7 @@ class Service:
             return backend
         raise unknown_model(name, self.model)
 
-    async def place(self, request: Request, client: Client) -> Decision:
+    async def place(self, request: Request, client: Client) -> Course:
         """Say who answers a request; all its prompts go where the first one belongs.
 
         Raises:
@@ -78,25 +80,57 @@ class Service:
             fault = self.backends[forced].fault
             if fault is not None:
                 raise unavailable(f"{forced} cannot answer now: {fault}", "node_down")
-            return Decision(forced, "forced", "The request asked for it by name.", None)
+            return Course(Decision(forced, "forced", "The request asked for it by name.", None))
         key = session_key(client.scope, self.model, client.headers, request)
         decision, new = await self._placer.place(key, request.prompts[0], self._states, self.metrics.probed)
         if new:
             self.metrics.placed(decision.backend, decision.reason, decision.fit)
-        return decision
+        return Course(decision, key)
 
     async def answers(
-        self, request: Request, decision: Decision, client: Client
+        self, request: Request, course: Course, client: Client
     ) -> AsyncGenerator[tuple[int, Event], None]:
         """Yield what comes of each prompt of a request, with the prompt's number."""
-        backend = self.backends[decision.backend]
-        asks = [Ask(prompt, request.options, client.scope) for prompt in request.prompts]
-        streams = [self._counted(backend.stream(ask), client.begin) for ask in asks]
-        async with aclosing(merged(streams, backend.load.slots)) as events:
+        resume = is_wanted(client.headers.get("x-moeshard-resume", ""), self._resume)
+        watch = self._watch(request, course)
+        asks = [Ask(prompt, request.options, client.scope, watch, request.begun) for prompt in request.prompts]
+        streams = [
+            self._counted(
+                carried(ask, course, self.backends, self._instead, whole=not request.stream, resume=resume),
+                client.begin,
+                course,
+            )
+            for ask in asks
+        ]
+        async with aclosing(merged(streams, self.backends[course.decision.backend].load.slots)) as events:
             async for event in events:
                 yield event
 
-    async def _counted(self, events: AsyncGenerator[Event, None], begin: float) -> AsyncGenerator[Event, None]:
+    def _watch(self, request: Request, course: Course) -> Watch | None:
+        """What may move the answer; None where its node has no limits, or it is one of several."""
+        limits, prober = self._placer.limits, self._placer.prober
+        movable = course.key is not None and course.decision.backend in limits and len(request.prompts) == 1
+        if not movable or not isinstance(prober, LatestProber):
+            return None
+
+        def moved(source: str, decision: Decision) -> None:
+            course.decision = decision
+            self.metrics.moved(source, decision.backend)
+
+        assert course.key is not None
+        return Watch(Ways(self._placer, prober, limits, self._states, moved), course.key, course.decision)
+
+    def _instead(self, course: Course, name: str, error: ApiError) -> Decision | None:
+        course.failed.add(name)
+        assert course.key is not None
+        decision = self._placer.instead(course.key, course.failed, self._states())
+        if decision is not None:
+            self.metrics.failed_over(name, getattr(error, "cause", error.code or "error"))
+        return decision
+
+    async def _counted(
+        self, events: AsyncGenerator[Event, None], begin: float, course: Course
+    ) -> AsyncGenerator[Event, None]:
         before, last, reason = begin, Event(), "abort"
         try:
             async with aclosing(events):
@@ -113,6 +147,8 @@ class Service:
             reason = "error"
             raise
         finally:
+            if last.missed is not None:
+                self.metrics.missed(course.decision.backend, last.missed)
             self.metrics.ended(before - begin, last.n_prompt, last.n_cached, last.n_generated, reason)
 
     def _states(self) -> dict[str, State]:
@@ -128,7 +164,9 @@ class Service:
         yield "num_requests_running", "Requests that are computed", {}, float(running)
         yield "num_requests_waiting", "Requests that wait for a slot", {}, float(waiting)
         used = [backend.memory_used for backend in self.backends.values()]
-        yield "kv_cache_usage_perc", "Share of the tokens that slots can hold, 1 is all", {}, max(used)
+        known = [share for share in used if share is not None]
+        if known:
+            yield "kv_cache_usage_perc", "Share of the tokens that slots can hold, 1 is all", {}, max(known)
 
     def nodes(self) -> list[dict[str, object]]:
         """Return what there is to see of each backend."""

@@ -25,5 +25,7 @@ class Settings:
     """A stream that is silent for so long says that it is alive."""
     metrics: Access = "key"
     """Who may read /metrics, where there are keys."""
+    resume: bool = False
+    """Whether an answer whose node fails half-way is continued by the whole model, where the request does not say."""
     page: bool = True
     """Whether there is a page at /."""

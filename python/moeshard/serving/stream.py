@@ -133,18 +133,16 @@ class EventStream:
     def __init__(
         self,
         chunks: AsyncGenerator[dict[str, Any], None],
-        headers: Mapping[str, str],
+        headers: Callable[[], Mapping[str, str]],
         ping_seconds: float,
         on_error: Callable[[int], None],
     ):
-        """Answer by `chunks`; `on_error` is told the status that a late failure would have had."""
+        """Answer by `chunks`.
+
+        `headers` is asked when the first has come; `on_error` is told the status that a late failure would have had.
+        """
         self._chunks, self._ping_seconds, self._on_error = Patient(chunks), ping_seconds, on_error
-        self._headers = {
-            "content-type": "text/event-stream; charset=utf-8",
-            "cache-control": "no-store",
-            "x-accel-buffering": "no",
-            **headers,
-        }
+        self._own_headers = headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -183,7 +181,13 @@ class EventStream:
         return told
 
     def _start(self) -> Message:
-        headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in self._headers.items()]
+        told = {
+            "content-type": "text/event-stream; charset=utf-8",
+            "cache-control": "no-store",
+            "x-accel-buffering": "no",
+            **self._own_headers(),
+        }
+        headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in told.items()]
         return {"type": "http.response.start", "status": 200, "headers": headers}
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import moeshard._core as _core
 from moeshard._core import GGUFMap, MoeshardError, SegmentList
 from moeshard.files.atomic import made_folder
+from moeshard.gguf.corrections import open_corrections
 from moeshard.gguf.identity import ModelIdentity, identify, no_experts
 from moeshard.keep.text import Keep, KeepSpec, held_range, parse_keep
 from moeshard.planning.plan import Plan, PlanNode
@@ -65,6 +66,8 @@ def split(
     clamp: bool = False,
     per_layer: bool = False,
     trunk_once: bool = False,
+    recovery: str | os.PathLike[str] | None = None,
+    with_router: bool = False,
     max_file_size: int | None = None,
     only: int | None = None,
     write_plan: bool = False,
@@ -91,6 +94,10 @@ def split(
             llama.cpp refuses them. A plan that was made so needs no word here.
         trunk_once: write what all shards share once, as ``trunk.gguf``, and files of experts only, to be loaded by
             ``moeshard.Model(trunk=…, experts=…)``.
+        recovery: what `moeshard.recover` wrote: the folder of a plan's recoveries, or the file of a single keep. Shards
+            hold the corrected tensors instead of the model's.
+        with_router: write the whole routers into the shards' metadata, so that who runs a shard can measure what it
+            makes tokens miss (`Session.missed`). Other programs pass them over.
         max_file_size: bytes; a larger shard becomes several numbered parts.
         only: write this shard alone (from 0).
         write_plan: into the folder also write ``plan.json``, which says what each shard holds.
@@ -118,7 +125,9 @@ def split(
     plan = _as_plan(keeps, identity, names, n_expert_used, single)
     plan.check(identity)
     nodes = _chosen(plan.nodes, only)
-    laid_out = lay_out(source, plan, nodes, out, single, clamp, per_layer, trunk_once, max_file_size or 0)
+    laid_out = lay_out(
+        source, plan, nodes, out, single, clamp, per_layer, trunk_once, max_file_size or 0, recovery, with_router
+    )
     if not dry_run:
         files: list[SegmentList | bytes] = [segments for shard in laid_out for segments in shard.files]
         paths = [path for shard in laid_out for path in shard.facts.paths]
@@ -141,6 +150,8 @@ def lay_out(
     per_layer: bool,
     trunk_once: bool,
     max_file_size: int,
+    recovery: str | os.PathLike[str] | None = None,
+    with_router: bool = False,
 ) -> list[Shards]:
     """Lay the shards of `nodes` out; arguments as of `split`. Reads headers and writes nothing."""
     folder = os.fspath(out)
@@ -155,6 +166,15 @@ def lay_out(
         laid_out.append(_shards(TRUNK, TRUNK, files, os.path.join(folder, TRUNK_FILE), (0, 0)))
     kind = "experts" if trunk_once else "shard"
     for node in nodes:
+        notes = notes_of(plan.model, plan, node) + divided
+        corrected: dict[str, Any] = {}
+        if recovery is not None:
+            own = recovery if single else os.path.join(recovery, recovery_name(source.path, node.name))
+            corrections = open_corrections(own)
+            corrections.check(plan.model, node.keep, node.n_expert_used)
+            corrected = {"corrected": corrections.file, "corrected_names": corrections.names}
+            if corrections.names:  # else no layer was better off corrected
+                notes.append(corrections.note())
         files = _core.shard_segments(
             source,
             node.keep,
@@ -163,7 +183,9 @@ def lay_out(
             clamp=clamp,
             per_layer=per_layer or plan.is_per_layer,
             max_file_size=max_file_size,
-            notes=notes_of(plan.model, plan, node) + divided,
+            with_router=with_router,
+            notes=notes,
+            **corrected,
         )
         path = folder if single else os.path.join(folder, shard_name(source.path, node.name))
         held = held_range(node.keep, plan.model.moe_layers)
@@ -238,6 +260,11 @@ def _shards(name: str, kind: str, files: list[SegmentList], path: str, held: tup
 def shard_name(model: str, node: str) -> str:
     """Return what the shard of a node is called: for ``dir/model-00001-of-00003.gguf``, ``model.NODE.gguf``."""
     return re.sub(r"-\d{5,}-of-\d{5,}$", "", Path(model).stem) + f".{node}.gguf"
+
+
+def recovery_name(model: str, node: str) -> str:
+    """Return what the recovery of a node is called: ``model.NODE.recovery.gguf``."""
+    return shard_name(model, node).removesuffix(".gguf") + ".recovery.gguf"
 
 
 def _plan_is_new(plan: Plan, path: str, inputs: Sequence[str | os.PathLike[str]], force: bool) -> bool:

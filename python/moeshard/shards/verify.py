@@ -10,6 +10,8 @@ import numpy as np
 
 import moeshard._core as _core
 from moeshard._core import GGUFMap, MoeshardError, SegmentList, ShardFacts
+from moeshard.files.documents import expect, parse_document, take
+from moeshard.gguf.corrections import NOTE, digest, open_corrections
 from moeshard.gguf.fingerprint import fingerprint, same_fingerprint
 from moeshard.keep.text import held_range
 from moeshard.progress import Progress
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Verification:
-    """A shard whose every byte was found to be the source's."""
+    """A shard whose every byte was found to be the source's, or of a corrected tensor."""
 
     path: str
     kind: str
@@ -30,6 +32,8 @@ class Verification:
     n_expert_fewest: int
     """Held by the layer that holds fewest."""
     n_expert_source: int
+    corrected: tuple[str, ...] = ()
+    """Tensors that are not the source's but were corrected for the experts held: each is as its recovery made it."""
     logits: LogitCheck | None = None
 
 
@@ -37,6 +41,7 @@ def verify(
     shard: str | os.PathLike[str],
     source: str | os.PathLike[str] | GGUFMap,
     *,
+    recovery: str | os.PathLike[str] | None = None,
     logits: bool = False,
     n_threads: int = 0,
     progress: Progress | None = None,
@@ -49,6 +54,8 @@ def verify(
     Args:
         shard: any part of it, if there are several.
         source: the whole model.
+        recovery: the file that the shard's corrected tensors came from, to compare them with it. Without it they are
+            compared with the digests that the shard says they have.
         logits: also run both on some tokens: the shard must give what the whole model gives under the shard's keep.
         n_threads: for `logits`; 0 for as many as the processors this process may use.
         progress: called with the bytes compared and those of the whole.
@@ -66,7 +73,14 @@ def verify(
         raise MoeshardError(f"{file.path}: was not taken from {model.path}: their fingerprints differ")
     if logits and facts.kind != "shard":
         raise MoeshardError(f"{file.path}: logits need a whole shard, this is a file of kind '{facts.kind}'")
+    corrected = tuple(_corrected(file, facts))
+    if logits and corrected:
+        raise MoeshardError(
+            f"{file.path}: some of its tensors were corrected, so that it computes something else than the masked "
+            f"model on purpose; leave logits out, and see what it loses with moeshard evaluate --shards"
+        )
     _compare(file, lay_out_again(model, file, facts), model, facts, progress)
+    _check_corrected(file, facts, recovery)
     fewest, most = held_range(facts.keep, facts.layers) if facts.kind != "trunk" else (0, 0)
     check = None
     if logits:
@@ -75,7 +89,7 @@ def verify(
         (one_file,) = lay_out_again(model, file, facts, max_file_size=0)
         check = compare_logits(file, model, facts, one_file, n_threads)
     size = sum(part.size for part in file.parts)
-    return Verification(file.path, facts.kind, size, most, fewest, facts.n_expert, check)
+    return Verification(file.path, facts.kind, size, most, fewest, facts.n_expert, corrected, check)
 
 
 def lay_out_again(
@@ -95,11 +109,43 @@ def lay_out_again(
         clamp=clamp,
         per_layer=True,
         max_file_size=largest if max_file_size is None else max_file_size,
+        with_router=facts.has_router,
         notes=facts.notes,
+        # What was corrected is the shard's own; `verify` compares it with its digests.
+        corrected=file,
+        corrected_names=list(_corrected(file, facts)),
     )
     if max_file_size is None and len(files) != len(file.parts):
         raise MoeshardError(f"{file.path}: has {len(file.parts)} parts, but would be written as {len(files)}")
     return files
+
+
+def _corrected(file: GGUFMap, facts: ShardFacts) -> dict[str, str]:
+    """Return SHA-256 by name of the tensors that a shard says were corrected."""
+    note = dict(facts.notes).get(NOTE)
+    if note is None:
+        return {}
+    try:
+        tensors = take(parse_document(note, "note"), "tensors", dict)
+        return {name: expect(value, str, f"tensors.{name}") for name, value in tensors.items()}
+    except MoeshardError as error:
+        raise MoeshardError(
+            f"{file.path}: what it says of corrected tensors cannot be read ({error}); the file is damaged, write it "
+            f"again"
+        ) from error
+
+
+def _check_corrected(file: GGUFMap, facts: ShardFacts, recovery: str | os.PathLike[str] | None) -> None:
+    stated = _corrected(file, facts)
+    if recovery is not None:
+        made = {name: digest(own.file, name) for own in [open_corrections(recovery)] for name in own.names}
+        if made != stated:
+            raise MoeshardError(f"{file.path}: its corrected tensors are not those of '{os.fspath(recovery)}'")
+    for name, wanted in stated.items():
+        if digest(file, name) != wanted:
+            raise MoeshardError(
+                f"{file.path}: corrected tensor '{name}' is not as it was written; write the shard again"
+            )
 
 
 def experts_used(file: GGUFMap) -> tuple[int, bool]:
