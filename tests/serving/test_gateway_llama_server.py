@@ -221,6 +221,25 @@ def test_an_answer_that_it_loses_is_continued(
     assert text == begun + "".join(rest)
 
 
+def test_where_only_the_whole_model_measures_and_is_lost(plan: Plan, nodes: dict[str, str], full: str) -> None:
+    """Sessions that are known go on; new ones are not sent just anywhere."""
+    line = Relay(full)
+    running, found = gateway(plan, nodes, line.url)
+    try:
+        known = {"prompt": held_out("de", 400), "max_tokens": 1}
+        assert post(running.url, known).headers["x-moeshard-node"] == "de"
+        line.stop()
+        end = time.monotonic() + 30
+        while found.backends[0].fault is None:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert post(running.url, known).headers["x-moeshard-node"] == "de"
+        refused = post(running.url, {**known, "prompt": held_out("de", 400, 900)})
+        assert refused.status_code == 503 and "Nobody but full can say" in refused.json()["error"]["message"]
+    finally:
+        running.stop()
+
+
 def test_where_nobody_measures_sessions_are_spread_by_their_key(plan: Plan, nodes: dict[str, str]) -> None:
     line = Relay(nodes["de"])
     running, found = gateway(plan, {**nodes, "de": line.url}, None)

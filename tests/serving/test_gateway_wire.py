@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from running import Running
 import moeshard
 from moeshard import Plan
 from moeshard.serving import health as health_
+from moeshard.serving.gateway import connect
 from moeshard.serving.health import FAILURES, Health
 from moeshard.serving.node_errors import NodeError, told
 from moeshard.serving.remote import Deadlines, RemoteBackend
@@ -155,3 +158,22 @@ def test_what_nodes_say_of_errors() -> None:
     }  # fmt: skip
     assert error(504).cause == "timeout" and error(500, {"message": "m"}).cause == "status"
     assert error(404).is_ours and error(418, "no object").is_ours
+
+
+def test_a_gateway_ends_whatever_its_polls_do(plan: Plan, house: tuple[Running, Relay, RemoteBackend]) -> None:
+    """A cancellation that comes in the very moment in which a poll is answered must not be lost."""
+    url = house[1].url
+    busy = replace(SOON, poll=0.001)
+
+    async def run() -> None:
+        for n in range(60):
+            node = next(one for one in connect(
+                plan, dict.fromkeys(("de", "en", "py"), url), None, keys={}, n_waiting=1, deadlines=busy,
+                share_cache=True,
+            ).backends if one.name == "de")  # fmt: skip
+            await node.start()
+            await asyncio.sleep(n / 5000)
+            done, _ = await asyncio.wait({asyncio.ensure_future(node.stop())}, timeout=20)
+            assert done
+
+    asyncio.run(run())

@@ -44,18 +44,23 @@ class Calibration:
         Raises:
             MoeshardError: they are too few.
         """
-        parts: list[tuple[list[Tokens], list[Tokens]]] = [([], []), ([], [])]
+        parts: list[tuple[list[tuple[int, Tokens]], list[tuple[int, Tokens]]]] = [([], []), ([], [])]
         found, counts = np.unique(self.domain[mine], return_counts=True)
         for place, index in enumerate(found[np.argsort(-counts, kind="stable")]):
             fit, judge = parts[place % 2]
             for number, window in enumerate(mine[self.domain[mine] == index]):
-                (judge if number % EACH == EACH // 2 else fit).append(self.windows[window])
+                (judge if number % EACH == EACH // 2 else fit).append((number, self.windows[window]))
         if len(mine) < FEWEST or not parts[0][1]:
             raise MoeshardError(
                 f"the text is too short to fit experts to: {len(mine)} windows, at least {FEWEST} are needed, and "
                 f"{EACH // 2 + 1} of some kind of text; give more text (--text, -n)"
             )
-        return parts
+        # Domains in turn: where only the beginning of a part is held, it has all of them.
+        return [(_in_turn(fit), _in_turn(judge)) for fit, judge in parts]
+
+
+def _in_turn(numbered: list[tuple[int, Tokens]]) -> list[Tokens]:
+    return [window for _, window in sorted(numbered, key=lambda one: one[0])]
 
 
 def calibrate(model: Model, domains: Sequence[Domain], window: int, n_windows: int | None) -> Calibration:

@@ -156,6 +156,8 @@ class NodeFit:
                 alone = {layer: foreign_corrections(moments[layer], self._settings.ridges) for layer in block}
         for place, text in enumerate(task.judge):
             for lack in lacks_of(shard, text):
+                # No part takes the other's room.
+                samples[lack.layer].most = SAMPLE_TOKENS // (2 if place == 0 and len(task.judge[1]) else 1)
                 samples[lack.layer].add(lack.ids, lack.features, lack.target, lack.earlier)
                 if place == 1:
                     foreign[lack.layer].add(lack.ids, lack.features, lack.target)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from moeshard._core import MoeshardError
 from moeshard.serving.backends import FULL, Ask, Event, Load
@@ -22,6 +22,7 @@ from moeshard.serving.stream import Patient, _End, _Waiting
 from moeshard.serving.wire import LlamaReading, MoeshardReading, Reading, llama_request, moeshard_request
 
 _log = logging.getLogger("moeshard.serving")
+_T = TypeVar("_T")
 
 _LOOK_SECONDS = 0.25
 """How often a request looks whether its node is lost meanwhile."""
@@ -259,7 +260,7 @@ class RemoteBackend:
         while True:
             if not self._health.is_silent:  # else at once
                 with suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._poll_now.wait(), self._deadlines.poll)
+                    await _within(self._deadlines.poll, self._poll_now.wait())
             self._poll_now.clear()
             before = self.fault
             try:
@@ -276,7 +277,7 @@ class RemoteBackend:
     async def _poll(self, line: Line, strict: bool = False) -> None:
         bound = max(_SURVEY_SECONDS, self._deadlines.health) if strict else self._deadlines.health
         try:
-            health, props = await asyncio.wait_for(_look(line), bound)
+            health, props = await _within(bound, _look(line))
         except asyncio.TimeoutError:
             self._health.silent(f"{self.url} does not answer within {bound:g} s")
             return
@@ -316,6 +317,22 @@ class RemoteBackend:
         nodes = self.about.get("nodes") or {}
         self._model = f"{alias}@{self.name if self.name in nodes else FULL}" if self.kind == MOESHARD else alias
         return None
+
+
+async def _within(seconds: float, work: Coroutine[Any, Any, _T]) -> _T:
+    """Do something within some seconds. (Before Python 3.12 `asyncio.wait_for` may lose a cancellation.)
+
+    Raises:
+        asyncio.TimeoutError: it took longer.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({task}, timeout=seconds)
+        if not task.done():
+            raise asyncio.TimeoutError
+        return task.result()
+    finally:
+        task.cancel()
 
 
 async def _look(line: Line) -> tuple[Said, Said]:

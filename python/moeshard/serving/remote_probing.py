@@ -15,7 +15,7 @@ from moeshard.serving.losses import losses_from_json
 from moeshard.serving.node_errors import NodeError
 from moeshard.serving.placer import Losses
 from moeshard.serving.protocol import Prompt, prompt_json
-from moeshard.serving.remote import MOESHARD, RemoteBackend
+from moeshard.serving.remote import LLAMA_SERVER, MOESHARD, RemoteBackend
 
 _log = logging.getLogger("moeshard.serving")
 
@@ -43,18 +43,17 @@ class RemoteProber:
                 return _in_order(await self._of(full, prompt), full, wanted)
             except NodeError as error:
                 _log.warning("the whole model could not tell where a session belongs: %s", error.message)
-        if all(node.kind == MOESHARD for node in self._nodes):
+        if all(node.kind != LLAMA_SERVER for node in self._nodes):
             return await self._of_each(prompt, full)
-        if full is not None and full.fault is not None and (not full.kind or _knows(full, wanted)):
-            raise unavailable(
-                f"Nobody can say now where this session belongs: {full.name} is down: {full.fault}.", "node_down"
-            )
+        if full is not None and (not full.kind or _knows(full, wanted)):
+            why = full.fault or "it failed"
+            raise unavailable(f"Nobody but {full.name} can say where this session belongs: {why}.", "node_down")
         return None
 
-    async def _of_each(self, prompt: Prompt, full: RemoteBackend | None) -> Losses:
+    async def _of_each(self, prompt: Prompt, full: RemoteBackend | None) -> Losses | None:
         able = [node for node in self._nodes if _can_measure(node)]
         if not able:
-            raise unavailable("Nobody can say now where this session belongs: all nodes are down.", "node_down")
+            return None  # whoever it is that should have it, somebody else has to
         asked = [*able, *([full] if full is not None and _can_measure(full) else [])]
         found = await asyncio.gather(*(self._of(one, prompt) for one in asked), return_exceptions=True)
         told: dict[str, Losses] = {}
