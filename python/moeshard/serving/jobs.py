@@ -130,10 +130,9 @@ class Lane:
         return bool(getattr(self.batcher, "lost", False))  # of a process of its own
 
     def clear(self) -> list[Job]:
-        """Forget all requests, and return them."""
+        """Forget all requests, and return them; what came of them may still be in the queue."""
         left = [*self.waiting, *self.running.values()]
         self.waiting, self.running = FairQueue(), {}
-        self.computed.clear()
         return left
 
     def renew(self, wake_fd: int) -> None:
@@ -143,4 +142,4 @@ class Lane:
             MoeshardError: that cannot be done now.
         """
         self.batcher = self._make()
-        self.steps = step_queue(self.batcher, wake_fd)
+        self.steps, self.computed = step_queue(self.batcher, wake_fd), {}
