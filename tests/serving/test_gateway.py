@@ -116,6 +116,22 @@ def test_an_answer_that_has_begun_is_continued(server: Running, shard_models: di
     assert told == "".join(shard.generate([*ids, *begun], temperature=0, max_tokens=12))
 
 
+def test_what_a_node_misses_is_passed_on(plan: Plan, tinymoe: Path, tmp_path: Path) -> None:
+    moeshard.split(tinymoe, plan, tmp_path, with_router=True)
+    nodes = {name: serve(moeshard.Model(tmp_path / f"tinymoe.{name}.gguf", n_threads=1)) for name in DOMAINS}
+    running, _ = gateway(plan, {name: node.url for name, node in nodes.items()}, None)
+    try:
+        body = {"model": "tinymoe@de", "prompt": held_out("en", 200), "max_tokens": 8, "seed": 1}
+        own, through = (post(url, {**body, "model": name}).json() for url, name in
+                        ((nodes["de"].url, "tinymoe"), (running.url, "tinymoe@de")))  # fmt: skip
+        assert 0 < own["moeshard"]["missed"] == through["moeshard"]["missed"] < 1
+        assert 'missed_mass_count{model_name="tinymoe",node="de"} 1.0' in httpx.get(f"{running.url}/metrics").text
+    finally:
+        running.stop()
+        for node in nodes.values():
+            node.stop()
+
+
 def test_what_can_be_continued() -> None:
     told = Told()
     for event in (Event("a", n_generated=1), Event("bc", n_generated=3), Event("", n_generated=4, finish="length")):

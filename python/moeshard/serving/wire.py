@@ -73,9 +73,11 @@ class MoeshardReading:
     def __init__(self) -> None:
         self._n = 0
         self._finish: Finish | None = None
+        self._missed: float | None = None
         self.last: Event | None = None
 
     def event(self, chunk: Mapping[str, Any]) -> Event | None:
+        self._missed = (chunk.get("moeshard") or {}).get("missed", self._missed)
         for choice in chunk.get("choices") or ():
             self._finish = _FINISH.get(choice.get("finish_reason") or "", self._finish)
             delta = choice.get("delta")
@@ -91,6 +93,7 @@ class MoeshardReading:
                 n_cached=(usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0),
                 n_generated=usage["completion_tokens"],
                 finish=self._finish,
+                missed=self._missed,
             )
         return None
 
