@@ -1,4 +1,4 @@
-"""A worker: listens, says what it is, and hands each client to a process that computes for it."""
+"""A worker: listens, says what it is, and hands its clients to a process that computes for them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from moeshard.runtime.workers import QUESTION, own_versions
 FIRST_BYTES_SECONDS = 5.0
 LEAVING_SECONDS = 5.0
 """How long a new client waits for the process of the one before to end: engines connect anew while they load."""
+TOLD_SECONDS = 0.5
+"""Shorter connections, in which an engine asks for this and that, are not spoken of."""
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 """After a minute without an answer a client whose machine is gone is given up."""
 RECEPTIONISTS = 8
@@ -56,10 +58,12 @@ class Worker:
             self._listener = socket.create_server((host, port), family=socket.AF_INET, backlog=16)
         except OSError as error:
             raise MoeshardError(
-                f"{host}:{port} cannot be listened on: {error.strerror or error}; name an address of this machine and "
+                f"{host}:{port} cannot be listened on: {_reason(error)}; name an address of this machine and "
                 f"a free port"
             ) from error
         self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        """Through which the process is given connections."""
         self._peer: str | None = None
         self._free = threading.Condition()
         self._closed = False
@@ -130,30 +134,51 @@ class Worker:
             code = self._compute(connection)
         finally:
             with self._free:
-                self._peer = self._process = None
+                self._peer = None
                 self._free.notify_all()
-        self._log(f"{peer} left after {time.monotonic() - started:.0f} s" + (f", exit code {code}" if code else ""))
+        seconds = time.monotonic() - started
+        if code or seconds >= TOLD_SECONDS:
+            self._log(f"{peer} left after {seconds:.0f} s" + (f", exit code {code}" if code else ""))
         self._prune()
 
     def _compute(self, connection: socket.socket) -> int:
+        """Have a connection served; return the exit code of the process, 0 where it goes on."""
+        if self._process is None:
+            self._process, self._control = self._begin()
+        assert self._control is not None
+        try:
+            socket.send_fds(self._control, [b"."], [connection.fileno()])
+            connection.close()  # the client sees the end of the process only when this end is closed, too
+            if self._control.recv(1):
+                return 0
+        except OSError:
+            pass  # it ended before
+        with self._process as ended, self._control:
+            self._process = self._control = None
+            return ended.wait()
+
+    def _begin(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
         options = {
             "cache": "" if self._options.cache is None else os.fspath(self._options.cache),
             "n_threads": self._options.n_threads,
             "memory": self._options.memory,
         }
-        fd = connection.fileno()
-        command = [sys.executable, "-m", "moeshard.cluster.connection", str(fd), json.dumps(options)]
-        self._process = subprocess.Popen(command, pass_fds=(fd,), stdin=subprocess.PIPE)
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-m", "moeshard.cluster.connection", str(theirs.fileno()), json.dumps(options)]
+            # Its standard input closes when this process is gone, however.
+            process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), stdin=subprocess.PIPE)
         if self._closed:
-            self._process.kill()
-        # The client sees the end of the process only when this end is closed, too.
-        connection.close()
-        with self._process:  # and its standard input, which tells it when this process is gone
-            return self._process.wait()
+            process.kill()
+        return process, ours
 
     def _prune(self) -> None:
         if self._options.cache is not None and self._options.cache_size:
             prune_cache(self._options.cache, self._options.cache_size)
+
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno is not None else str(error)
 
 
 def _free_memory() -> int:
