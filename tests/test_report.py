@@ -530,7 +530,7 @@ def test_bad_files_are_named(files: dict[str, Path], tmp_path: Path) -> None:
         ("", "bad.json.*not JSON"),
         ("[]", "bad.json.*expected an object"),
         ("{}", "bad.json.*no profile, plan, evaluation or curve"),
-        ('{"moeshard_evaluation": 2}', "bad.json.*version 2"),
+        ('{"moeshard_evaluation": 99}', "bad.json.*version 99"),
         ('{"moeshard_curve": 1}', "bad.json.*strategies"),
         ('{"moeshard_plan": 1}', "bad.json.*model"),
         (json.dumps({**document, "oracle": {}}), r"bad.json.*oracle\.nll"),
