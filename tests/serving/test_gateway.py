@@ -118,18 +118,19 @@ def test_an_answer_that_has_begun_is_continued(server: Running, shard_models: di
 
 def test_what_a_node_misses_is_passed_on(plan: Plan, tinymoe: Path, tmp_path: Path) -> None:
     moeshard.split(tinymoe, plan, tmp_path, with_router=True)
-    nodes = {name: serve(moeshard.Model(tmp_path / f"tinymoe.{name}.gguf", n_threads=1)) for name in DOMAINS}
+    models = {name: moeshard.Model(tmp_path / f"tinymoe.{name}.gguf", n_threads=1) for name in DOMAINS}
+    nodes = {name: serve(model) for name, model in models.items()}
+    alone = serve(models["de"])  # with nothing of the prompt in its memory
     running, _ = gateway(plan, {name: node.url for name, node in nodes.items()}, None)
     try:
-        body = {"model": "tinymoe@de", "prompt": held_out("en", 200), "max_tokens": 8, "seed": 1}
-        own, through = (post(url, {**body, "model": name}).json() for url, name in
-                        ((nodes["de"].url, "tinymoe"), (running.url, "tinymoe@de")))  # fmt: skip
-        assert 0 < own["moeshard"]["missed"] == through["moeshard"]["missed"] < 1
+        body = {"prompt": held_out("en", 200), "max_tokens": 8, "seed": 1}
+        own = post(alone.url, {**body, "model": "tinymoe.de"}).json()["moeshard"]
+        through = post(running.url, {**body, "model": "tinymoe@de"}).json()["moeshard"]
+        assert 0 < own["missed"] == through["missed"] < 1
         assert 'missed_mass_count{model_name="tinymoe",node="de"} 1.0' in httpx.get(f"{running.url}/metrics").text
     finally:
-        running.stop()
-        for node in nodes.values():
-            node.stop()
+        for server in (running, alone, *nodes.values()):
+            server.stop()
 
 
 def test_what_can_be_continued() -> None:
