@@ -28,7 +28,8 @@ HASHED = "nobody here measures where a session belongs, so its key names a node"
 
 LOAD_GAP = 0.5
 """A node goes before the one that the session's key names where it has so many fewer requests for each slot."""
-MAX_SESSIONS = 100_000
+MAX_SESSIONS = 20_000
+"""Some 2 KB each; one that was forgotten is placed anew."""
 IDLE_SECONDS = 600.0
 """A session whose node was down goes back to it after so long without a request: its prefix is then somewhere else."""
 
