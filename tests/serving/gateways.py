@@ -12,6 +12,7 @@ from running import Running
 
 import moeshard
 from moeshard import Plan
+from moeshard.placement.meter import Limits
 from moeshard.serving.app import build
 from moeshard.serving.auth import Keys
 from moeshard.serving.gateway import Gateway, connect
@@ -45,6 +46,7 @@ def gateway(
     deadlines: Deadlines = QUICK,
     n_waiting: int = 8,
     survey: bool = True,
+    limits: Mapping[str, Limits] | None = None,
 ) -> tuple[Running, Gateway]:
     """Begin a gateway."""
     own = settings or Settings()
@@ -54,7 +56,7 @@ def gateway(
     )  # fmt: skip
     if survey:
         asyncio.run(found.survey())
-    placer = Placer([node.name for node in plan.nodes], found.prober)
+    placer = Placer([node.name for node in plan.nodes], found.prober, limits=limits)
     return Running(lambda: build("tinymoe", placer, found.backends, own)), found
 
 

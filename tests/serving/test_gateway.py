@@ -116,23 +116,6 @@ def test_an_answer_that_has_begun_is_continued(server: Running, shard_models: di
     assert told == "".join(shard.generate([*ids, *begun], temperature=0, max_tokens=12))
 
 
-def test_what_a_node_misses_is_passed_on(plan: Plan, tinymoe: Path, tmp_path: Path) -> None:
-    moeshard.split(tinymoe, plan, tmp_path, with_router=True)
-    models = {name: moeshard.Model(tmp_path / f"tinymoe.{name}.gguf", n_threads=1) for name in DOMAINS}
-    nodes = {name: serve(model) for name, model in models.items()}
-    alone = serve(models["de"])  # with nothing of the prompt in its memory
-    running, _ = gateway(plan, {name: node.url for name, node in nodes.items()}, None)
-    try:
-        body = {"prompt": held_out("en", 200), "max_tokens": 8, "seed": 1}
-        own = post(alone.url, {**body, "model": "tinymoe.de"}).json()["moeshard"]
-        through = post(running.url, {**body, "model": "tinymoe@de"}).json()["moeshard"]
-        assert 0 < own["missed"] == through["missed"] < 1
-        assert 'missed_mass_count{model_name="tinymoe",node="de"} 1.0' in httpx.get(f"{running.url}/metrics").text
-    finally:
-        for server in (running, alone, *nodes.values()):
-            server.stop()
-
-
 def test_what_can_be_continued() -> None:
     told = Told()
     for event in (Event("a", n_generated=1), Event("bc", n_generated=3), Event("", n_generated=4, finish="length")):

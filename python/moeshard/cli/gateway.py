@@ -11,12 +11,14 @@ import typer
 from moeshard.cli.serving_options import (
     AllowHostOption,
     ApiKeyFileOption,
+    EvaluationOption,
     HostOption,
     MetricsOption,
     MinQualityOption,
     PortOption,
     TimeoutOption,
     check_metrics,
+    read_limits,
 )
 
 NODE_KEY_VARIABLE = "MOESHARD_NODE_API_KEY"
@@ -34,6 +36,7 @@ def gateway(
         str | None,
         typer.Option(metavar="URL", show_default="none", help="Where the whole model is: it places, and takes over."),
     ] = None,
+    evaluation: EvaluationOption = None,
     host: HostOption = "127.0.0.1",
     port: PortOption = 8080,
     name: Annotated[
@@ -93,6 +96,7 @@ def gateway(
     keys = read_keys(api_key_file)
     hosts = None if keys else {"localhost", host, *(allow_host or ())}
     wanted = read_plan(plan)
+    limits = {} if evaluation is None else read_limits(evaluation, wanted)
     found = connect(
         wanted,
         nodes,
@@ -107,7 +111,7 @@ def gateway(
     known = name or Path(str(wanted.model.facts.get("path") or wanted.model.name)).stem
     app = build(
         known,
-        Placer([one.name for one in wanted.nodes], found.prober, min_quality=min_quality),
+        Placer([one.name for one in wanted.nodes], found.prober, min_quality=min_quality, limits=limits),
         found.backends,
         Settings(keys=keys, hosts=hosts, metrics=metrics, resume=resume),  # type: ignore[arg-type]
     )

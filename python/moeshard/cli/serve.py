@@ -11,30 +11,23 @@ from moeshard.cli.options import GpuLayersOption, ModelArgument, RpcOption, Spli
 from moeshard.cli.serving_options import (
     AllowHostOption,
     ApiKeyFileOption,
+    EvaluationOption,
     HostOption,
     MetricsOption,
     MinQualityOption,
     PortOption,
     TimeoutOption,
     check_metrics,
+    read_limits,
 )
 
 if TYPE_CHECKING:
-    from moeshard.placement.meter import Limits
     from moeshard.planning.plan import Plan
     from moeshard.runtime.model import Model
     from moeshard.serving.local import Local, LocalOptions
 
 PlanOption = Annotated[
     Path | None, typer.Option(help="Nodes to place sessions on: what `moeshard plan` wrote. Without it: the model.")
-]
-
-EvaluationOption = Annotated[
-    Path | None,
-    typer.Option(
-        help="What `moeshard evaluate -o` wrote of the plan: sessions whose node misses too much by it are placed "
-        "again while they are answered. Without it they stay where they are placed."
-    ),
 ]
 
 ContextOption = Annotated[
@@ -166,31 +159,6 @@ def load_local(
     loaded: Model = load_model(model, n_ctx=options.n_ctx, n_threads=threads, n_gpu_layers=gpu_layers, workers=workers)
     mask = None if keep is None else loaded.keep(keep)
     return serve_locally(loaded, nodes, options, mask), nodes
-
-
-def read_limits(path: Path, plan: Plan | None) -> dict[str, Limits]:
-    """Return what an evaluation learned of a plan's nodes.
-
-    Raises:
-        MoeshardError: it is of another plan or model, or learned nothing.
-    """
-    from moeshard import MoeshardError
-    from moeshard.evaluation.record import read_evaluation
-    from moeshard.gguf.fingerprint import same_fingerprint
-
-    if plan is None:
-        raise typer.BadParameter("it is of a plan's nodes; give --plan too", param_hint="--evaluation")
-    found = read_evaluation(path)
-    names = [node.name for node in plan.nodes]
-    same = same_fingerprint(found.model.fingerprint, plan.model.fingerprint)
-    if [group.name for group in found.groups] != names or not same or found.parameters != plan.parameters:
-        raise MoeshardError(f"{path}: is of another plan; evaluate this one with moeshard evaluate --plan")
-    limits = found.alarms.limits() if found.alarms is not None else {}
-    if not limits:
-        raise MoeshardError(
-            f"{path}: says nothing of what nodes miss; evaluate the plan again, without --shards and with more windows"
-        )
-    return limits
 
 
 def _describe(local: Local, parallel: int) -> str:

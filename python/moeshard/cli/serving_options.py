@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from moeshard.placement.meter import Limits
+    from moeshard.planning.plan import Plan
 
 HostOption = Annotated[str, typer.Option(help="The address to listen on.")]
 
@@ -35,6 +39,40 @@ AllowHostOption = Annotated[
 MetricsOption = Annotated[
     str, typer.Option(help="Who may read /metrics: key (who has an API key), public, or off (nobody).")
 ]
+
+
+EvaluationOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="What `moeshard evaluate -o` wrote of the plan: sessions whose node misses too much by it are placed "
+        "again while they are answered. Without it they stay where they are placed."
+    ),
+]
+
+
+def read_limits(path: Path, plan: Plan | None) -> dict[str, Limits]:
+    """Return what an evaluation learned of a plan's nodes.
+
+    Raises:
+        MoeshardError: it is of another plan or model, or learned nothing.
+    """
+    from moeshard import MoeshardError
+    from moeshard.evaluation.record import read_evaluation
+    from moeshard.gguf.fingerprint import same_fingerprint
+
+    if plan is None:
+        raise typer.BadParameter("it is of a plan's nodes; give --plan too", param_hint="--evaluation")
+    found = read_evaluation(path)
+    names = [node.name for node in plan.nodes]
+    same = same_fingerprint(found.model.fingerprint, plan.model.fingerprint)
+    if [group.name for group in found.groups] != names or not same or found.parameters != plan.parameters:
+        raise MoeshardError(f"{path}: is of another plan; evaluate this one with moeshard evaluate --plan")
+    limits = found.alarms.limits() if found.alarms is not None else {}
+    if not limits:
+        raise MoeshardError(
+            f"{path}: says nothing of what nodes miss; evaluate the plan again, without --shards and with more windows"
+        )
+    return limits
 
 
 def check_metrics(metrics: str) -> None:

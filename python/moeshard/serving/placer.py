@@ -18,7 +18,7 @@ from typing import Protocol
 
 from moeshard.arrays import Doubles
 from moeshard.placement.decision import MIN_QUALITY, MIN_TOKENS, Placed, place_by_loss
-from moeshard.placement.meter import Limits
+from moeshard.placement.meter import Limits, place_again
 from moeshard.serving.backends import FULL
 from moeshard.serving.decision import Decision, Reason
 from moeshard.serving.errors import ApiError, unavailable
@@ -149,6 +149,8 @@ class _Session:
     decision: Decision
     used: float
     """When it last was."""
+    doubted: bool = False
+    """Its last answer missed so much that its latest text is looked at before the next one."""
 
 
 class Placer:
@@ -178,6 +180,7 @@ class Placer:
         prompt: Prompt,
         states: Callable[[], Mapping[str, State]],
         probed: Callable[[float], None] = lambda seconds: None,
+        left: Callable[[str, str], None] = lambda source, node: None,
     ) -> tuple[Decision, bool]:
         """Say who has a session.
 
@@ -186,6 +189,7 @@ class Placer:
             prompt: its first prompt, or a later one that begins with it.
             states: of nodes and whole model, asked when they are needed.
             probed: told how long a probe took.
+            left: told where a session goes on that was doubted, and from where.
 
         Returns:
             The decision, and whether it was made now.
@@ -202,11 +206,46 @@ class Placer:
             state = states().get(known.decision.backend)
             stays = known.decision.reason != "down" or idle < IDLE_SECONDS
             if stays and state is not None and state.up:
-                return known.decision, False
+                return await self._reconsider(key, known, prompt, states, probed, left)
             placed = known.placed
         else:
             placed = await self._probe_once(key, first_turn(prompt), self.prober, probed)
         return self._remember(key, placed, choose(placed, key, states())), True
+
+    def doubt(self, key: str) -> None:
+        """Take note that a session's answer missed much, and could not be moved: its next turn is placed again."""
+        known = self._sessions.get(key)
+        if known is not None:
+            known.doubted = True
+
+    async def _reconsider(
+        self,
+        key: str,
+        known: _Session,
+        prompt: Prompt,
+        states: Callable[[], Mapping[str, State]],
+        probed: Callable[[float], None],
+        left: Callable[[str, str], None],
+    ) -> tuple[Decision, bool]:
+        """Place a session again by its latest text, if it is doubted; it stays where that is as good as any."""
+        if not known.doubted or self.prober is None:
+            return known.decision, False
+        known.doubted = False
+        begin = time.monotonic()
+        losses = await self.prober.losses(prompt)
+        probed(time.monotonic() - begin)
+        source = known.decision.backend
+        if losses is None or losses.full is None or losses.n_tokens < MIN_TOKENS:
+            return known.decision, False
+        names = self.names if losses.names is None else losses.names
+        placed = place_again(names, losses.nodes, losses.full, source, min_quality=self.min_quality)
+        if placed is None:
+            return known.decision, False
+        decision = replace(choose(placed, key, states()), reason="moved")
+        if decision.backend == source:
+            return known.decision, False
+        left(source, decision.backend)
+        return self._remember(key, placed, decision), True
 
     def moved(self, key: str, placed: Placed, decision: Decision) -> None:
         """Take note that a session goes on elsewhere, by what its latest text told."""

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+from moeshard.placement.meter import FEWEST_TOKENS
 from moeshard.serving.backends import FULL, Ask, Backend, Event
 from moeshard.serving.decision import Decision
 from moeshard.serving.errors import ApiError, unavailable, unknown_model
@@ -82,7 +83,9 @@ class Service:
                 raise unavailable(f"{forced} cannot answer now: {fault}", "node_down")
             return Course(Decision(forced, "forced", "The request asked for it by name.", None))
         key = session_key(client.scope, self.model, client.headers, request)
-        decision, new = await self._placer.place(key, request.prompts[0], self._states, self.metrics.probed)
+        decision, new = await self._placer.place(
+            key, request.prompts[0], self._states, self.metrics.probed, self.metrics.moved
+        )
         if new:
             self.metrics.placed(decision.backend, decision.reason, decision.fit)
         return Course(decision, key)
@@ -99,6 +102,7 @@ class Service:
                 carried(ask, course, self.backends, self._instead, whole=not request.stream, resume=resume),
                 client.begin,
                 course,
+                watch is None,
             )
             for ask in asks
         ]
@@ -129,7 +133,7 @@ class Service:
         return decision
 
     async def _counted(
-        self, events: AsyncGenerator[Event, None], begin: float, course: Course
+        self, events: AsyncGenerator[Event, None], begin: float, course: Course, unwatched: bool
     ) -> AsyncGenerator[Event, None]:
         before, last, reason = begin, Event(), "abort"
         try:
@@ -149,7 +153,18 @@ class Service:
         finally:
             if last.missed is not None:
                 self.metrics.missed(course.decision.backend, last.missed)
+                if unwatched:
+                    self._doubt(course, last)
             self.metrics.ended(before - begin, last.n_prompt, last.n_cached, last.n_generated, reason)
+
+    def _doubt(self, course: Course, last: Event) -> None:
+        """Where an answer could not be moved while it was written, its session may be before the next one."""
+        limits = self._placer.limits.get(course.decision.backend)
+        n_tokens = last.n_prompt - last.n_cached + last.n_generated
+        if course.key is None or limits is None or last.missed is None or n_tokens < FEWEST_TOKENS:
+            return
+        if last.missed > limits.reference:
+            self._placer.doubt(course.key)
 
     def _states(self) -> dict[str, State]:
         return {name: State(one.fault is None, one.load.share) for name, one in self.backends.items()}
