@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ from moeshard.runtime import remote
 from moeshard.runtime.workers import ask
 
 TOKENS = np.arange(40, 100)
+linux = pytest.mark.skipif(sys.platform != "linux", reason="a worker's own processes are found in /proc")
 
 
 def endpoints(workers: list[Worker]) -> list[str]:
@@ -175,6 +177,7 @@ def test_layers_that_do_not_fit(start: Start, tinymoe: Path) -> None:
         assert model.logits(TOKENS).shape[0] == TOKENS.size
 
 
+@linux
 @pytest.mark.parametrize("how", ["worker", "engine of the worker", "own engine"])
 def test_losing_a_process(how: str, start: Start, local: Model) -> None:
     workers = [start(), start()]
@@ -211,6 +214,7 @@ def children(pid: int) -> list[int]:
     ]
 
 
+@linux
 def test_a_worker_that_hangs(start: Start, local: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "LOOK_SECONDS", 0.5)
     workers = [start(), start()]
