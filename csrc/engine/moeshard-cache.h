@@ -9,10 +9,10 @@
 #include <fstream>
 #include <string>
 
-namespace moeshard::hook {
+namespace moeshard::worker_cache {
 
 // Writes `file` whole or not at all: a process that dies leaves nothing that looks like it.
-inline void cache_write(const std::filesystem::path& file, const void* data, size_t size) {
+inline void write(const std::filesystem::path& file, const void* data, size_t size) {
     std::filesystem::path part = file;
     part += "." + std::to_string(getpid()) + ".part";
     std::error_code failed;
@@ -24,7 +24,7 @@ inline void cache_write(const std::filesystem::path& file, const void* data, siz
 }
 
 // What was read is `sound` or not: the file goes, or becomes the newest, so that the least used are known. Returns it.
-inline bool cache_check(const std::filesystem::path& file, bool sound) {
+inline bool check(const std::filesystem::path& file, bool sound) {
     std::error_code failed;
     if (sound) {
         std::filesystem::last_write_time(file, std::filesystem::file_time_type::clock::now(), failed);
@@ -34,4 +34,4 @@ inline bool cache_check(const std::filesystem::path& file, bool sound) {
     return sound;
 }
 
-}  // namespace moeshard::hook
+}  // namespace moeshard::worker_cache
