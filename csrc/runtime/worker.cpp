@@ -9,7 +9,7 @@ namespace moeshard {
 
 void serve_connection(int fd, const WorkerParams& params) {
     const Guard guard;  // the engine is set up with the first one
-    const int n_threads = params.n_threads > 0 ? params.n_threads : files::usable_processors();
+    const int n_threads = files::threads_wanted(params.n_threads, "n_threads");
     hook::LimitedBackends backends(params.memory, n_threads);
     guard.run("the connection ended", [&] {
         ggml_backend_rpc_serve_connection(fd, params.cache.empty() ? nullptr : params.cache.c_str(),

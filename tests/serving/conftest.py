@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gateways import serve
 from running import Running
 from served import DOMAINS, Application
 from starlette.applications import Starlette
@@ -76,4 +77,12 @@ def application(model: moeshard.Model, plan: Plan) -> Application:
 def server(application: Application) -> Iterator[Running]:
     running = Running(lambda: application()[0])
     yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def full(model: moeshard.Model, plan: Plan) -> Iterator[str]:
+    """Where the whole model's server is, which places for gateways."""
+    running = serve(model, plan)
+    yield running.url
     running.stop()

@@ -46,13 +46,6 @@ def nodes(shard_models: dict[str, moeshard.Model]) -> Iterator[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def full(model: moeshard.Model, plan: Plan) -> Iterator[str]:
-    running = serve(model, plan)
-    yield running.url
-    running.stop()
-
-
-@pytest.fixture(scope="module")
 def server(plan: Plan, nodes: dict[str, str], full: str) -> Iterator[Running]:
     running, _ = gateway(plan, nodes, full)
     yield running

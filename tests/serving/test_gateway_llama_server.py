@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from gateways import gateway, post, serve
+from gateways import gateway, post
 from processes import free_port
 from relay import Relay
 from running import Running
@@ -76,13 +76,6 @@ def stock(request: pytest.FixtureRequest, shards: dict[str, Path]) -> Iterator[s
     finally:
         process.kill()
         process.communicate()
-
-
-@pytest.fixture(scope="module")
-def full(model: moeshard.Model, plan: Plan) -> Iterator[str]:
-    running = serve(model, plan)
-    yield running.url
-    running.stop()
 
 
 @pytest.fixture(scope="module")

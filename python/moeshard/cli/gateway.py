@@ -17,7 +17,10 @@ from moeshard.cli.serving_options import (
     MinQualityOption,
     PortOption,
     TimeoutOption,
+    allowed_hosts,
     check_metrics,
+    how_to_reach,
+    open_to_all,
     read_limits,
 )
 
@@ -94,7 +97,7 @@ def gateway(
 
     nodes = _read_nodes(node)
     keys = read_keys(api_key_file)
-    hosts = None if keys else {"localhost", host, *(allow_host or ())}
+    hosts = None if keys else allowed_hosts(host, allow_host)
     wanted = read_plan(plan)
     limits = {} if evaluation is None else read_limits(evaluation, wanted)
     found = connect(
@@ -116,7 +119,7 @@ def gateway(
         Settings(keys=keys, hosts=hosts, metrics=metrics, resume=resume),  # type: ignore[arg-type]
     )
     if not keys and not is_loopback(sock):
-        warn(f"everybody who reaches {host} can use this server; give it API keys (--api-key-file)")
+        warn(open_to_all(host))
     for one in found.backends:
         if one.fault is not None:
             warn(f"{one.name} is down: {one.fault}")
@@ -129,7 +132,7 @@ def gateway(
         names = ", ".join(one.name for one in wanted.nodes)
         typer.echo(f"{address_of(sock)} serves {known}: {len(wanted.nodes)} nodes ({names})"
                    f"{' and the whole model' if full else ''}; {found.placing()}")  # fmt: skip
-        typer.echo(f"OpenAI's clients: base_url {address_of(sock)}/v1; a page to try it: {address_of(sock)}/")
+        typer.echo(how_to_reach(address_of(sock)))
 
     run(app, sock, ready)
 

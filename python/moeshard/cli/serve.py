@@ -17,7 +17,10 @@ from moeshard.cli.serving_options import (
     MinQualityOption,
     PortOption,
     TimeoutOption,
+    allowed_hosts,
     check_metrics,
+    how_to_reach,
+    open_to_all,
     read_limits,
 )
 
@@ -100,7 +103,7 @@ def serve(
     from moeshard.serving.settings import Settings
 
     keys = read_keys(api_key_file)
-    hosts = None if keys else {"localhost", host, *(allow_host or ())}
+    hosts = None if keys else allowed_hosts(host, allow_host)
     sock = listen(host, port)
     options = LocalOptions(
         n_slots=parallel,
@@ -127,13 +130,13 @@ def serve(
         local.inner,
     )
     if not keys and not is_loopback(sock):
-        warn(f"everybody who reaches {host} can use this server; give it API keys (--api-key-file)")
+        warn(open_to_all(host))
     if local.renderer.is_plain:
         warn("the model has no chat template; chats are written as plain lines 'role: text' (or use --chat-template)")
 
     def ready() -> None:
         typer.echo(f"{address_of(sock)} serves {known}: {_describe(local, parallel)}")
-        typer.echo(f"OpenAI's clients: base_url {address_of(sock)}/v1; a page to try it: {address_of(sock)}/")
+        typer.echo(how_to_reach(address_of(sock)))
         if nodes is not None:
             moving = f"away from {', '.join(limits)}" if limits else "nowhere (see --evaluation)"
             typer.echo(f"Sessions whose node misses too much of what they need are moved {moving}.")

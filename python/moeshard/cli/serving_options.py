@@ -79,3 +79,18 @@ def check_metrics(metrics: str) -> None:
     """Refuse what is none of the values of `MetricsOption`."""
     if metrics not in ("key", "public", "off"):
         raise typer.BadParameter("choose key, public or off", param_hint="--metrics")
+
+
+def allowed_hosts(host: str, allowed: list[str] | None) -> set[str]:
+    """Return the names that a server without API keys may be called by."""
+    return {"localhost", host, *(allowed or ())}
+
+
+def open_to_all(host: str) -> str:
+    """Warn of a server without API keys that others can reach."""
+    return f"everybody who reaches {host} can use this server; give it API keys (--api-key-file)"
+
+
+def how_to_reach(address: str) -> str:
+    """Say where clients and people find a server."""
+    return f"OpenAI's clients: base_url {address}/v1; a page to try it: {address}/"

@@ -231,13 +231,11 @@ class Placer:
         if not known.doubted or self.prober is None:
             return known.decision, False
         known.doubted = False
-        begin = time.monotonic()
-        losses = await self.prober.losses(prompt)
-        probed(time.monotonic() - begin)
+        losses = await _timed(self.prober, prompt, probed)
         source = known.decision.backend
         if losses is None or losses.full is None or losses.n_tokens < MIN_TOKENS:
             return known.decision, False
-        names = self.names if losses.names is None else losses.names
+        names = self._measured(losses)
         placed = place_again(names, losses.nodes, losses.full, source, min_quality=self.min_quality)
         if placed is None:
             return known.decision, False
@@ -278,14 +276,15 @@ class Placer:
         return await asyncio.shield(running)
 
     async def _probe(self, key: str, turn: Prompt, prober: Prober, probed: Callable[[float], None]) -> Placed:
-        begin = time.monotonic()
-        losses = await prober.losses(turn)
-        probed(time.monotonic() - begin)
+        losses = await _timed(prober, turn, probed)
         return hashed(self.names, key) if losses is None else self.decide(losses)
+
+    def _measured(self, losses: Losses) -> Sequence[str]:
+        return self.names if losses.names is None else losses.names
 
     def decide(self, losses: Losses) -> Placed:
         """Say what measured losses mean for a session. A pure function."""
-        names = self.names if losses.names is None else losses.names
+        names = self._measured(losses)
         if losses.n_tokens < MIN_TOKENS:
             return _too_short(names, losses)
         if losses.full is not None:
@@ -296,6 +295,13 @@ class Placer:
         close = f"; too close to call: {', '.join(placed.candidates[1:])}" if len(placed.candidates) > 1 else ""
         reason = f"of the nodes {placed.best} predicts the prompt best, nobody told how the whole model does{close}"
         return replace(placed, excess=None, reason=reason)
+
+
+async def _timed(prober: Prober, prompt: Prompt, probed: Callable[[float], None]) -> Losses | None:
+    begin = time.monotonic()
+    losses = await prober.losses(prompt)
+    probed(time.monotonic() - begin)
+    return losses
 
 
 def hashed(names: Sequence[str], key: str) -> Placed:
